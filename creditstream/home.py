@@ -1,0 +1,159 @@
+"""The home: the one directory under which everything embedded lies.
+
+Who uses a home is decided by a lock that the operating system drops with its holder, never by a file that a
+killed process may leave behind: a pid or an address read here counts only while the lock is held.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from schemas.problem import Problem
+
+HOME_VARIABLE = "CREDITSTREAM_HOME"
+DEFAULT_HOME = ".creditstream"
+HOLD_WAIT_S = 1.0
+"""How long `Home.hold` tries: longer than any `Home.worker` needs the lock to see who has it."""
+LOCK_POLL_S = 0.02
+
+
+class Endpoints(msgspec.Struct, frozen=True):
+    """Where the process that holds a home can be reached."""
+
+    kafka_bootstrap: str
+    api_url: str
+    pid: int
+
+
+class Home(msgspec.Struct, frozen=True):
+    """The directory of one embedded installation; made when it is first held."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: str | Path | None) -> "Home":
+        """The home at `path`; without one at $CREDITSTREAM_HOME, else at `.creditstream` here.
+
+        Symbolic links are resolved, so that one directory is one home however it is spelled.
+        """
+        chosen = path or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
+        return cls(Path(chosen).expanduser().resolve())
+
+    @property
+    def kafka(self) -> Path:
+        """Kafka's data and configuration."""
+        return self.path / "kafka"
+
+    @property
+    def ledger(self) -> Path:
+        """chDB's directory; one process at a time may open it."""
+        return self.path / "ledger"
+
+    @property
+    def logs(self) -> Path:
+        """What the embedded processes write about themselves."""
+        return self.path / "logs"
+
+    @property
+    def endpoints_path(self) -> Path:
+        """Where the holder publishes its `Endpoints`, as JSON."""
+        return self.path / "endpoints.json"
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / "worker.lock"
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the one process that uses this home, until the block ends or the process dies.
+
+        Programs started in the block do not inherit the lock; a bare `os.fork` would.
+        Raises `Problem` when another process holds it, with its pid, or when the directory cannot be used.
+        """
+        lock = take_lock(self._lock_path, HOLD_WAIT_S)
+        if lock is None:
+            raise self._held_by_another()
+        try:
+            self.withdraw()
+            yield
+            self.withdraw()
+        finally:
+            os.close(lock)
+
+    def publish(self, endpoints: Endpoints) -> None:
+        """Say where the holder can be reached; a reader sees the old or the new text, never a part."""
+        draft = self.endpoints_path.with_suffix(".draft")
+        draft.write_bytes(msgspec.json.encode(endpoints))
+        draft.replace(self.endpoints_path)
+
+    def withdraw(self) -> None:
+        """Take back what `publish` said."""
+        self.endpoints_path.unlink(missing_ok=True)
+
+    def worker(self) -> Endpoints | None:
+        """Where the live process that holds this home answers; None without one, or before it has published."""
+        if not self._lock_path.exists():
+            return None
+        lock = take_lock(self._lock_path, wait_s=0.0, sign=False)
+        if lock is not None:
+            os.close(lock)
+            return None
+        try:
+            endpoints = msgspec.json.decode(self.endpoints_path.read_bytes(), type=Endpoints)
+        except FileNotFoundError:
+            return None
+        return endpoints if endpoints.pid == lock_holder(self._lock_path) else None
+
+    def _held_by_another(self) -> Problem:
+        pid = lock_holder(self._lock_path)
+        return Problem(
+            f"the home {self.path} is in use",
+            f"process {pid} holds it" if pid else "another process holds it",
+            f"Stop that process{f' (kill {pid})' if pid else ''}, or choose another directory with --home.",
+        )
+
+
+def take_lock(path: Path, wait_s: float, sign: bool = True) -> int | None:
+    """An open descriptor that holds the exclusive lock on `path`, or None when it stays taken for `wait_s`.
+
+    Closing the descriptor frees the lock; so does the death of every process that has it open.
+    `sign` writes the own pid into it, for `lock_holder`. Raises `Problem` when `path` cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Problem(
+            f"{path.parent} cannot be used",
+            error.strerror or str(error),
+            "Choose a directory that you may write to.",
+        ) from error
+    deadline = time.monotonic() + wait_s
+    while not _try_lock(descriptor):
+        if time.monotonic() >= deadline:
+            os.close(descriptor)
+            return None
+        time.sleep(LOCK_POLL_S)
+    if sign:
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    return descriptor
+
+
+def lock_holder(path: Path) -> int | None:
+    """The pid that last signed the lock at `path`; it holds the lock only if the lock is taken."""
+    text = path.read_text().strip()
+    return int(text) if text.isdigit() else None
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

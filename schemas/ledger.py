@@ -1,0 +1,72 @@
+"""The closed, ordered words of the ledger. Their numbers are stored: append, never reorder or reuse.
+
+Every consumed Kafka offset becomes one ledger row, and ``Kind`` says which; ``Reason`` says why. The texts are the
+sentences that ``creditstream explain`` and the views show; each names the charge rule that it follows.
+"""
+
+from enum import StrEnum
+from typing import Final
+
+
+class Pool(StrEnum):
+    """Which balance a debit draws. ``none`` for actions without a price."""
+
+    NONE = "none"
+    ENRICHMENT = "enrichment"
+    PREMIUM = "premium"
+
+
+class Kind(StrEnum):
+    """What one Kafka offset was."""
+
+    RUN = "run"
+    DUPLICATE = "duplicate"
+    DEAD_LETTER = "dead_letter"
+
+
+class Reason(StrEnum):
+    """Why a row is what it is. Debits first, in the order in which they are tried: the first that applies wins.
+
+    Then ``duplicate``, then the dead letters in the order in which an event is checked.
+    """
+
+    OWN_API_KEY = "own_api_key"
+    FREE_ACTION = "free_action"
+    ERROR = "error"
+    NO_DATA = "no_data"
+    CHARGED_NO_DATA = "charged_no_data"
+    CHARGED = "charged"
+    DUPLICATE = "duplicate"
+    TOO_LARGE = "too_large"
+    MALFORMED = "malformed"
+    MISROUTED = "misrouted"
+    FUTURE_RUN = "future_run"
+    STALE_RUN = "stale_run"
+    CONFLICTING_DUPLICATE = "conflicting_duplicate"
+    UNKNOWN_ACTION = "unknown_action"
+
+
+POOLS: Final = tuple(Pool)
+KINDS: Final = tuple(Kind)
+REASONS: Final = tuple(Reason)
+DEBIT_REASONS: Final = REASONS[: REASONS.index(Reason.DUPLICATE)]
+FREE_REASONS: Final = DEBIT_REASONS[: DEBIT_REASONS.index(Reason.CHARGED_NO_DATA)]
+DEAD_LETTER_REASONS: Final = REASONS[REASONS.index(Reason.TOO_LARGE) :]
+
+RULES: Final[dict[Reason, tuple[str, str]]] = {
+    Reason.OWN_API_KEY: ("R05", "A run that uses the workspace's own API key is free, whatever the action costs."),
+    Reason.FREE_ACTION: ("R04", "Formatters, destinations and actions priced 0 are free, as often as they run."),
+    Reason.ERROR: ("R08", "A run that ended in an error is free."),
+    Reason.NO_DATA: ("R09", "A run that found nothing is free, unless nothing found is itself the answer."),
+    Reason.CHARGED_NO_DATA: ("R09", "For this action nothing found is itself the answer, so it costs the full price."),
+    Reason.CHARGED: ("R02", "A run of an action with a price draws that price from the action's pool."),
+    Reason.DUPLICATE: ("R11", "One run is debited once, however often it is delivered; only a new run id is a new run."),
+    Reason.TOO_LARGE: ("intake", "An event may have at most 64 KiB."),
+    Reason.MALFORMED: ("intake", "An event must be a cell run by the published JSON Schema."),
+    Reason.MISROUTED: ("intake", "The Kafka key must be the workspace id, on the partition of its murmur2 hash."),
+    Reason.FUTURE_RUN: ("intake", "A run may lie at most 5 minutes ahead of the broker's clock."),
+    Reason.STALE_RUN: ("intake", "A run may be at most 366 days old when it arrives."),
+    Reason.CONFLICTING_DUPLICATE: ("intake", "Two events under one run id must agree; the first one stands."),
+    Reason.UNKNOWN_ACTION: ("intake", "An action that the catalogue does not know is parked, never charged or free."),
+}
+"""Reason → (rule id, the rule in one sentence)."""

@@ -1,0 +1,95 @@
+"""One ``connect`` for chDB in this process and for a ClickHouse server over HTTP(S): the same client, the same SQL."""
+
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import ClickHouseError, OperationalError
+
+from schemas.problem import Problem, Unreachable
+
+CONNECT_TIMEOUT_S: Final = 5
+ANSWER_TIMEOUT_S: Final = 30
+
+SESSION: Final[dict[str, Any]] = {
+    "async_insert": 0,
+    "insert_deduplicate": 1,
+    "optimize_use_projections": 1,
+    "max_query_size": 16 * 1024 * 1024,
+}
+"""Set on every connection: an asynchronous insert loses its token, and duplicate look-ups name many runs."""
+
+DatabaseError = ClickHouseError
+"""Whatever the database or its transport may raise."""
+
+
+def connect(url: str, password: str = "", *, database: str | None = None) -> Client:
+    """A client of ``chdb:///directory?database=name`` or of ``http(s)://user@host:port/database``.
+
+    Thread-safe, one statement at a time on chDB. ``database`` replaces the one of the URL.
+    Unreachable when nobody answers; Problem when the URL is wrong or another process holds the chDB directory.
+    """
+    parts = urlsplit(url)
+    match parts.scheme:
+        case "chdb":
+            return _open_chdb(Path(parts.path), database or database_of(url))
+        case "http" | "https":
+            return _open_http(url, password, database or database_of(url))
+    raise Problem("the ledger's URL is wrong", f"{url!r} is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL.")
+
+
+def database_of(url: str) -> str:
+    """The database that a URL names, ``creditstream`` when it names none."""
+    parts = urlsplit(url)
+    named = parts.query.removeprefix("database=") if parts.scheme == "chdb" else unquote(parts.path.strip("/"))
+    return named or "creditstream"
+
+
+def _open_chdb(directory: Path, database: str) -> Client:
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        client = clickhouse_connect.get_client(interface="chdb", path=str(directory), settings=SESSION)
+    except ImportError as error:
+        raise Problem("chDB is not installed", str(error), "Install creditstream[embedded] or set CREDITSTREAM_LEDGER_URL.") from error
+    except (ClickHouseError, RuntimeError) as error:
+        raise Problem(
+            "the ledger cannot be opened",
+            f"another process holds {directory}" if _is_lock_error(error) else str(error),
+            "Ask the worker that runs there, or stop it first.",
+        ) from error
+    client.command(f"CREATE DATABASE IF NOT EXISTS `{database}`")
+    client.database = database
+    return client
+
+
+def _is_lock_error(error: Exception) -> bool:
+    return any(sign in str(error) for sign in ("Cannot lock file", "EmbeddedServer", "BAD_ARGUMENTS"))
+
+
+def _open_http(url: str, password: str, database: str) -> Client:
+    parts = urlsplit(url)
+    try:
+        return clickhouse_connect.get_client(
+            interface=parts.scheme,
+            host=parts.hostname or "127.0.0.1",
+            port=parts.port or (8443 if parts.scheme == "https" else 8123),
+            username=unquote(parts.username or "default"),
+            password=unquote(parts.password or "") or password,
+            database=database,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            send_receive_timeout=ANSWER_TIMEOUT_S,
+            autogenerate_session_id=False,
+            settings=SESSION,
+        )
+    except ClickHouseError as error:
+        place = f"{parts.hostname}:{parts.port}"
+        if isinstance(error, OperationalError):
+            raise Unreachable(f"ClickHouse at {place} does not answer", first_line(error), "Start it or set CREDITSTREAM_LEDGER_URL.") from error
+        raise Problem(f"ClickHouse at {place} refused the connection", first_line(error), "Check user, password and database; run `creditstream migrate`.") from error
+
+
+def first_line(error: Exception) -> str:
+    """What a database error says, without its stack."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,85 @@
+"""Rows as Arrow columns: the types in which the ledger's table takes them.
+
+Arrow is the cheapest road into chDB (0.5 µs a row to encode). Two traps are dealt with here: a 16-byte binary becomes
+a UUID in RFC byte order, and an Enum8 takes an int8 by its stored number, so words are numbered from 1 as in the DDL.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.cell_run import Outcome
+from schemas.ledger import Kind, Pool, Reason
+
+LEDGER_SCHEMA: Final = pa.schema(
+    [
+        ("topic", pa.string()),
+        ("topic_id", pa.string()),
+        ("kafka_partition", pa.uint16()),
+        ("kafka_offset", pa.uint64()),
+        ("offset_gap", pa.uint32()),
+        ("recorded_at", pa.timestamp("ms", "UTC")),
+        ("kind", pa.int8()),
+        ("run_id", pa.binary(16)),
+        ("workspace_id", pa.string()),
+        ("table_id", pa.string()),
+        ("column_id", pa.string()),
+        ("row_id", pa.string()),
+        ("action", pa.string()),
+        ("outcome", pa.int8()),
+        ("own_api_key", pa.bool_()),
+        ("ran_at", pa.timestamp("ms", "UTC")),
+        ("triggered_by", pa.string()),
+        ("actor", pa.string()),
+        ("pool", pa.int8()),
+        ("credits", pa.decimal128(18, 3)),
+        ("reason", pa.int8()),
+        ("catalogue", pa.uint16()),
+        ("detail", pa.string()),
+        ("raw", pa.binary()),
+        ("raw_key", pa.binary()),
+        ("raw_headers", pa.string()),
+        ("redrive_of", pa.string()),
+        ("batch_month", pa.uint32()),
+    ]
+)
+"""What a batch carries; ``mark_read_at`` is added by each attempt to insert it."""
+
+OUTCOMES: Final = tuple(Outcome)
+
+
+def number_of(word: StrEnum) -> int:
+    """The number under which the ledger's table stores a kind, pool, reason or outcome."""
+    return _NUMBERS[type(word)][word]
+
+
+_NUMBERS: Final[dict[type[StrEnum], dict[StrEnum, int]]] = {
+    words: {word: number for number, word in enumerate(words, 1)} for words in (Kind, Pool, Reason, Outcome)
+}
+
+
+def instants(milliseconds: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:
+    """Unix milliseconds → DateTime64(3, 'UTC')."""
+    return pa.array(np.asarray(milliseconds, np.int64), pa.int64()).cast(pa.timestamp("ms", "UTC"))
+
+
+def decimals(millicredits: npt.NDArray[np.int64]) -> pa.Array:
+    """Millicredits → Decimal(18, 3), exactly: the unscaled integer is the millicredits."""
+    words = np.empty((len(millicredits), 2), np.int64)
+    words[:, 0] = millicredits
+    words[:, 1] = millicredits >> 63
+    return pa.Array.from_buffers(pa.decimal128(18, 3), len(millicredits), [None, pa.py_buffer(words)])
+
+
+def uuids(sixteen_bytes: bytes) -> pa.Array:
+    """Joined RFC-order bytes of UUIDs → the column; length is a multiple of 16."""
+    return pa.Array.from_buffers(pa.binary(16), len(sixteen_bytes) // 16, [None, pa.py_buffer(sixteen_bytes)])
+
+
+def constant(value: str | bytes | int, length: int, kind: pa.DataType) -> pa.Array:
+    """One value, ``length`` times."""
+    return pa.repeat(pa.scalar(value, kind), length)

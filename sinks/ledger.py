@@ -1,0 +1,211 @@
+"""P1: the write protocol that makes the ledger exactly once.
+
+For each Kafka partition, named by its topic's **id**, the ledger itself says where to go on: the *mark* is the last
+offset that has a row. Kafka's committed offset never decides.
+
+1. On assignment the mark is read, audited and compared with Kafka's log; reading resumes at mark + 1.
+2. A batch is any run of offsets that starts at mark + 1, with a row for every one.
+3. A batch is one insert: one ClickHouse partition, one block, one part, all or nothing. Its token is
+   ``epoch/topic id/partition/mark + 1``: put-if-absent on that place of the chain, whoever comes second is dropped.
+   Each row carries ``mark_read_at``; a constraint of the table refuses one older than 120 s.
+4. Whatever the insert answered, the mark is read again. At the batch's end and ours: done. Unmoved: the batch is not
+   there, and is sent again under the same token. Anything else: another writer was here (`ForeignMark`).
+5. Five acknowledged inserts with the mark unmoved: the tokens outlived the rows, an operator raises the epoch.
+
+``append_steps`` is the protocol without I/O: it yields what to do next and receives the answer, so the worker drives it
+against a database and the simulator against crashes, second owners and lost answers.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Final
+
+import msgspec
+import pyarrow as pa
+from clickhouse_connect.driver.client import Client
+
+from schemas.problem import Problem
+from sinks.clickhouse import DatabaseError, first_line
+from sinks.columns import instants
+
+MARK_AGE_S_MAX: Final = 60.0
+"""An older mark is read again before an insert; the table refuses one of 120 s."""
+ACKNOWLEDGED_MAX: Final = 5
+RETRY_WAIT_S: Final = (0.1, 0.3, 1.0, 3.0)
+"""Waits between attempts; the last one repeats. Waiting is the back-pressure."""
+YOUNG_SERVER_S: Final = 3
+"""A mark read this soon after the server's start is read again before an insert: the table refuses it."""
+TOKEN_WINDOW_S: Final = 240
+
+
+class Chain(msgspec.Struct, frozen=True):
+    """One Kafka partition of one incarnation of a topic: the unit of sequence in the ledger."""
+
+    topic: str
+    topic_id: str
+    partition: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]"
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """What the ledger holds of a chain. Offsets are Kafka's; times are Unix milliseconds of the server's clock."""
+
+    last: int
+    """The highest offset, -1 when there is no row."""
+    first: int
+    rows: int
+    gaps: int
+    """Sum of ``offset_gap``: equals ``last - first + 1`` in a whole chain."""
+    written_under: int
+    """``mark_read_at`` of the last row: which attempt wrote it."""
+    read_at: int
+    age_from: float = 0.0
+    """This process's monotonic clock when the mark was asked for, seconds; long ago when it must not be used."""
+
+    @property
+    def next(self) -> int:
+        return self.last + 1
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows == 0 or (self.gaps == self.last - self.first + 1 and self.rows <= self.gaps)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Rows of consecutive records of one chain, a row for every one, in one table without ``mark_read_at``."""
+
+    chain: Chain
+    after: int
+    """The mark on which it stands: the offset before its first."""
+    last: int
+    rows: pa.Table
+
+
+class ForeignMark(Exception):
+    """The mark is where only another writer can have put it; this process must not go on (exit 75)."""
+
+
+class Incident(Problem):
+    """A chain that an operator must look at. It pauses its unit; the other units go on."""
+
+
+class Stopped(Exception):
+    """The batch was given up because its unit closes; the next owner reads the same offsets again."""
+
+
+class ReadMark(msgspec.Struct, frozen=True):
+    """Ask for the mark; answered by a `Mark`, however long that takes."""
+
+
+class Insert(msgspec.Struct, frozen=True):
+    """Send the batch under ``token``; answered True when acknowledged, False when it failed or nobody knows."""
+
+    batch: Batch
+    token: str
+    mark_read_at: int
+
+
+Step = ReadMark | Insert
+Steps = Generator[Step, Mark | bool, Mark]
+
+
+def append_steps(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float] = time.monotonic) -> Steps:
+    """Protocol steps 3 to 5 for one batch. Returns the mark at the batch's end.
+
+    ForeignMark when another writer was here; Incident when five acknowledged inserts did not move the mark.
+    """
+    token = f"{epoch}/{batch.chain.topic_id}/{batch.chain.partition}/{batch.after + 1}"
+    attempts: set[int] = set()
+    acknowledged = 0
+    while True:
+        if now() - mark.age_from > MARK_AGE_S_MAX:
+            mark = _expect_mark((yield ReadMark()))
+        if mark.last == batch.after:
+            attempts.add(mark.read_at)
+            acknowledged += bool((yield Insert(batch, token, mark.read_at)))
+            mark = _expect_mark((yield ReadMark()))
+        if mark.last == batch.last and mark.written_under in attempts:
+            return mark
+        if mark.last != batch.after:
+            raise ForeignMark(f"{batch.chain}: the mark is at {mark.last}, expected {batch.after} or our {batch.last}")
+        if acknowledged >= ACKNOWLEDGED_MAX:
+            raise Incident(
+                f"{batch.chain}: the ledger drops what it acknowledges",
+                f"{acknowledged} inserts after offset {batch.after} were acknowledged and the mark did not move; "
+                "the insert tokens outlived their rows, as after a restore",
+                f"Raise CREDITSTREAM_EPOCH above {epoch} and restart.",
+            )
+
+
+def _expect_mark(answer: Mark | bool) -> Mark:
+    assert isinstance(answer, Mark)
+    return answer
+
+
+class Ledger:
+    """The ledger's writing side over one connection. Blocking: the worker calls it in a thread."""
+
+    def __init__(self, client: Client, epoch: int = 0, on_trouble: Callable[[str], None] = lambda _: None) -> None:
+        self._client = client
+        self._epoch = epoch
+        self._on_trouble = on_trouble
+
+    def mark(self, chain: Chain) -> Mark:
+        """The mark of one chain, served by the ``marks`` projection. Raises what the database raises."""
+        asked = time.monotonic()
+        found = self._client.query(_MARK, parameters={"topic_id": chain.topic_id, "partition": chain.partition})
+        last, first, rows, gaps, written_under, read_at, uptime_s = found.result_rows[0]
+        age_from = asked if uptime_s >= YOUNG_SERVER_S else -MARK_AGE_S_MAX
+        return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, age_from)
+
+    def insert(self, step: Insert) -> None:
+        """One attempt. Raises what the database raises; afterwards only the mark knows what happened."""
+        rows = step.batch.rows
+        stamped = rows.append_column("mark_read_at", instants([step.mark_read_at] * len(rows)))
+        self._client.insert_arrow(
+            "ledger", stamped.combine_chunks(), settings={"insert_deduplication_token": step.token, "async_insert": 0}
+        )
+
+    def append(self, batch: Batch, mark: Mark, closing: threading.Event) -> Mark:
+        """Write one batch by P1 and return the new mark, waiting out a database that does not answer.
+
+        ForeignMark and Incident as `append_steps`; Stopped when ``closing`` was set while it waited.
+        """
+        steps = append_steps(batch, mark, self._epoch)
+        step = next(steps)
+        failures = 0
+        while True:
+            try:
+                answer: Mark | bool = self._do(step, batch.chain)
+            except DatabaseError as error:
+                self._on_trouble(f"{batch.chain} after offset {batch.after}: {first_line(error)}")
+                _wait(failures, closing)
+                failures += 1
+                if isinstance(step, ReadMark):
+                    continue
+                answer = False
+            try:
+                step = steps.send(answer)
+            except StopIteration as done:
+                return _expect_mark(done.value)
+
+    def _do(self, step: Step, chain: Chain) -> Mark | bool:
+        if isinstance(step, ReadMark):
+            return self.mark(chain)
+        self.insert(step)
+        return True
+
+
+def _wait(failures: int, closing: threading.Event) -> None:
+    if closing.wait(RETRY_WAIT_S[min(failures, len(RETRY_WAIT_S) - 1)]):
+        raise Stopped
+
+
+_MARK: Final = """
+SELECT max(kafka_offset), min(kafka_offset), count(), sum(offset_gap),
+       toUnixTimestamp64Milli(argMax(mark_read_at, kafka_offset)), toUnixTimestamp64Milli(now64(3)), uptime()
+FROM ledger WHERE topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}
+"""

@@ -1,0 +1,134 @@
+"""The Faust application: one agent, the batch transport, and the hooks by which partitions come and go.
+
+``creditstream worker`` runs it; so does ``faust -A streams.app worker``, without the read API.
+"""
+
+import asyncio
+from typing import Any, Final
+
+import faust
+import mode
+import structlog
+from faust.tables.manager import TableManager
+from faust.types import TP
+
+from sinks.ledger import ForeignMark
+from streams.meter import Meter
+from streams.settings import Settings, read_settings
+from streams.transport import CHUNK_RECORDS_MAX, Transport, deliver_plain_records
+from streams.unit import BATCH_BYTES_MAX, Event
+
+SESSION_TIMEOUT_S: Final = 10.0
+EXIT_RESTART: Final = 75
+"""The process must be started afresh (sysexits' EX_TEMPFAIL): another writer was here, or a part of it failed."""
+
+log: Final = structlog.get_logger()
+
+
+class NoTables(TableManager):  # type: ignore[misc]
+    """Faust's table manager without its second of sleep: there are no tables to wait for."""
+
+    async def on_start(self) -> None:
+        """Start what assignment needs."""
+        await self._update_channels()
+        await self.recovery.start()
+
+
+class MeterApp(faust.App):  # type: ignore[misc]
+    """Faust, given a meter: its lifecycle is the meter's."""
+
+    meter: Meter
+    fatal: BaseException | None = None
+    """What ended the process, where something did."""
+
+    async def on_first_start(self) -> None:
+        """Open the meter unless the command line has done so."""
+        if not self.meter.is_open:
+            await asyncio.to_thread(self.meter.open)
+        self.meter.on_fatal = self.on_fatal
+        self.meter.hold = self._hold
+        await super().on_first_start()
+
+    async def on_fatal(self, error: BaseException) -> None:
+        """End the process: its state can no longer be trusted, and a fresh one reads the mark."""
+        self.fatal = self.fatal or error
+        log.error("fatal", error=str(error) or type(error).__name__, foreign_mark=isinstance(error, ForeignMark))
+        await self.crash(error)
+
+    def _hold(self, partition: int) -> None:
+        self.consumer.held.add(TP(self.meter.topic.name, partition))
+
+    async def load_units(self) -> None:
+        """After an assignment, before the first fetch: read the marks and the state behind them."""
+        await self.meter.release()
+        assigned = {tp.partition for tp in self.consumer.assignment() if tp.topic == self.meter.topic.name}
+        self.consumer.held.clear()
+        resume = await self.meter.assign(assigned)
+        self.transport.resume_at = {TP(self.meter.topic.name, p): offset for p, offset in resume.items()}
+
+
+def create_app(settings: Settings) -> MeterApp:
+    """The application for these settings. Nothing is connected before it starts."""
+    from streams.topics import cell_runs_topic
+
+    deliver_plain_records()
+    name = cell_runs_topic(settings)
+    app = MeterApp(
+        f"{settings.topic_prefix}creditstream",
+        **_faust_settings(settings),
+        TableManager=NoTables,
+    )
+    app.meter = Meter(settings)
+    app.transport = Transport(
+        app.conf.broker_consumer,
+        app,
+        records_inflight_max=settings.batch_rows_max * 5 // 2 + CHUNK_RECORDS_MAX,
+        bytes_inflight_max=BATCH_BYTES_MAX * 5 // 2,
+    )
+    app.transport.on_drain = app.meter.drain
+    topic = app.topic(name, key_serializer="raw", value_serializer="raw")
+
+    @app.agent(topic)
+    async def meter_cell_runs(stream: Any) -> None:
+        """Hand each chunk to its unit; the logic is there."""
+        async for event in stream.noack().events():
+            unit = app.meter.units.get(event.message.partition)
+            if unit:
+                unit.receive(Event(event.value, lambda event=event: stream.ack(event)))
+
+    app.on_rebalance_complete.connect(lambda *_, **__: app.load_units())
+    return app
+
+
+def _faust_settings(settings: Settings) -> dict[str, Any]:
+    brokers = [f"kafka://{place.strip()}" for place in settings.kafka_bootstrap.split(",")]
+    return {
+        "env_prefix": "CREDITSTREAM_FAUST_",
+        "broker": brokers,
+        "consumer_group_instance_id": settings.instance or None,
+        "key_serializer": "raw",
+        "value_serializer": "raw",
+        "datadir": f"{settings.home}/faust",
+        "store": "memory://",
+        "topic_disable_leader": True,
+        "topic_allow_declare": False,
+        "table_standby_replicas": 0,
+        "broker_max_poll_records": CHUNK_RECORDS_MAX,
+        "broker_max_poll_interval": 86_400.0,
+        "broker_session_timeout": SESSION_TIMEOUT_S,
+        "broker_heartbeat_interval": 1.0,
+        "broker_request_timeout": 30.0,
+        "broker_rebalance_timeout": 60.0,
+        "broker_commit_interval": 1.0,
+        "agent_supervisor": mode.CrashingSupervisor,
+        "web_enabled": False,
+        "worker_redirect_stdouts": False,
+    }
+
+
+def __getattr__(name: str) -> Any:
+    """``streams.app.app`` for ``faust -A streams.app``: made from the environment when it is asked for."""
+    if name == "app":
+        globals()["app"] = create_app(read_settings())
+        return globals()["app"]
+    raise AttributeError(name)

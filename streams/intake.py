@@ -1,0 +1,274 @@
+"""Bytes from Kafka → columns of cell runs. Pure: no I/O, no clock.
+
+A chunk of records is decoded at once, because Python's cost is per call: a lean twin of `CellRun` keeps ids and times
+as text, and numpy and Arrow check and convert whole columns. The lean way accepts only a subset of what `CellRun`
+accepts, with the same values; every record it does not take is decoded by `CellRun` itself, whose verdict stands.
+A refused record keeps its row, blank, so that a chunk has exactly one row for every offset.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from aiokafka.partitioner import murmur2
+from msgspec import Meta
+
+from schemas.cell_run import EARLIEST_RAN_AT, MAX_EVENT_BYTES, CellRun, Identifier, Label, Outcome, to_milliseconds
+from schemas.ledger import Reason
+
+FUTURE_MS_MAX: Final = 5 * 60 * 1000
+AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
+ROUTES_MAX: Final = 200_000
+"""Workspace → partition answers that are remembered."""
+
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Record(Protocol):
+    """What the transport delivers of one Kafka record; ``timestamp`` is the broker's append time, Unix ms."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class Refusal(NamedTuple):
+    """Why one record is a dead letter: ``detail`` names the field or the fact."""
+
+    reason: Reason
+    detail: str
+
+
+class Runs(msgspec.Struct, frozen=True):
+    """One chunk as columns, one row for every record, refused ones blank. ``n`` rows in Kafka's order."""
+
+    offsets: Integers
+    recorded_ms: Integers
+    ran_ms: Integers
+    keys: npt.NDArray[np.uint64]
+    """The duplicate filter's key of each run id: both halves of the UUID, mixed (see `run_keys`)."""
+    own_api_key: Mask
+    outcome: npt.NDArray[np.int8]
+    """0 blank, else the ledger's number of the outcome."""
+    columns: dict[str, pa.Array]
+    """run_id, workspace_id, table_id, column_id, row_id, action, triggered_by, actor."""
+    refusals: dict[int, Refusal]
+    """Row → why it is a dead letter."""
+
+
+class _LeanRun(msgspec.Struct, gc=False):
+    run_id: Annotated[str, Meta(min_length=36, max_length=36)]
+    workspace_id: Identifier
+    table_id: Identifier
+    column_id: Identifier
+    row_id: Identifier
+    action: Identifier
+    outcome: Literal["data", "no_data", "error"]
+    ran_at: Annotated[str, Meta(min_length=20, max_length=32)]
+    own_api_key: bool = False
+    triggered_by: Label | None = None
+    actor: Label | None = None
+
+
+_NIL: Final = "00000000-0000-0000-0000-000000000000"
+_NEVER: Final = "2020-01-01T00:00:00Z"
+_BLANK: Final = _LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
+_OUTCOME_NUMBERS: Final = {str(outcome): number for number, outcome in enumerate(Outcome, 1)}
+_RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
+_EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
+_TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
+
+_decode_lean: Final = msgspec.json.Decoder(_LeanRun).decode
+_decode_run: Final = msgspec.json.Decoder(CellRun).decode
+
+
+def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Runs:
+    """Decode and check the records of one partition, in the order of the published checks up to ``stale_run``."""
+    refusals: dict[int, Refusal] = {}
+    lean = _decode(records, refusals)
+    times = _times(lean)
+    if times is None or not _lean_enough(lean, times).all():
+        suspects = range(len(lean)) if times is None else np.flatnonzero(~_lean_enough(lean, times))
+        for row in map(int, suspects):
+            lean[row] = _decode_strictly(records[row].value, row, refusals)
+        times = _times(lean)
+        assert times is not None
+    runs = _columns(records, lean, times, refusals)
+    _refuse_misrouted(runs, records, partition, partitions)
+    _refuse_untimely(runs)
+    return runs
+
+
+def _decode(records: Sequence[Record], refusals: dict[int, Refusal]) -> list[_LeanRun]:
+    try:
+        values = [record.value for record in records]
+        if max(map(len, values)) <= MAX_EVENT_BYTES:  # type: ignore[arg-type]  # None: TypeError below
+            return [_decode_lean(value) for value in values]  # type: ignore[arg-type]
+    except (msgspec.MsgspecError, UnicodeError, TypeError, RecursionError):
+        pass
+    return [_decode_one(record.value, row, refusals) for row, record in enumerate(records)]
+
+
+def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> _LeanRun:
+    if value is not None and len(value) <= MAX_EVENT_BYTES:
+        try:
+            return _decode_lean(value)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            pass
+    return _decode_strictly(value, row, refusals)
+
+
+def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> _LeanRun:
+    """The definition: what `CellRun` says of this record, as a lean run in canonical form."""
+    if value is None:
+        refusals[row] = Refusal(Reason.MALFORMED, "the record has no value")
+        return _BLANK
+    if len(value) > MAX_EVENT_BYTES:
+        refusals[row] = Refusal(Reason.TOO_LARGE, f"{len(value):,} bytes, at most {MAX_EVENT_BYTES:,}")
+        return _BLANK
+    try:
+        run = _decode_run(value)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        refusals[row] = Refusal(Reason.MALFORMED, name_field(str(error)))
+        return _BLANK
+    text = {name: getattr(run, name) for name in _LeanRun.__struct_fields__}
+    milliseconds = to_milliseconds(run.ran_at)
+    canonical = str(np.datetime_as_string(np.datetime64(milliseconds, "ms"))) + "Z"
+    return _LeanRun(**text | {"run_id": str(run.run_id), "outcome": str(run.outcome), "ran_at": canonical})
+
+
+def name_field(message: str) -> str:
+    """msgspec's message with the field in front: ``field `ran_at`: ...``."""
+    why, _, place = message.partition(" - at `$.")
+    return f"field `{place.rstrip('`')}`: {why}" if place else message
+
+
+def _times(lean: list[_LeanRun]) -> tuple[pa.Array, Integers] | None:
+    """The texts of ``ran_at`` and their Unix milliseconds, truncated; None when one of them is no date."""
+    texts = pa.array([run.ran_at for run in lean], pa.string())
+    try:
+        microseconds = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+    return texts, microseconds.to_numpy() // 1000
+
+
+def _lean_enough(lean: list[_LeanRun], times: tuple[pa.Array, Integers]) -> Mask:
+    """Which rows have the plain shapes that the column conversions read exactly as `CellRun` does."""
+    texts, ran_ms = times
+    plain: Mask = pc.match_substring_regex(texts, _RFC_3339).to_numpy(zero_copy_only=False)
+    joined = "".join([run.run_id for run in lean]).encode()
+    if len(joined) != 36 * len(lean):
+        return np.zeros(len(lean), np.bool_)
+    letters = np.frombuffer(joined, np.uint8).reshape(-1, 36)
+    hexadecimal = _IS_HEX[letters].sum(axis=1) == 32
+    dashed = (letters[:, [8, 13, 18, 23]] == ord("-")).all(axis=1)
+    return plain & (ran_ms >= _EARLIEST_MS) & hexadecimal & dashed
+
+
+_IS_HEX: Final = np.isin(np.arange(256), list(b"0123456789abcdefABCDEF"))
+
+
+def _columns(
+    records: Sequence[Record], lean: list[_LeanRun], times: tuple[pa.Array, Integers], refusals: dict[int, Refusal]
+) -> Runs:
+    run_ids = bytes.fromhex("".join([run.run_id for run in lean]).replace("-", ""))
+    columns: dict[str, pa.Array] = {
+        "run_id": pa.Array.from_buffers(pa.binary(16), len(lean), [None, pa.py_buffer(run_ids)]),
+        "workspace_id": pa.array([run.workspace_id for run in lean], pa.string()),
+        "table_id": pa.array([run.table_id for run in lean], pa.string()),
+        "column_id": pa.array([run.column_id for run in lean], pa.string()),
+        "row_id": pa.array([run.row_id for run in lean], pa.string()),
+        "action": pa.array([run.action for run in lean], pa.string()),
+        "triggered_by": pa.array([run.triggered_by or "" for run in lean], pa.string()),
+        "actor": pa.array([run.actor or "" for run in lean], pa.string()),
+    }
+    outcome = np.array([_OUTCOME_NUMBERS[run.outcome] for run in lean], np.int8)
+    outcome[list(refusals)] = 0
+    return Runs(
+        offsets=np.array([record.offset for record in records], np.int64),
+        recorded_ms=np.array([record.timestamp for record in records], np.int64),
+        ran_ms=times[1],
+        keys=run_keys(run_ids),
+        own_api_key=np.array([run.own_api_key for run in lean], np.bool_),
+        outcome=outcome,
+        columns=columns,
+        refusals=refusals,
+    )
+
+
+def run_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
+    """The filter's keys of joined 16-byte run ids: the XOR of both halves, as `RUN_KEY_SQL` computes it.
+
+    Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
+    """
+    halves = np.frombuffer(run_ids, ">u8").reshape(-1, 2)
+    return (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
+
+
+def partition_of(workspace_id: str, partitions: int) -> int:
+    """Where Kafka's default partitioner puts a workspace (murmur2 of the key, sign bit cleared)."""
+    return int(murmur2(workspace_id.encode()) & 0x7FFF_FFFF) % partitions
+
+
+_routes: Final[dict[tuple[str, int], int]] = {}
+
+
+def _route(workspace_id: str, partitions: int) -> int:
+    place = workspace_id, partitions
+    if (found := _routes.get(place)) is None:
+        if len(_routes) >= ROUTES_MAX:
+            _routes.clear()
+        found = _routes[place] = partition_of(workspace_id, partitions)
+    return found
+
+
+def _refuse_misrouted(runs: Runs, records: Sequence[Record], partition: int, partitions: int) -> None:
+    workspaces = runs.columns["workspace_id"]
+    keys = pa.array([record.key for record in records], pa.binary())
+    keyed = pc.fill_null(pc.equal(keys, workspaces.cast(pa.binary())), False).to_numpy(zero_copy_only=False)
+    distinct = workspaces.dictionary_encode()
+    routes = np.array([_route(name, partitions) for name in distinct.dictionary.to_pylist()], np.int64)
+    home = routes[distinct.indices.to_numpy()]
+    for row in map(int, np.flatnonzero(~keyed | (home != partition))):
+        if row in runs.refusals:
+            continue
+        workspace = workspaces[row].as_py()
+        detail = (
+            f"partition {partition}, but the key's murmur2 hash gives {home[row]}"
+            if keyed[row]
+            else f"the Kafka key is {_show(records[row].key)}, the workspace_id {workspace!r}"
+        )
+        runs.refusals[row] = Refusal(Reason.MISROUTED, detail)
+
+
+def _show(key: bytes | None) -> str:
+    return "missing" if key is None else repr(key[:64].decode(errors="backslashreplace"))
+
+
+def _refuse_untimely(runs: Runs) -> None:
+    ahead = runs.ran_ms - runs.recorded_ms
+    for row in map(int, np.flatnonzero((ahead > FUTURE_MS_MAX) | (ahead < -AGE_MS_MAX))):
+        if row in runs.refusals:
+            continue
+        milliseconds = int(ahead[row])
+        runs.refusals[row] = (
+            Refusal(Reason.FUTURE_RUN, f"`ran_at` is {milliseconds / 1000:,.3f} s ahead of the broker, at most 300 s")
+            if milliseconds > 0
+            else Refusal(Reason.STALE_RUN, f"`ran_at` is {-milliseconds // 86_400_000} days old, at most 366")
+        )
+
+
+def headers_text(headers: Sequence[tuple[str, bytes]]) -> str:
+    """Kafka headers as JSON, values as text with escapes, for a dead letter's ``raw_headers``."""
+    if not headers:
+        return ""
+    pairs: list[Any] = [[name, (value or b"").decode(errors="backslashreplace")] for name, value in headers]
+    return msgspec.json.encode(pairs).decode()

@@ -1,0 +1,186 @@
+"""From records to ledger rows: decode ▸ rate ▸ settle copies ▸ rows. The road of an event, in one file, without I/O.
+
+A *take* is everything that waited for a unit at one moment: some chunks of one partition, in Kafka's order. Each of its
+records becomes exactly one row.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from schemas.ledger import KINDS, REASONS, Kind, Reason
+from sinks.columns import LEDGER_SCHEMA, OUTCOMES, constant, decimals, instants, number_of
+from sinks.ledger import Chain
+from streams.duplicates import Candidate, Identity, Original, Verdict
+from streams.intake import Record, Refusal, Runs, headers_text, read_chunk
+from streams.rating import Debits, RatingTable
+
+_RUN: Final = number_of(Kind.RUN)
+_DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
+_SPARSE: Final = {"detail": "", "raw": b"", "raw_key": b"", "raw_headers": ""}
+
+
+class Take(msgspec.Struct, frozen=True):
+    """Rated records of one chain. ``debits`` is settled in place; refusals are in it already."""
+
+    chain: Chain
+    after: int
+    """The offset before the first record: that of the previous take, or the mark."""
+    records: Sequence[Record]
+    runs: Runs
+    debits: Debits
+    details: dict[int, str]
+    """Row → what a person should know about it: duplicates and dead letters only."""
+
+    @property
+    def last(self) -> int:
+        return int(self.runs.offsets[-1])
+
+    def new_run_keys(self) -> npt.NDArray[np.uint64]:
+        """Filter keys of the rows that occupy their run ids."""
+        return self.runs.keys[self.debits.kind == _RUN]
+
+
+def rate_take(chain: Chain, after: int, chunks: Sequence[Sequence[Record]], partitions: int, table: RatingTable) -> Take:
+    """Decode and rate: everything that one event alone, and the catalogue, decide."""
+    runs = _join([read_chunk(chunk, chain.partition, partitions) for chunk in chunks])
+    debits = table.rate(runs.columns["action"], runs.outcome, runs.own_api_key, runs.ran_ms)
+    take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
+    for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
+        take.details[row] = f"action {runs.columns['action'][row].as_py()!r} stands in no version of the catalogue"
+    for row, refusal in runs.refusals.items():
+        _overrule(take, row, Verdict(Kind.DEAD_LETTER, refusal.reason, refusal.detail))
+    return take
+
+
+def _join(parts: list[Runs]) -> Runs:
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0] + [len(part.offsets) for part in parts])
+    refusals: dict[int, Refusal] = {
+        row + int(start): refusal for start, part in zip(starts, parts, strict=False) for row, refusal in part.refusals.items()
+    }
+    arrays = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("offsets", "recorded_ms", "ran_ms", "keys", "own_api_key", "outcome")
+    }
+    columns = {name: pa.concat_arrays([part.columns[name] for part in parts]) for name in parts[0].columns}
+    return Runs(**arrays, columns=columns, refusals=refusals)
+
+
+def candidates(take: Take, suspected: npt.NDArray[np.bool_]) -> list[Candidate]:
+    """The suspected rows that have an identity, in Kafka's order."""
+    rows = [row for row in map(int, np.flatnonzero(suspected)) if row not in take.runs.refusals]
+    return [
+        Candidate(row, identity, Original(position(take, row), facts), bool(take.debits.kind[row] == _RUN))
+        for row, (identity, facts) in zip(rows, _identities(take, rows), strict=True)
+    ]
+
+
+def originals(take: Take, keys: npt.NDArray[np.uint64]) -> dict[Identity, Original]:
+    """Debits of a take that is on its way to the ledger and whose filter keys are among ``keys``."""
+    rows = list(map(int, np.flatnonzero(np.isin(take.runs.keys, keys) & (take.debits.kind == _RUN))))
+    return {
+        identity: Original(position(take, row), facts)
+        for row, (identity, facts) in zip(rows, _identities(take, rows), strict=True)
+    }
+
+
+def position(take: Take, row: int) -> str:
+    """Where a record lies in Kafka, as people write it: ``cell-runs[3]@88123``."""
+    return f"{take.chain}@{take.runs.offsets[row]}"
+
+
+def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[object, ...]]]:
+    columns = {name: column.take(pa.array(rows, pa.int64())).to_pylist() for name, column in take.runs.columns.items()}
+    found = []
+    for place, row in enumerate(rows):
+        text = {name: values[place] for name, values in columns.items()}
+        facts = (
+            text["table_id"], text["column_id"], text["row_id"], text["action"],
+            str(OUTCOMES[take.runs.outcome[row] - 1]), bool(take.runs.own_api_key[row]), int(take.runs.ran_ms[row]),
+            text["triggered_by"], text["actor"],
+        )  # fmt: skip
+        found.append((Identity(text["workspace_id"], UUID(bytes=text["run_id"])), facts))
+    return found
+
+
+def apply_verdicts(take: Take, verdicts: dict[int, Verdict]) -> None:
+    """Turn the settled copies into duplicates and conflicting duplicates."""
+    for row, verdict in verdicts.items():
+        _overrule(take, row, verdict)
+
+
+def _overrule(take: Take, row: int, verdict: Verdict) -> None:
+    debits = take.debits
+    debits.kind[row], debits.reason[row] = number_of(verdict.kind), number_of(verdict.reason)
+    debits.pool[row], debits.credits[row], debits.catalogue[row] = 1, 0, 0
+    take.details[row] = verdict.detail
+
+
+def ledger_rows(take: Take) -> pa.Table:
+    """The take as rows of the ledger, without ``batch_month``: that is the batch's, not the take's."""
+    runs, debits, length = take.runs, take.debits, len(take.records)
+    dead = debits.kind == _DEAD_LETTER
+    ran_ms = np.where(dead, runs.recorded_ms, runs.ran_ms) if dead.any() else runs.ran_ms
+    arrays = {
+        "topic": constant(take.chain.topic, length, pa.string()),
+        "topic_id": constant(take.chain.topic_id, length, pa.string()),
+        "kafka_partition": constant(take.chain.partition, length, pa.uint16()),
+        "kafka_offset": pa.array(runs.offsets.astype(np.uint64)),
+        "offset_gap": pa.array(_gaps(take).astype(np.uint32)),
+        "recorded_at": instants(runs.recorded_ms),
+        "kind": pa.array(debits.kind),
+        **runs.columns,
+        "outcome": pa.array(runs.outcome),
+        "own_api_key": pa.array(runs.own_api_key),
+        "ran_at": instants(ran_ms),
+        "pool": pa.array(debits.pool),
+        "credits": decimals(debits.credits),
+        "reason": pa.array(debits.reason),
+        "catalogue": pa.array(debits.catalogue),
+        **_sparse_columns(take, dead),
+        "redrive_of": constant("", length, pa.string()),
+    }
+    return pa.table([arrays[field.name] for field in _TAKE_SCHEMA], schema=_TAKE_SCHEMA)
+
+
+_TAKE_SCHEMA: Final = pa.schema([field for field in LEDGER_SCHEMA if field.name != "batch_month"])
+
+
+def _gaps(take: Take) -> npt.NDArray[np.int64]:
+    """Distance to the record before: 1, or more where compaction or transaction markers left a gap in Kafka."""
+    gaps = np.diff(take.runs.offsets, prepend=take.after)
+    if take.after < 0:
+        gaps[0] = 1
+    return gaps
+
+
+def _sparse_columns(take: Take, dead: npt.NDArray[np.bool_]) -> dict[str, pa.Array]:
+    """Details, and for dead letters the bytes as they came."""
+    length = len(take.records)
+    if not take.details:
+        return {name: constant(blank, length, LEDGER_SCHEMA.field(name).type) for name, blank in _SPARSE.items()}
+    values: dict[str, list[str | bytes]] = {name: [blank] * length for name, blank in _SPARSE.items()}
+    for row, detail in take.details.items():
+        values["detail"][row] = detail
+    for row in map(int, np.flatnonzero(dead)):
+        record = take.records[row]
+        values["raw"][row] = record.value or b""
+        values["raw_key"][row] = record.key or b""
+        values["raw_headers"][row] = headers_text(record.headers)
+    return {name: pa.array(column, LEDGER_SCHEMA.field(name).type) for name, column in values.items()}
+
+
+def counts(take: Take) -> dict[str, int]:
+    """How many rows of each kind and reason, for counters and the live view: ``run/charged`` → 12."""
+    pairs, numbers = np.unique(take.debits.kind.astype(np.int64) * 256 + take.debits.reason, return_counts=True)
+    return {
+        f"{KINDS[pair // 256 - 1]}/{REASONS[pair % 256 - 1]}": number
+        for pair, number in zip(pairs.tolist(), numbers.tolist(), strict=True)
+    }

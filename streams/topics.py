@@ -1,0 +1,131 @@
+"""Kafka topics: created explicitly, checked before every start. Blocking; the worker calls it in a thread.
+
+A topic is the road's surface: a wrong partition count splits a workspace over two writers, and any timestamp but the
+broker's makes "late" and "future" depend on a producer's clock. So the worker refuses what does not fit.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from confluent_kafka import Consumer, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from schemas.problem import Problem, Unreachable
+from streams.settings import Settings
+
+CELL_RUNS: Final = "cell-runs"
+ANSWER_TIMEOUT_S: Final = 10.0
+
+REQUIRED_CONFIG: Final = {"message.timestamp.type": "LogAppendTime"}
+CREATED_CONFIG: Final = {
+    **REQUIRED_CONFIG,
+    "cleanup.policy": "delete",
+    "retention.ms": str(7 * 24 * 60 * 60 * 1000),
+    "max.message.bytes": str(1024 * 1024),
+}
+
+
+class Topic(msgspec.Struct, frozen=True):
+    """One topic as the broker has it. ``id`` is the broker's UUID: a re-created topic is another one."""
+
+    name: str
+    id: str
+    partitions: int
+    config: dict[str, str]
+
+
+class LogRange(msgspec.Struct, frozen=True):
+    """Kafka's log of one partition: the first offset that still exists, and the one after the last."""
+
+    start: int
+    end: int
+
+
+def cell_runs_topic(settings: Settings) -> str:
+    """The topic's name under the settings' prefix."""
+    return settings.topic_prefix + CELL_RUNS
+
+
+class Broker:
+    """Administration of one Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self.bootstrap: Final = bootstrap
+        # The client lives as long as this object: one that is dropped early fails its pending futures.
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+
+    def topic(self, name: str) -> Topic | None:
+        """What the broker says of a topic; None when it does not exist."""
+        metadata = self._call(self._admin.list_topics, name, timeout=ANSWER_TIMEOUT_S)
+        if metadata.topics[name].error is not None:
+            return None
+        resource = ConfigResource(ResourceType.TOPIC, name)
+        described = self._answer(self._admin.describe_topics(TopicCollection([name])))[name]
+        entries = self._answer(self._admin.describe_configs([resource]))[resource]
+        config = {key: entry.value for key, entry in entries.items()}
+        return Topic(name, str(described.topic_id), len(described.partitions), config)
+
+    def create(self, name: str, settings: Settings) -> None:
+        """Create a topic with the settings' partitions and the required configuration."""
+        new = NewTopic(
+            name,
+            num_partitions=settings.partitions,
+            replication_factor=settings.replication_factor,
+            config=CREATED_CONFIG,
+        )
+        self._answer(self._admin.create_topics([new]))
+
+    def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
+        """Start and end of each partition's log."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "creditstream-offsets", "log_level": 0})
+        try:
+            ranges = {}
+            for partition in partitions:
+                place = TopicPartition(name, partition)
+                start, end = self._call(consumer.get_watermark_offsets, place, timeout=ANSWER_TIMEOUT_S)
+                ranges[partition] = LogRange(start, end)
+            return ranges
+        finally:
+            consumer.close()
+
+    def _answer(self, futures: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {key: self._call(future.result, timeout=ANSWER_TIMEOUT_S) for key, future in futures.items()}
+
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (KafkaException, TimeoutError) as error:
+            reason = error.args[0].str() if isinstance(error, KafkaException) else "no answer"
+            raise Unreachable(
+                f"Kafka at {self.bootstrap} does not answer", reason, "Start it, or set CREDITSTREAM_KAFKA_BOOTSTRAP."
+            ) from error
+
+
+def ensure_topic(broker: Broker, name: str, settings: Settings) -> tuple[Topic, bool]:
+    """The topic, created when it does not exist (then True). Problem when it exists and does not fit."""
+    found = broker.topic(name)
+    if not found:
+        broker.create(name, settings)
+    return require_topic(broker, name, settings), not found
+
+
+def require_topic(broker: Broker, name: str, settings: Settings) -> Topic:
+    """The topic as the worker needs it. Problem when it is missing or does not fit."""
+    topic = broker.topic(name)
+    if not topic:
+        raise Problem(f"topic {name} does not exist", f"on {broker.bootstrap}", "Run `creditstream topics`.")
+    if topic.partitions != settings.partitions:
+        raise Problem(
+            f"topic {name} does not fit",
+            f"it has {topic.partitions} partitions, the settings say {settings.partitions}",
+            "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
+        )
+    for key, value in REQUIRED_CONFIG.items():
+        if topic.config.get(key) != value:
+            raise Problem(
+                f"topic {name} does not fit",
+                f"{key} is {topic.config.get(key)}, not {value}",
+                f"Set it: kafka-configs.sh --alter --topic {name} --add-config {key}={value}",
+            )
+    return topic
