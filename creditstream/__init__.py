@@ -1,0 +1,3 @@
+"""creditstream: meters cell runs into an exactly-once credit ledger."""
+
+__version__ = "0.1.0"

@@ -81,8 +81,8 @@ class Home(msgspec.Struct, frozen=True):
         try:
             self.withdraw()
             yield
-            self.withdraw()
         finally:
+            self.withdraw()
             os.close(lock)
 
     def publish(self, endpoints: Endpoints) -> None:
@@ -96,14 +96,11 @@ class Home(msgspec.Struct, frozen=True):
         self.endpoints_path.unlink(missing_ok=True)
 
     def worker(self) -> Endpoints | None:
-        """Where the live process that holds this home answers; None without one, or before it has published."""
-        if not self._lock_path.exists():
-            return None
-        lock = take_lock(self._lock_path, wait_s=0.0, sign=False)
-        if lock is not None:
-            os.close(lock)
-            return None
+        """Where the live process that holds this home answers; None without one, or until it publishes."""
         try:
+            with self._lock_path.open("rb") as lock:
+                if _try_lock(lock.fileno(), fcntl.LOCK_SH):
+                    return None
             endpoints = msgspec.json.decode(self.endpoints_path.read_bytes(), type=Endpoints)
         except FileNotFoundError:
             return None
@@ -118,11 +115,11 @@ class Home(msgspec.Struct, frozen=True):
         )
 
 
-def take_lock(path: Path, wait_s: float, sign: bool = True) -> int | None:
+def take_lock(path: Path, wait_s: float) -> int | None:
     """An open descriptor that holds the exclusive lock on `path`, or None when it stays taken for `wait_s`.
 
     Closing the descriptor frees the lock; so does the death of every process that has it open.
-    `sign` writes the own pid into it, for `lock_holder`. Raises `Problem` when `path` cannot be written.
+    The own pid is written into it, for `lock_holder`. Raises `Problem` when `path` cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +131,13 @@ def take_lock(path: Path, wait_s: float, sign: bool = True) -> int | None:
             "Choose a directory that you may write to.",
         ) from error
     deadline = time.monotonic() + wait_s
-    while not _try_lock(descriptor):
+    while not _try_lock(descriptor, fcntl.LOCK_EX):
         if time.monotonic() >= deadline:
             os.close(descriptor)
             return None
         time.sleep(LOCK_POLL_S)
-    if sign:
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
     return descriptor
 
 
@@ -151,9 +147,9 @@ def lock_holder(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -25,10 +25,13 @@ DatabaseError = ClickHouseError
 """Whatever the database or its transport may raise."""
 
 
-def connect(url: str, password: str = "", *, database: str | None = None) -> Client:
+def connect(
+    url: str, password: str = "", *, database: str | None = None, answer_timeout_s: int = ANSWER_TIMEOUT_S
+) -> Client:
     """A client of ``chdb:///directory?database=name`` or of ``http(s)://user@host:port/database``.
 
-    Thread-safe, one statement at a time on chDB. ``database`` replaces the one of the URL.
+    Thread-safe, one statement at a time on chDB. ``database`` replaces the one of the URL;
+    ``answer_timeout_s`` is for HTTP only.
     Unreachable when nobody answers; Problem when the URL is wrong or another process holds the chDB directory.
     """
     parts = urlsplit(url)
@@ -36,7 +39,7 @@ def connect(url: str, password: str = "", *, database: str | None = None) -> Cli
         case "chdb":
             return _open_chdb(Path(parts.path), database or database_of(url))
         case "http" | "https":
-            return _open_http(url, password, database or database_of(url))
+            return _open_http(url, password, database or database_of(url), answer_timeout_s)
     raise Problem("the ledger's URL is wrong", f"{url!r} is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL.")
 
 
@@ -50,7 +53,7 @@ def database_of(url: str) -> str:
 def _open_chdb(directory: Path, database: str) -> Client:
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        client = clickhouse_connect.get_client(interface="chdb", path=str(directory), settings=SESSION)
+        client = clickhouse_connect.get_client(interface="chdb", path=str(directory), settings=SESSION, tz_mode="aware")
     except ImportError as error:
         raise Problem("chDB is not installed", str(error), "Install creditstream[embedded] or set CREDITSTREAM_LEDGER_URL.") from error
     except (ClickHouseError, RuntimeError) as error:
@@ -68,7 +71,7 @@ def _is_lock_error(error: Exception) -> bool:
     return any(sign in str(error) for sign in ("Cannot lock file", "EmbeddedServer", "BAD_ARGUMENTS"))
 
 
-def _open_http(url: str, password: str, database: str) -> Client:
+def _open_http(url: str, password: str, database: str, answer_timeout_s: int) -> Client:
     parts = urlsplit(url)
     try:
         return clickhouse_connect.get_client(
@@ -79,8 +82,9 @@ def _open_http(url: str, password: str, database: str) -> Client:
             password=unquote(parts.password or "") or password,
             database=database,
             connect_timeout=CONNECT_TIMEOUT_S,
-            send_receive_timeout=ANSWER_TIMEOUT_S,
+            send_receive_timeout=answer_timeout_s,
             autogenerate_session_id=False,
+            tz_mode="aware",
             settings=SESSION,
         )
     except ClickHouseError as error:

@@ -146,7 +146,10 @@ def _expect_mark(answer: Mark | bool) -> Mark:
 
 
 class Ledger:
-    """The ledger's writing side over one connection. Blocking: the worker calls it in a thread."""
+    """The ledger's writing side over one connection. Blocking: the worker calls it in a thread.
+
+    ``on_trouble`` is told what the database said when it failed, and "" when a batch is in.
+    """
 
     def __init__(self, client: Client, epoch: int = 0, on_trouble: Callable[[str], None] = lambda _: None) -> None:
         self._client = client
@@ -190,6 +193,7 @@ class Ledger:
             try:
                 step = steps.send(answer)
             except StopIteration as done:
+                self._on_trouble("")
                 return _expect_mark(done.value)
 
     def _do(self, step: Step, chain: Chain) -> Mark | bool:

@@ -4,7 +4,8 @@ The worker's own questions come first, then those of people, which the CLI and t
 """
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from typing import Any, Final
 from uuid import UUID
 
@@ -12,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from clickhouse_connect.driver.client import Client
 
+from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow, WorkspaceTotal
 from schemas.catalogue import Catalogue
-from schemas.problem import Problem
-from sinks.clickhouse import DatabaseError
+from schemas.credits import format_credits
+from schemas.ledger import FREE_REASONS, Reason
+from schemas.problem import Problem, UnknownId
+from sinks.explain import explain
 from sinks.ledger import Chain
-
-__all__ = ["DatabaseError", "find_runs", "pin_catalogue", "recent_run_keys", "token_window"]
 
 RUN_KEY_SQL: Final = "bitXor(reinterpretAsUInt64(run_id), toUInt64(toUInt128(run_id)))"
 """The duplicate filter's key; `streams.intake.run_keys` is the same in numpy, and a test holds them equal."""
@@ -128,3 +130,187 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
             [[version.number, version.content_hash, version.effective_from, version.file]],
             column_names=["number", "content_hash", "effective_from", "file"],
         )
+
+
+# What people ask.
+
+_KEYS_OF: Final = {
+    By.COLUMN: ("table_id", "column_id"),
+    By.TABLE: ("table_id",),
+    By.ACTION: ("action",),
+    By.DAY: ("day",),
+    By.REASON: ("reason",),
+}
+
+
+def usage(client: Client, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
+    """Credits and runs of one workspace in the UTC days [start, end), most credits first (days: in order).
+
+    Summed by plain keys of the ``usage`` projection; what is free is split off here, since ``sumIf`` misses it.
+    """
+    keys = _KEYS_OF[by]
+    grouped = list(dict.fromkeys([*keys, "pool", "reason"]))
+    found = client.query(
+        f"SELECT {', '.join(grouped)}, sum(credits), count() FROM ledger "
+        "WHERE workspace_id = {workspace:String} AND kind = 'run' AND day >= {start:Date} AND day < {end:Date} "
+        f"GROUP BY {', '.join(grouped)}",
+        parameters={"workspace": workspace_id, "start": start or date(2020, 1, 1), "end": end or date(2149, 1, 1)},
+    )
+    sums: dict[tuple[Any, ...], list[Any]] = {}
+    for *group, credits, runs in found.result_rows:
+        fields = dict(zip(grouped, group, strict=True))
+        total = sums.setdefault((*(fields[key] for key in keys), fields["pool"]), [Decimal(0), 0, 0])
+        total[0] += credits
+        total[1] += runs
+        total[2] += runs if fields["reason"] in FREE_REASONS else 0
+    rows = [
+        UsageRow(**dict(zip((*keys, "pool"), group, strict=True)), credits=_text(credits), runs=runs, free_runs=free)
+        for group, (credits, runs, free) in sorted(sums.items(), key=lambda item: _rank(by, item))
+    ]
+    return rows
+
+
+def workspaces(client: Client, limit: int) -> list[WorkspaceTotal]:
+    """The workspaces that drew most, over all time."""
+    found = client.query(
+        "SELECT workspace_id, sum(credits) AS total, count() FROM ledger WHERE kind = 'run' GROUP BY workspace_id "
+        "ORDER BY total DESC, workspace_id LIMIT {limit:UInt32}",
+        parameters={"limit": limit},
+    )
+    return [WorkspaceTotal(workspace_id=name, credits=_text(credits), runs=runs) for name, credits, runs in found.result_rows]
+
+
+def example_run(client: Client, reason: Reason) -> UUID | None:
+    """One of the newest runs with this reason, the dearest first: something to explain."""
+    found = client.query(
+        "SELECT run_id FROM (SELECT run_id, credits FROM ledger WHERE kind = 'run' AND reason = {reason:String} "
+        "ORDER BY recorded_at DESC LIMIT 1000) ORDER BY credits DESC LIMIT 1",
+        parameters={"reason": str(reason)},
+    )
+    return found.result_rows[0][0] if found.result_rows else None
+
+
+def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
+    group, (credits, runs, _) = item
+    return group if by == By.DAY else (-credits, -runs, group)
+
+
+def _text(credits: Decimal) -> str:
+    return format_credits(int(credits.scaleb(3)))
+
+
+def deliveries(client: Client, run_id: UUID) -> list[dict[str, Any]]:
+    """Every ledger row under a run id, in the order of arrival."""
+    return _rows(
+        client,
+        "SELECT * EXCEPT (raw, raw_key, raw_headers, mark_read_at) FROM ledger WHERE run_id = {run:UUID} "
+        "ORDER BY recorded_at, kafka_partition, kafka_offset",
+        {"run": str(run_id)},
+    )
+
+
+def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanation:
+    """Why a run cost what it cost. UnknownId when no event carried this id."""
+    rows = deliveries(client, run_id)
+    if not rows:
+        raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
+    cell = {name: rows[0][name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
+    ((runs_of_this_cell,),) = client.query(
+        "SELECT count() FROM ledger WHERE kind = 'run' AND workspace_id = {workspace_id:String} "
+        "AND table_id = {table_id:String} AND column_id = {column_id:String} AND row_id = {row_id:String}",
+        parameters=cell,
+    ).result_rows
+    return explain(rows, runs_of_this_cell, catalogue)
+
+
+def dead_letters(client: Client, reason: str, limit: int) -> list[DeadLetter]:
+    """The newest dead letters, of one reason or (empty) of all."""
+    return [
+        _dead_letter(row)
+        for row in _rows(
+            client,
+            "SELECT * FROM ledger WHERE kind = 'dead_letter' AND ({reason:String} = '' OR reason = {reason:String}) "
+            "ORDER BY recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
+            {"reason": reason, "limit": limit},
+        )
+    ]
+
+
+def dead_letter(client: Client, partition: int, offset: int) -> DeadLetter:
+    """The dead letter at a position. UnknownId when the ledger holds none there."""
+    rows = _rows(
+        client,
+        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND kafka_partition = {partition:UInt16} "
+        "AND kafka_offset = {offset:UInt64} ORDER BY recorded_at DESC LIMIT 1",
+        {"partition": partition, "offset": offset},
+    )
+    if not rows:
+        raise UnknownId(f"no dead letter at [{partition}]@{offset}", "", "See `creditstream dead-letters list`.")
+    return _dead_letter(rows[0])
+
+
+def _dead_letter(row: dict[str, Any]) -> DeadLetter:
+    return DeadLetter(
+        position=f"{row['topic']}[{row['kafka_partition']}]@{row['kafka_offset']}",
+        recorded_at=row["recorded_at"],
+        reason=row["reason"],
+        detail=row["detail"],
+        workspace_id=row["workspace_id"],
+        run_id=str(row["run_id"]) if row["run_id"].int else "",
+        raw_key=_shown(row["raw_key"]),
+        raw_headers=row["raw_headers"],
+        raw=_shown(row["raw"]),
+        raw_bytes=len(_bytes(row["raw"])),
+    )
+
+
+def _rows(client: Client, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    found = client.query(sql, parameters=parameters, column_formats={"raw": "bytes", "raw_key": "bytes"})
+    return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
+
+
+# What `creditstream reconcile` asks.
+
+
+def audit_partitions(client: Client, topic: str) -> list[PartitionAudit]:
+    """Every chain of a topic: what its rows say of themselves."""
+    found = client.query(
+        "SELECT topic, topic_id, kafka_partition, min(kafka_offset), max(kafka_offset), count(), uniqExact(kafka_offset), "
+        "sum(offset_gap), countIf(kind = 'run') - uniqExactIf((workspace_id, run_id), kind = 'run') "
+        "FROM ledger WHERE topic = {topic:String} GROUP BY topic, topic_id, kafka_partition ORDER BY topic_id, kafka_partition",
+        parameters={"topic": topic},
+    )
+    return [PartitionAudit(**dict(zip(PartitionAudit.__struct_fields__, row, strict=True))) for row in found.result_rows]
+
+
+def audit_sums(client: Client) -> SumAudit:
+    """The sums through the usage projection, and the same over raw rows."""
+    sql = (
+        "SELECT sum(c), sum(n) FROM (SELECT workspace_id, day, pool, kind, reason, sum(credits) AS c, count() AS n "
+        "FROM ledger GROUP BY workspace_id, day, pool, kind, reason)"
+    )
+    projected, raw = (
+        client.query(sql, settings={"optimize_use_projections": use}).result_rows[0] for use in (1, 0)
+    )
+    return SumAudit(
+        credits_projected=_text(projected[0]), rows_projected=projected[1], credits_raw=_text(raw[0]), rows_raw=raw[1]
+    )
+
+
+def ledger_rows(client: Client, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
+    """Rows of one chain after an offset, in Kafka's order, for a comparison with the topic."""
+    found = client.query(
+        "SELECT kafka_offset, toString(kind), toString(reason), toString(pool), toInt64(credits * 1000), workspace_id, "
+        "toString(run_id), detail FROM ledger WHERE topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16} "
+        "AND kafka_offset > {after:Int64} ORDER BY kafka_offset LIMIT {limit:UInt32}",
+        parameters={"topic_id": topic_id, "partition": partition, "after": after, "limit": limit},
+    )
+    return [LedgerRow(*row) for row in found.result_rows]
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()
+
+
+def _shown(value: str | bytes) -> str:
+    return _bytes(value).decode(errors="backslashreplace")

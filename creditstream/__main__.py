@@ -1,0 +1,5 @@
+"""``python -m creditstream``."""
+
+from creditstream.cli import main
+
+main()

@@ -1,0 +1,174 @@
+"""Who answers a question: the worker that holds the home, over its API, or the ledger itself when nobody holds it.
+
+chDB allows one process per directory (D13), so a command asks the worker while there is one and opens the ledger when
+there is none. Both ways run the same queries and give the same records.
+"""
+
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+from uuid import UUID
+
+import msgspec
+
+from creditstream.home import Home
+from schemas.answers import (
+    By,
+    DeadLetter,
+    Explanation,
+    LedgerRow,
+    PartitionAudit,
+    Status,
+    SumAudit,
+    UsageRow,
+    WorkspaceTotal,
+)
+from schemas.ledger import Reason
+from schemas.problem import Difference, Problem, UnknownId, Unreachable
+from streams.settings import Settings
+
+ANSWER_TIMEOUT_S: Final = 60.0
+_PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, Difference, UnknownId, Unreachable)}
+
+T = TypeVar("T")
+
+
+class Answers(Protocol):
+    """The questions of `sinks.queries`, wherever they are answered."""
+
+    def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...
+    def explanation(self, run_id: UUID) -> Explanation: ...
+    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]: ...
+    def dead_letter(self, partition: int, offset: int) -> DeadLetter: ...
+    def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...
+    def audit_sums(self) -> SumAudit: ...
+    def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...
+
+
+@contextmanager
+def ask(settings: Settings, url: str = "") -> Iterator[Answers]:
+    """Answers from ``url``, from the worker in the home, from the ledger's server, or from the home's own ledger.
+
+    Problem when the home has no ledger yet; Unreachable when a worker or a server does not answer.
+    """
+    home = Home.at(settings.home)
+    worker = home.worker()
+    if url or worker:
+        yield WorkerAnswers(url or (worker.api_url if worker else ""))
+    elif settings.ledger_url:
+        with _opened(settings, settings.ledger_url) as answers:
+            yield answers
+    elif not home.ledger.exists():
+        raise Problem("there is no ledger yet", f"{home.path} is empty", "Run `creditstream demo` or `creditstream worker`.")
+    else:
+        with home.hold(), _opened(settings, f"chdb://{home.ledger}") as answers:
+            yield answers
+
+
+@contextmanager
+def _opened(settings: Settings, url: str) -> Iterator["LedgerAnswers"]:
+    from sinks.clickhouse import DatabaseError, connect, first_line
+    from sinks.migrate import require_migrated
+
+    client = connect(url, settings.ledger_password)
+    try:
+        require_migrated(client)
+        yield LedgerAnswers(client, Path(settings.catalogue_dir))
+    except DatabaseError as error:
+        raise Unreachable("the ledger failed", first_line(error), "Try again; see the server's log.") from error
+    finally:
+        client.close()
+
+
+class LedgerAnswers:
+    """Answers from a connection of this process."""
+
+    def __init__(self, client: Any, catalogue_dir: Path) -> None:
+        self._client, self._catalogue_dir = client, catalogue_dir
+
+    def explanation(self, run_id: UUID) -> Explanation:
+        """Needs the catalogue for names and prices."""
+        from schemas.catalogue import Catalogue
+        from sinks import queries
+
+        return queries.explanation(self._client, run_id, Catalogue.load(self._catalogue_dir))
+
+    def __getattr__(self, question: str) -> Any:
+        from sinks import queries
+
+        function = getattr(queries, question)
+        return lambda *args: function(self._client, *args)
+
+
+class WorkerAnswers:
+    """Answers over a worker's read API."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+
+    def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
+        """See `sinks.queries.usage`."""
+        period = {"from": start, "to": end}
+        return self._get("/v1/usage", list[UsageRow], workspace_id=workspace_id, by=by, **period)
+
+    def explanation(self, run_id: UUID) -> Explanation:
+        """See `sinks.queries.explanation`."""
+        return self._get(f"/v1/runs/{run_id}", Explanation)
+
+    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]:
+        """See `sinks.queries.dead_letters`."""
+        return self._get("/v1/dead-letters", list[DeadLetter], reason=reason or None, limit=limit)
+
+    def dead_letter(self, partition: int, offset: int) -> DeadLetter:
+        """See `sinks.queries.dead_letter`."""
+        return self._get(f"/v1/dead-letters/{partition}/{offset}", DeadLetter)
+
+    def audit_partitions(self, topic: str) -> list[PartitionAudit]:
+        """See `sinks.queries.audit_partitions`; the worker knows one topic, its own."""
+        return [audit for audit in self._get("/v1/audit/partitions", list[PartitionAudit]) if audit.topic == topic]
+
+    def audit_sums(self) -> SumAudit:
+        """See `sinks.queries.audit_sums`."""
+        return self._get("/v1/audit/sums", SumAudit)
+
+    def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
+        """See `sinks.queries.ledger_rows`."""
+        chain = {"topic_id": topic_id, "partition": partition}
+        return self._get("/v1/audit/rows", list[LedgerRow], **chain, after=after, limit=limit)
+
+    def workspaces(self, limit: int) -> list[WorkspaceTotal]:
+        """See `sinks.queries.workspaces`."""
+        return self._get("/v1/workspaces", list[WorkspaceTotal], limit=limit)
+
+    def example_run(self, reason: Reason) -> UUID | None:
+        """See `sinks.queries.example_run`."""
+        return self._get("/v1/runs/example", UUID | None, reason=reason)  # type: ignore[arg-type]
+
+    def status(self) -> Status:
+        """What the worker does now."""
+        return self._get("/v1/status", Status)
+
+    def _get(self, path: str, kind: type[T], **parameters: Any) -> T:
+        query = urllib.parse.urlencode({name: value for name, value in parameters.items() if value is not None})
+        try:
+            with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
+                return msgspec.json.decode(answer.read(), type=kind)
+        except urllib.error.HTTPError as error:
+            raise _problem_of(error) from error
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
+
+
+def _problem_of(error: urllib.error.HTTPError) -> Problem:
+    body = error.read()
+    try:
+        told = msgspec.json.decode(body, type=dict[str, Any])
+        return _PROBLEMS[told["exit_code"]](told["what"], told["why"], told["fix"])
+    except (msgspec.MsgspecError, KeyError):
+        return Problem("the worker refused the question", f"{error.code}: {body[:200].decode(errors='replace')}")

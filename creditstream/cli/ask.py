@@ -1,0 +1,149 @@
+"""Questions to the ledger: what was used, why a run cost what it cost, what could not be metered."""
+
+import re
+from datetime import date, datetime
+from uuid import UUID
+
+import rich_click as click
+
+from creditstream.asking import ask
+from creditstream.cli.options import (
+    format_option,
+    settings_of,
+    show_record,
+    show_rows,
+    source_options,
+    utc,
+)
+from schemas.answers import By, DeadLetter, Explanation
+from schemas.ledger import DEAD_LETTER_REASONS
+from schemas.problem import Problem
+
+_COLUMNS_OF = {
+    By.COLUMN: ("table_id", "column_id"),
+    By.TABLE: ("table_id",),
+    By.ACTION: ("action",),
+    By.DAY: ("day",),
+    By.REASON: ("reason",),
+}
+_DAY = click.DateTime(formats=["%Y-%m-%d"])
+LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id", "raw_bytes")
+
+
+@click.command()
+@click.argument("workspace")
+@click.option("--by", type=click.Choice([str(by) for by in By]), default="column", help="What to sum by.")
+@click.option("--from", "start", type=_DAY, help="First UTC day.")
+@click.option("--to", "end", type=_DAY, help="The day after the last one.")
+@source_options
+@format_option
+def usage(workspace: str, by: str, start: datetime | None, end: datetime | None, home: str, url: str, form: str) -> None:
+    """Credits and runs of a workspace.
+
+    Example: `creditstream usage ws_0001 --by day --from 2026-11-01 --to 2026-12-01`
+    """
+    days = [day.date() if day else None for day in (start, end)]
+    _require_order(*days)
+    with ask(settings_of(home), url) as answers:
+        rows = answers.usage(workspace, By(by), *days)
+    columns = (*_COLUMNS_OF[By(by)], *(("pool",) if by != "pool" else ()), "credits", "runs", "free_runs")
+    show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
+
+
+def _require_order(start: date | None, end: date | None) -> None:
+    if start and end and end <= start:
+        raise click.UsageError(f"--to {end} is not after --from {start}; --to is the day after the last one.")
+
+
+@click.command()
+@click.argument("run_id")
+@source_options
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+def explain(run_id: str, home: str, url: str, form: str) -> None:
+    """Why a run cost what it cost, in one sentence, and the evidence.
+
+    Example: `creditstream explain 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22`
+    """
+    try:
+        wanted = UUID(run_id)
+    except ValueError as error:
+        raise Problem(f"{run_id!r} is no run id", "a run id is a UUID", "Copy it from `usage` or the product.") from error
+    with ask(settings_of(home), url) as answers:
+        explanation = answers.explanation(wanted)
+    if form == "json":
+        show_record(explanation)
+    else:
+        click.echo("\n".join(explained(explanation)))
+
+
+def explained(run: Explanation) -> list[str]:
+    """The explanation as lines of text."""
+    version = f"catalogue version {run.catalogue}, price {run.price}" if run.catalogue else "no catalogue version"
+    who = ", ".join(filter(None, [run.triggered_by and f"triggered by {run.triggered_by}", run.actor and f"by {run.actor}"]))
+    lines = [
+        run.sentence,
+        "",
+        f"  rule       {run.rule}: {run.rule_text}",
+        f"  priced by  {version}",
+        f"  when       ran {utc(run.ran_at)}, received {utc(run.recorded_at)}",
+        f"  where      workspace {run.workspace_id}, table {run.table_id}, column {run.column_id}, row {run.row_id}",
+        *([f"  who        {who}"] if who else []),
+        f"  outcome    {run.outcome or '-'}, own API key: {'yes' if run.own_api_key else 'no'}",
+    ]
+    if run.not_free_because:
+        lines.append(f"  not free   {'; '.join(run.not_free_because)}")
+    if run.runs_of_this_cell > 1:
+        lines.append(f"  re-runs    this cell has {run.runs_of_this_cell} runs; each is rated by itself")
+    lines.append("  evidence")
+    lines += [
+        f"    {delivery.position}  {delivery.kind}/{delivery.reason}  {delivery.credits} credits  "
+        f"{utc(delivery.recorded_at)}{f'  ({delivery.detail})' if delivery.detail else ''}"
+        for delivery in run.deliveries
+    ]
+    return [*lines, "", f"More: creditstream usage {run.workspace_id} --by column"]
+
+
+@click.group("dead-letters")
+def dead_letters() -> None:
+    """Events that could not be metered, with their bytes. Nothing is ever dropped."""
+
+
+@dead_letters.command("list")
+@click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="Only these.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many, newest first.")
+@source_options
+@format_option
+def list_letters(reason: str | None, limit: int, home: str, url: str, form: str) -> None:
+    """The newest dead letters.
+
+    Example: `creditstream dead-letters list --reason malformed`
+    """
+    with ask(settings_of(home), url) as answers:
+        letters = answers.dead_letters(reason or "", limit)
+    columns = LETTER_COLUMNS if form == "text" else DeadLetter.__struct_fields__
+    show_rows(letters, form, columns, "No dead letters.")
+
+
+@dead_letters.command("show")
+@click.argument("position")
+@source_options
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+def show_letter(position: str, home: str, url: str, form: str) -> None:
+    """One dead letter, with its bytes.
+
+    Example: `creditstream dead-letters show 'cell-runs[3]@88123'`
+    """
+    place = re.fullmatch(r"(?:.*\[)?(\d+)\]?@(\d+)", position)
+    if not place:
+        raise click.UsageError(f"{position!r} is no position; write it as in the list: cell-runs[3]@88123")
+    with ask(settings_of(home), url) as answers:
+        letter = answers.dead_letter(int(place[1]), int(place[2]))
+    if form == "json":
+        show_record(letter)
+        return
+    click.echo(f"{letter.position} was set aside as {letter.reason}: {letter.detail}\n")
+    click.echo(f"  received   {utc(letter.recorded_at)}")
+    click.echo(f"  key        {letter.raw_key}")
+    click.echo(f"  headers    {letter.raw_headers or '-'}")
+    click.echo(f"  value      {letter.raw_bytes:,} bytes\n")
+    click.echo(letter.raw)

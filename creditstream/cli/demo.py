@@ -1,0 +1,22 @@
+"""The README's command: a real Kafka, a real Faust worker, a real ClickHouse engine, and books that close."""
+
+import rich_click as click
+
+from creditstream.cli.options import home_option
+
+
+@click.command()
+@click.option("--for", "seconds", default="30s", metavar="SECONDS", help="How long runs are produced, as 30 or 30s.")
+@click.option("--rate", type=click.IntRange(1, 50_000), default=500, help="Cell runs a second.")
+@home_option
+def demo(seconds: str, rate: int, home: str | None) -> None:
+    """Start everything, charge a stream of simulated cell runs, and prove that the books close.
+
+    All state lies in the home; `rm -r .creditstream` removes it. Exit code 1 when the books do not close.
+    """
+    text = seconds.removesuffix("s")
+    if not text.isdigit() or not 1 <= int(text) <= 3600:
+        raise click.UsageError(f"--for {seconds!r} is no number of seconds from 1 to 3600.")
+    from creditstream.demonstrate import demonstrate
+
+    demonstrate(home, int(text), rate)

@@ -1,0 +1,98 @@
+"""The options that commands share, and the one way in which a table leaves the program."""
+
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import msgspec
+import orjson
+import rich_click as click
+
+from streams.settings import Settings, read_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMATS = ("text", "json", "csv")
+
+
+def home_option(command: F) -> F:
+    """``--home``: which installation."""
+    return click.option("--home", metavar="DIR", help="Directory of all embedded state [CREDITSTREAM_HOME].")(command)
+
+
+def source_options(command: F) -> F:
+    """``--home`` and ``--url``: whom to ask."""
+    url = click.option("--url", metavar="URL", default="", help="A worker's read API, when it is not the home's.")
+    return home_option(url(command))
+
+
+def format_option(command: F) -> F:
+    """``--format``: text for people, json and csv for programs."""
+    return click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")(command)
+
+
+def settings_of(home: str | None = None, **flags: str | int | None) -> Settings:
+    """The settings with these flags on top; a running worker's Kafka wins over the default."""
+    from creditstream.home import Home
+
+    settings = read_settings(home=str(Home.at(home).path), **flags)
+    worker = Home.at(settings.home).worker()
+    if worker and "kafka_bootstrap" not in flags:
+        settings = msgspec.structs.replace(settings, kafka_bootstrap=worker.kafka_bootstrap)
+    return settings
+
+
+def show_rows(rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str) -> None:
+    """Print a table: ``columns`` of each row. ``nothing`` is what people read when there is no row."""
+    values = [msgspec.to_builtins(row) for row in rows]
+    if form == "json":
+        sys.stdout.buffer.write(orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        return
+    if form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(columns)
+        writer.writerows([[_plain(value.get(column, "")) for column in columns] for value in values])
+        return
+    if not rows:
+        click.echo(nothing)
+        return
+    _print_table(values, columns)
+
+
+def show_record(record: msgspec.Struct) -> None:
+    """Print one object as JSON."""
+    value = msgspec.to_builtins(record)
+    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def _print_table(values: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = all(_is_number(value.get(column, "")) for value in values)
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for value in values:
+        table.add_row(*(Text(_plain(value.get(column, ""))) for column in columns))
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and value.replace(".", "").lstrip("-").isdigit())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value}"
+
+
+def utc(instant: datetime) -> str:
+    """A time as people read it: ``2026-11-22 12:03:10 UTC``."""
+    return f"{instant:%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,70 @@
+"""The catalogue: what an action costs, before it is run."""
+
+import time
+from pathlib import Path
+
+import rich_click as click
+
+from creditstream.cli.options import format_option, settings_of, show_record, show_rows
+from schemas.answers import Price
+from schemas.catalogue import Catalogue, read_version
+from schemas.prices import price_of, prices
+
+COLUMNS = ("action", "name", "category", "provider", "credits", "pool", "charges_no_data")
+
+
+@click.group()
+def rules() -> None:
+    """The catalogue of actions and their prices."""
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _catalogue() -> Catalogue:
+    return Catalogue.load(Path(settings_of().catalogue_dir))
+
+
+@rules.command("list")
+@format_option
+def list_rules(form: str) -> None:
+    """Every action of the version in force now."""
+    columns = COLUMNS if form == "text" else Price.__struct_fields__
+    show_rows(prices(_catalogue(), _now_ms()), form, columns, "The catalogue lists no action.")
+
+
+@rules.command()
+@click.argument("action")
+@click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+def show(action: str, own_api_key: bool, form: str) -> None:
+    """What a run of an action costs now.
+
+    Example: `creditstream rules show find_work_email`
+    """
+    price = price_of(_catalogue(), action, _now_ms(), own_api_key)
+    if form == "json":
+        show_record(price)
+        return
+    click.echo(f"{price.name}: {_cost(price, own_api_key)}.")
+    click.echo(f"\n  action     {price.action} ({price.category}, provider {price.provider})")
+    click.echo(f"  priced by  catalogue version {price.catalogue}, in force since {price.effective_from:%Y-%m-%d}")
+
+
+def _cost(price: Price, own_api_key: bool) -> str:
+    if price.pool == "none":
+        return "free, as often as it runs (R04)"
+    if own_api_key:
+        return "free with the workspace's own API key (R05)"
+    unit = "credit" if price.credits == "1" else "credits"
+    nothing = "also when it finds nothing (R09)" if price.charges_no_data else "free when it finds nothing (R09)"
+    return f"{price.credits} {unit} of the {price.pool} pool for a run that returns data, {nothing}, free on an error (R08)"
+
+
+@rules.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def check(file: Path) -> None:
+    """Check a catalogue file as the worker would; exit 1 naming file, action and field."""
+    version = read_version(file)
+    click.echo(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {version.effective_from:%Y-%m-%d %H:%M} UTC")

@@ -1,0 +1,56 @@
+"""The service: meters cell runs until it is told to stop."""
+
+import os
+import sys
+from contextlib import ExitStack
+
+import rich_click as click
+
+from creditstream.cli.options import home_option
+from schemas.problem import Problem
+from streams.settings import Settings, read_settings
+
+
+@click.command()
+@click.option("--embedded", is_flag=True, help="Start Apache Kafka too, in the home.")
+@click.option("--end-with-input", is_flag=True, hidden=True, help="Stop when standard input ends.")
+@home_option
+def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
+    """Meter cell runs: Kafka in, an exactly-once ledger out, a read API beside it.
+
+    Stops on SIGTERM within 10 s, with exit code 0. Exit code 75 means: start me again.
+    """
+    from creditstream.home import Home
+
+    place = Home.at(home)
+    with ExitStack() as held:
+        held.enter_context(place.hold())
+        settings = read_settings(home=str(place.path))
+        kafka = None
+        if embedded:
+            from creditstream.embedded import EmbeddedKafka
+
+            kafka = held.enter_context(EmbeddedKafka(place, lambda line: click.echo(line, err=True)))
+            settings = _embedded_settings(kafka.bootstrap, place.path.as_posix())
+        exit_code = _run(settings, place, kafka, end_with_input)
+    sys.stdout.flush()
+    # chDB's threads outlive the interpreter's shutdown badly; everything that matters is closed by now.
+    os._exit(exit_code)
+
+
+def _embedded_settings(bootstrap: str, home: str) -> Settings:
+    from streams.topics import Broker, cell_runs_topic, ensure_topic
+
+    settings = read_settings(home=home, kafka_bootstrap=bootstrap)
+    ensure_topic(Broker(bootstrap), cell_runs_topic(settings), settings)
+    return settings
+
+
+def _run(settings: Settings, place: object, kafka: object, end_with_input: bool) -> int:
+    from creditstream.service import run_service
+
+    try:
+        return run_service(settings, place, kafka, end_with_input)  # type: ignore[arg-type]
+    except Problem as problem:
+        click.echo(f"creditstream: {problem}", err=True)
+        return problem.exit_code

@@ -1,0 +1,58 @@
+"""The worker's log: one line an event of interest, JSON unless somebody watches a terminal.
+
+Faust, aiokafka and uvicorn say much that interests nobody; of them only warnings pass, in the same form.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+_SHARED: list[Any] = [
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def configure_logs(log_format: str) -> None:
+    """Set up structlog: ``json``, ``text``, or ``auto`` (text on a terminal). Lines go to standard error."""
+    structlog.configure(
+        processors=[*_SHARED, structlog.processors.format_exc_info, _renderer(log_format)],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def logging_config(log_format: str) -> dict[str, Any]:
+    """The standard library's configuration for the libraries' own loggers, in the dictConfig form."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "lines": {
+                "()": structlog.stdlib.ProcessorFormatter,
+                "foreign_pre_chain": _SHARED,
+                "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(log_format)],
+            }
+        },
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines", "filters": ["quiet"]}},
+        "filters": {"quiet": {"()": _Quiet}},
+        "root": {"level": "WARNING", "handlers": ["stderr"]},
+    }
+
+
+class _Quiet(logging.Filter):
+    """Drops the libraries' noise: what is below a warning, and what they say at every ordinary start or stop."""
+
+    _NOISE = ("Group Coordinator Request failed", "Timer Monitor.sampler", "Heartbeat failed", "Topic creation disabled")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """True for lines that somebody may need."""
+        return record.levelno >= logging.WARNING and not any(noise in record.getMessage() for noise in self._NOISE)
+
+
+def _renderer(log_format: str) -> Any:
+    if log_format == "text" or (log_format == "auto" and sys.stderr.isatty()):
+        return structlog.dev.ConsoleRenderer(pad_event_to=24)
+    return structlog.processors.JSONRenderer()

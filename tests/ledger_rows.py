@@ -1,0 +1,158 @@
+"""Ledger rows made cheaply: what a row holds follows from its chain and offset alone. And the books that must close."""
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Final
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+from clickhouse_connect.driver.client import Client
+
+from schemas.cell_run import Outcome, from_milliseconds, to_milliseconds
+from schemas.ledger import Kind, Pool, Reason
+from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, number_of, uuids
+from sinks.ledger import Batch, Chain
+
+NO_COPIES: Final[Mapping[int, int]] = {}
+AUGUST_MS: Final = to_milliseconds(datetime(2026, 8, 20, 12, tzinfo=UTC))
+
+
+def recorded_ms(offset: int) -> int:
+    """Broker time of an offset: one record a second, in one month."""
+    return AUGUST_MS + offset * 1000
+
+
+def run_id(chain: Chain, run: int) -> UUID:
+    """The run with this number: the same in every incarnation of the topic."""
+    return UUID(bytes=hashlib.md5(f"{chain}/{run}".encode()).digest())
+
+
+def batch(
+    chain: Chain,
+    after: int,
+    last: int,
+    *,
+    offsets: Sequence[int] | None = None,
+    copies: Mapping[int, int] = NO_COPIES,
+    recorded: Callable[[int], int] = recorded_ms,
+) -> Batch:
+    """Charged runs at ``offsets`` (all after ``after`` up to ``last``); ``copies`` names, for some, the run's offset."""
+    chosen = range(after + 1, last + 1) if offsets is None else offsets
+    assert chosen[0] > after and chosen[-1] == last
+    return Batch(chain, after, last, rows(chain, after, chosen, copies, recorded))
+
+
+def rows(
+    chain: Chain, after: int, offsets: Sequence[int], copies: Mapping[int, int], recorded: Callable[[int], int]
+) -> pa.Table:
+    """The rows of consecutive records, as `streams.rows` makes them."""
+    length, runs = len(offsets), [copies.get(offset, offset) for offset in offsets]
+    is_copy = np.array([offset in copies for offset in offsets])
+    gaps = np.diff(np.array(offsets), prepend=after if after >= 0 else offsets[0] - 1)
+    ran = instants([recorded_ms(run) for run in runs])
+    first = from_milliseconds(recorded(offsets[0]))
+    arrays: dict[str, Any] = {
+        "kafka_offset": pa.array(offsets, pa.uint64()),
+        "offset_gap": pa.array(gaps.astype(np.uint32)),
+        "recorded_at": instants([recorded(offset) for offset in offsets]),
+        "kind": pa.array(np.where(is_copy, number_of(Kind.DUPLICATE), number_of(Kind.RUN)).astype(np.int8)),
+        "run_id": uuids(b"".join(run_id(chain, run).bytes for run in runs)),
+        "workspace_id": pa.array([f"workspace-{run % 3}" for run in runs]),
+        "column_id": pa.array([f"column-{run % 4}" for run in runs]),
+        "row_id": pa.array([f"row-{run}" for run in runs]),
+        "ran_at": ran,
+        "pool": pa.array(np.where(is_copy, number_of(Pool.NONE), number_of(Pool.ENRICHMENT)).astype(np.int8)),
+        "credits": decimals(np.where(is_copy, 0, 250 * (1 + np.array(runs) % 5))),
+        "reason": pa.array(np.where(is_copy, number_of(Reason.DUPLICATE), number_of(Reason.CHARGED)).astype(np.int8)),
+        "detail": pa.array([f"a copy of {chain}@{run}" if copy else "" for run, copy in zip(runs, is_copy, strict=True)]),
+    }  # fmt: skip
+    constants: dict[str, str | bytes | int] = {
+        "topic": chain.topic,
+        "topic_id": chain.topic_id,
+        "kafka_partition": chain.partition,
+        "table_id": "table-1",
+        "action": "find_email",
+        "outcome": number_of(Outcome.DATA),
+        "own_api_key": False,
+        "catalogue": 1,
+        "raw": b"",
+        "raw_key": b"",
+        "batch_month": first.year * 100 + first.month,
+    }
+    for field in LEDGER_SCHEMA:
+        if field.name not in arrays:
+            arrays[field.name] = constant(constants.get(field.name, ""), length, field.type)
+    return pa.table([arrays[field.name] for field in LEDGER_SCHEMA], schema=LEDGER_SCHEMA)
+
+
+Content = list[tuple[int, int, int, UUID, str, datetime, Decimal, str]]
+"""Offset, gap, kind, run id, workspace, recorded_at, credits, detail: whatever an owner decides about an offset."""
+
+
+def content_of(table: pa.Table) -> Content:
+    """What the ledger must hold of these rows, in order of their offsets."""
+    names = ("kafka_offset", "offset_gap", "kind", "run_id", "workspace_id", "recorded_at", "credits", "detail")
+    columns = [table.column(name).to_pylist() for name in names]
+    columns[3] = [UUID(bytes=value) for value in columns[3]]
+    return list(zip(*columns, strict=True))
+
+
+def content(client: Client, chain: Chain) -> Content:
+    """What the ledger holds of a chain, in order of its offsets."""
+    found = client.query(
+        "SELECT kafka_offset, offset_gap, toInt8(kind), run_id, workspace_id, recorded_at, credits, detail FROM ledger "
+        f"WHERE {_CHAIN} ORDER BY kafka_offset",
+        parameters=_of(chain),
+    )
+    return [tuple(row) for row in found.result_rows]
+
+
+def assert_books_close(client: Client, chain: Chain, expected_offsets: Collection[int]) -> None:
+    """One row for every offset, no hole, no run twice, each insert in one part, and the projections agree."""
+    expected = sorted(expected_offsets)
+    assert [row[0] for row in content(client, chain)] == expected
+    assert _ask(client, _GAPS, chain) == [(expected[-1] - expected[0] + 1,)]
+    assert _ask(client, _RUNS_TWICE, chain) == []
+    assert _ask(client, _INSERTS_SPLIT, chain) == []
+    for projection, sums in (("marks", _MARKS), ("usage", _USAGE)):
+        assert f"ReadFromMergeTree ({projection})" in explain(client, sums, chain)
+        through, raw = (
+            client.query(sums, parameters=_of(chain), settings={"optimize_use_projections": use}).result_rows
+            for use in (1, 0)
+        )
+        assert sorted(through) == sorted(raw)
+
+
+def explain(client: Client, sql: str, chain: Chain) -> str:
+    """The plan of a question about a chain."""
+    plan = client.query(f"EXPLAIN projections = 1 {sql}", parameters=_of(chain), settings={"optimize_use_projections": 1})
+    return "\n".join(str(line) for (line,) in plan.result_rows)
+
+
+def _ask(client: Client, sql: str, chain: Chain) -> list[Any]:
+    return list(client.query(sql, parameters=_of(chain)).result_rows)
+
+
+def _of(chain: Chain) -> dict[str, Any]:
+    return {"topic_id": chain.topic_id, "partition": chain.partition}
+
+
+_CHAIN: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
+_GAPS: Final = f"SELECT sum(offset_gap) FROM ledger WHERE {_CHAIN}"
+_RUNS_TWICE: Final = (
+    "SELECT workspace_id, run_id, count() FROM ledger WHERE kind = 'run' GROUP BY workspace_id, run_id HAVING count() > 1"
+)
+_INSERTS_SPLIT: Final = (
+    f"SELECT mark_read_at, uniqExact(_part) FROM ledger WHERE {_CHAIN} GROUP BY mark_read_at HAVING uniqExact(_part) > 1"
+)
+_MARKS: Final = (
+    "SELECT topic_id, kafka_partition, max(kafka_offset), min(kafka_offset), count(), sum(offset_gap), "
+    f"argMax(mark_read_at, kafka_offset) FROM ledger WHERE {_CHAIN} GROUP BY topic_id, kafka_partition"
+)
+_USAGE: Final = (
+    "SELECT workspace_id, day, table_id, column_id, action, pool, kind, reason, sum(credits), count() FROM ledger "
+    "GROUP BY workspace_id, day, table_id, column_id, action, pool, kind, reason"
+)
