@@ -132,8 +132,10 @@ def create_api(meter: Meter) -> Litestar:
         return Response({"ready": not reasons, "because": reasons}, status_code=503 if reasons else 200)
 
     return Litestar(
-        [usage, workspaces, example, explain, dead_letters, dead_letter, actions, action, audit_partitions, audit_sums, audit_rows, status,
-         livez, readyz],
+        [
+            usage, workspaces, example, explain, dead_letters, dead_letter, actions, action,
+            audit_partitions, audit_sums, audit_rows, status, livez, readyz,
+        ],
         exception_handlers={Problem: _answer_problem},
         openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
         logging_config=None,
@@ -203,7 +205,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-class ApiService(mode.Service):  # type: ignore[misc]
+class ApiService(mode.Service):
     """The API as one of the worker's services, in the worker's event loop."""
 
     def __init__(self, meter: Meter, bound: socket.socket, **kwargs: Any) -> None:

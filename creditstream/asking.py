@@ -39,15 +39,15 @@ T = TypeVar("T")
 
 
 class Answers(Protocol):
-    """The questions of `sinks.queries`, wherever they are answered."""
+    """The questions of `sinks.queries`, wherever they are answered; each is documented there."""
 
-    def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...
-    def explanation(self, run_id: UUID) -> Explanation: ...
-    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]: ...
-    def dead_letter(self, partition: int, offset: int) -> DeadLetter: ...
-    def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...
-    def audit_sums(self) -> SumAudit: ...
-    def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...
+    def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
+    def explanation(self, run_id: UUID) -> Explanation: ...  # noqa: D102
+    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]: ...  # noqa: D102
+    def dead_letter(self, partition: int, offset: int) -> DeadLetter: ...  # noqa: D102
+    def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
+    def audit_sums(self) -> SumAudit: ...  # noqa: D102
+    def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
 
 
 @contextmanager
@@ -64,7 +64,9 @@ def ask(settings: Settings, url: str = "") -> Iterator[Answers]:
         with _opened(settings, settings.ledger_url) as answers:
             yield answers
     elif not home.ledger.exists():
-        raise Problem("there is no ledger yet", f"{home.path} is empty", "Run `creditstream demo` or `creditstream worker`.")
+        raise Problem(
+            "there is no ledger yet", f"{home.path} is empty", "Run `creditstream demo` or `creditstream worker`."
+        )
     else:
         with home.hold(), _opened(settings, f"chdb://{home.ledger}") as answers:
             yield answers

@@ -44,7 +44,9 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     place = Home.at(home)
     say = Console(stderr=True).print
     if worker := place.worker():
-        raise Problem("a worker runs in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home.")
+        raise Problem(
+            "a worker runs in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
+        )
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...")
     with EmbeddedKafka(place, say) as kafka:
         settings = settings_of(str(place.path), kafka_bootstrap=kafka.bootstrap)
@@ -52,7 +54,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         with _worker(place, kafka.bootstrap) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
             produced = _watch(console, answers, settings, seconds, rate)
-            books = _close(console, answers, settings, say)
+            books = _close(console, answers, settings)
             example = _example(answers)
     _report(console, books, produced, example, home)
 
@@ -181,10 +183,13 @@ def _free_table(status: Status) -> Table:
     return table
 
 
-def _close(console: Console, answers: WorkerAnswers, settings: Settings, say: object) -> Reconciliation:
+def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reconciliation:
     """Wait until everything is metered, then compare topic and ledger."""
     topic = cell_runs_topic(settings)
-    ends = {p: found.end for p, found in Broker(settings.kafka_bootstrap).log_ranges(topic, range(settings.partitions)).items()}
+    ends = {
+        p: found.end
+        for p, found in Broker(settings.kafka_bootstrap).log_ranges(topic, range(settings.partitions)).items()
+    }
     deadline = time.monotonic() + CATCH_UP_S_MAX
     while any(unit.mark < ends[unit.partition] - 1 for unit in answers.status().units):
         if time.monotonic() > deadline:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
@@ -135,9 +135,7 @@ class EmbeddedKafka:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
     def start(self) -> str:
@@ -152,9 +150,7 @@ class EmbeddedKafka:
         try:
             self._end_orphan()
             self.bootstrap = self._configure(java, jars)
-            self._launch(
-                [java, *JVM, "-cp", _classpath(jars), self._mark, "kafka.Kafka", "server.properties"], lock
-            )
+            self._launch([java, *JVM, "-cp", _classpath(jars), self._mark, "kafka.Kafka", "server.properties"], lock)
         finally:
             os.close(lock)
         try:
@@ -193,17 +189,13 @@ class EmbeddedKafka:
         lock = take_lock(path, STOP_MAX_S)
         if lock is None:
             pid = lock_holder(path)
-            raise Problem(
-                f"Kafka runs already in {self._home.path}", f"process {pid} started it", "Stop that process."
-            )
+            raise Problem(f"Kafka runs already in {self._home.path}", f"process {pid} started it", "Stop that process.")
         return lock
 
     def _end_orphan(self) -> None:
         """End the Kafka of this home that lost its guard; without a guard nothing else carries the mark."""
         orphans = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if self._mark in (process.info["cmdline"] or ())
+            process for process in psutil.process_iter(["cmdline"]) if self._mark in (process.info["cmdline"] or ())
         ]
         for process in orphans:
             with suppress(psutil.NoSuchProcess):
@@ -223,9 +215,7 @@ class EmbeddedKafka:
         self._home.logs.mkdir(exist_ok=True)
         properties = kafka / "server.properties"
         before = properties.read_text() if properties.exists() else ""
-        broker, controller = _choose_ports(
-            [int(port) for port in re.findall(r"//127\.0\.0\.1:(\d+)", before)]
-        )
+        broker, controller = _choose_ports([int(port) for port in re.findall(r"//127\.0\.0\.1:(\d+)", before)])
         properties.write_text(SERVER_PROPERTIES.format(broker=broker, controller=controller))
         (kafka / "log4j2.properties").write_text(LOG4J2_PROPERTIES)
         if not (kafka / "data").exists():
@@ -297,6 +287,7 @@ class Jar(NamedTuple):
 
     @property
     def file_name(self) -> str:
+        """Its name in the cache."""
         return f"{self.artifact}-{self.version}.jar"
 
 
@@ -311,9 +302,7 @@ def load_jars(say: Say, cache: Path | None = None, repository: str | None = None
     if _missing(jars, cache):
         lock = take_lock(cache / "load.lock", JARS_WAIT_MAX_S)
         if lock is None:
-            raise Unreachable(
-                "Kafka's jars cannot be loaded", "another process has been loading them for too long"
-            )
+            raise Unreachable("Kafka's jars cannot be loaded", "another process has been loading them for too long")
         try:
             _load(_missing(jars, cache), cache, repository, say)
         finally:
@@ -385,9 +374,7 @@ def _classpath(jars: list[Path]) -> str:
 def _java_version(java: str) -> int:
     """The major version, 0 when `java` does not run (1 for Java 8 and older, which say 1.8)."""
     try:
-        run = subprocess.run(
-            [java, "-version"], check=False, capture_output=True, text=True, timeout=START_MAX_S
-        )
+        run = subprocess.run([java, "-version"], check=False, capture_output=True, text=True, timeout=START_MAX_S)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     version = re.search(r'version "(\d+)', run.stderr)

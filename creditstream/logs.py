@@ -45,7 +45,12 @@ def logging_config(log_format: str) -> dict[str, Any]:
 class _Quiet(logging.Filter):
     """Drops the libraries' noise: what is below a warning, and what they say at every ordinary start or stop."""
 
-    _NOISE = ("Group Coordinator Request failed", "Timer Monitor.sampler", "Heartbeat failed", "Topic creation disabled")
+    _NOISE = (
+        "Group Coordinator Request failed",
+        "Timer Monitor.sampler",
+        "Heartbeat failed",
+        "Topic creation disabled",
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True for lines that somebody may need."""

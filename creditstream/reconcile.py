@@ -67,8 +67,8 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
         """The result in one line."""
         equal = "equal to" if self.credits == self.credits_reference and not self.different else "NOT equal to"
         return (
-            f"{self.events:,} events in Kafka, {self.rows:,} ledger rows, {self.missing:,} missing, {self.doubled:,} doubled; "
-            f"{Decimal(self.credits):,f} credits {equal} the reference rater's"
+            f"{self.events:,} events in Kafka, {self.rows:,} ledger rows, {self.missing:,} missing, "
+            f"{self.doubled:,} doubled; {Decimal(self.credits):,f} credits {equal} the reference rater's"
         )
 
 
@@ -84,7 +84,9 @@ def reconcile(
     ranges = broker.log_ranges(topic_name, range(topic.partitions))
     progress = _Progress(say, sum(found.end - found.start for found in ranges.values()))
     books = [
-        _Books(answers, bootstrap, topic, partition, ranges[partition], audits.get(partition)).close(catalogue_dir, progress)
+        _Books(answers, bootstrap, topic, partition, ranges[partition], audits.get(partition)).close(
+            catalogue_dir, progress
+        )
         for partition in range(topic.partitions)
     ]
     sums = answers.audit_sums()
@@ -148,13 +150,15 @@ class _Books:
                 row = next(rows, None)
             expected = rater.expect(message.key(), message.value(), message.timestamp()[1])
             if row and row.offset == offset:
-                self._compare(row, expected, rater)
+                self._compare(row, expected)
             else:
                 self._missing += 1
-                self._example(f"[{self._partition}]@{offset}: no ledger row, expected {expected.kind}/{expected.reason}")
+                self._example(
+                    f"[{self._partition}]@{offset}: no ledger row, expected {expected.kind}/{expected.reason}"
+                )
         return self._report()
 
-    def _compare(self, row: LedgerRow, expected: Expected, rater: ReferenceRater) -> None:
+    def _compare(self, row: LedgerRow, expected: Expected) -> None:
         credits = Decimal(row.credits) / 1000
         self._credits += credits
         if expected.kind == "run" and row.kind != "run" and self._is_copy_of_older(row):
@@ -163,13 +167,17 @@ class _Books:
         self._credits_reference += expected.credits
         if (row.kind, row.reason, row.pool, credits) != expected:
             self._different += 1
-            self._example(f"[{self._partition}]@{row.offset}: ledger {row.kind}/{row.reason} {credits}, expected {expected}")
+            self._example(
+                f"[{self._partition}]@{row.offset}: ledger {row.kind}/{row.reason} {credits}, expected {expected}"
+            )
 
     def _is_copy_of_older(self, row: LedgerRow) -> bool:
         """A copy of a run that Kafka no longer has: the ledger names the original's position."""
         _, _, place = row.detail.partition(f"[{self._partition}]@")
         number = place.partition(" ")[0].rstrip(",")
-        return row.reason in ("duplicate", "conflicting_duplicate") and number.isdigit() and int(number) < self._log.start
+        return (
+            row.reason in ("duplicate", "conflicting_duplicate") and number.isdigit() and int(number) < self._log.start
+        )
 
     def _example(self, text: str) -> None:
         if len(self._examples) < EXAMPLES_MAX:

@@ -61,7 +61,11 @@ class ReferenceRater:
         identity = run.workspace_id, str(run.run_id)
         plain = msgspec.structs.replace(run, ran_at=ran_at, triggered_by=run.triggered_by or "", actor=run.actor or "")
         if first := self._runs.get(identity):
-            return Expected("duplicate", "duplicate", "none", Decimal(0)) if first == plain else _dead("conflicting_duplicate")
+            return (
+                Expected("duplicate", "duplicate", "none", Decimal(0))
+                if first == plain
+                else _dead("conflicting_duplicate")
+            )
         action = self._action(run.action, ran_at)
         if action is None:
             return _dead("unknown_action")

@@ -26,7 +26,7 @@ STOP_S_MAX: Final = 15.0
 log: Final = structlog.get_logger()
 
 
-class Watch(mode.Service):  # type: ignore[misc]
+class Watch(mode.Service):
     """Ends the worker when the Kafka that it embeds has ended."""
 
     def __init__(self, app: MeterApp, poll: Callable[[], int | None], **kwargs: Any) -> None:
@@ -55,7 +55,13 @@ def run_service(settings: Settings, home: Home, kafka: EmbeddedKafka | None, end
     if kafka:
         app.add_dependency(Watch(app, kafka.poll))
     home.publish(Endpoints(settings.kafka_bootstrap, f"http://{host}:{port}", os.getpid()))
-    log.info("started", api=f"http://{host}:{port}", kafka=settings.kafka_bootstrap, topic=app.meter.topic.name, pid=os.getpid())
+    log.info(
+        "started",
+        api=f"http://{host}:{port}",
+        kafka=settings.kafka_bootstrap,
+        topic=app.meter.topic.name,
+        pid=os.getpid(),
+    )
     if end_with_input:
         threading.Thread(target=_end_with_input, daemon=True).start()
     exit_code = _execute(app, settings)

@@ -47,7 +47,7 @@ class Column(NamedTuple):
 
 def events(seed: int = 1, workspaces: int = 12, ran_at: datetime | None = None) -> Iterator[Event]:
     """Endless cell runs. ``ran_at`` None: now, at each event."""
-    dice = random.Random(seed)
+    dice = random.Random(seed)  # noqa: S311  # a simulation
     columns = _columns(dice, workspaces)
     weights = [1 / (1 + int(column.workspace_id[-4:])) for column in columns]
     last: Event | None = None

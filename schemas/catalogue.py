@@ -94,7 +94,8 @@ class Catalogue:
 
     def find(self, action: str, era: int) -> tuple[Version, Action] | None:
         """What prices a run of ``era``: the version in force; where that does not list the action, the newest
-        earlier one that does; where there is none, the first later one."""
+        earlier one that does; where there is none, the first later one.
+        """
         backward = reversed(self.versions[: era + 1])
         forward = self.versions[era + 1 :]
         for version in (*backward, *forward):

@@ -60,7 +60,10 @@ RULES: Final[dict[Reason, tuple[str, str]]] = {
     Reason.NO_DATA: ("R09", "A run that found nothing is free, unless nothing found is itself the answer."),
     Reason.CHARGED_NO_DATA: ("R09", "For this action nothing found is itself the answer, so it costs the full price."),
     Reason.CHARGED: ("R02", "A run of an action with a price draws that price from the action's pool."),
-    Reason.DUPLICATE: ("R11", "One run is debited once, however often it is delivered; only a new run id is a new run."),
+    Reason.DUPLICATE: (
+        "R11",
+        "One run is debited once, however often it is delivered; only a new run id is a new run.",
+    ),
     Reason.TOO_LARGE: ("intake", "An event may have at most 64 KiB."),
     Reason.MALFORMED: ("intake", "An event must be a cell run by the published JSON Schema."),
     Reason.MISROUTED: ("intake", "The Kafka key must be the workspace id, on the partition of its murmur2 hash."),

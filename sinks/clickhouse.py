@@ -40,7 +40,9 @@ def connect(
             return _open_chdb(Path(parts.path), database or database_of(url))
         case "http" | "https":
             return _open_http(url, password, database or database_of(url), answer_timeout_s)
-    raise Problem("the ledger's URL is wrong", f"{url!r} is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL.")
+    raise Problem(
+        "the ledger's URL is wrong", f"{url!r} is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL."
+    )
 
 
 def database_of(url: str) -> str:
@@ -55,7 +57,9 @@ def _open_chdb(directory: Path, database: str) -> Client:
     try:
         client = clickhouse_connect.get_client(interface="chdb", path=str(directory), settings=SESSION, tz_mode="aware")
     except ImportError as error:
-        raise Problem("chDB is not installed", str(error), "Install creditstream[embedded] or set CREDITSTREAM_LEDGER_URL.") from error
+        raise Problem(
+            "chDB is not installed", str(error), "Install creditstream[embedded] or set CREDITSTREAM_LEDGER_URL."
+        ) from error
     except (ClickHouseError, RuntimeError) as error:
         raise Problem(
             "the ledger cannot be opened",
@@ -90,8 +94,14 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
     except ClickHouseError as error:
         place = f"{parts.hostname}:{parts.port}"
         if isinstance(error, OperationalError):
-            raise Unreachable(f"ClickHouse at {place} does not answer", first_line(error), "Start it or set CREDITSTREAM_LEDGER_URL.") from error
-        raise Problem(f"ClickHouse at {place} refused the connection", first_line(error), "Check user, password and database; run `creditstream migrate`.") from error
+            raise Unreachable(
+                f"ClickHouse at {place} does not answer", first_line(error), "Start it or set CREDITSTREAM_LEDGER_URL."
+            ) from error
+        raise Problem(
+            f"ClickHouse at {place} refused the connection",
+            first_line(error),
+            "Check user, password and database; run `creditstream migrate`.",
+        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -25,7 +25,9 @@ def credits_text(millicredits: Millicredits) -> str:
     return f"{group_credits(millicredits)} credit{'' if millicredits == 1000 else 's'}"
 
 
-def sentence(kind: Kind, reason: Reason, millicredits: Millicredits, action: str, found: Action | None, detail: str) -> str:
+def sentence(
+    kind: Kind, reason: Reason, millicredits: Millicredits, action: str, found: Action | None, detail: str
+) -> str:
     """What a customer can read, without its deliveries."""
     name = f'"{found.name}"' if found else f'"{action}"'
     if kind == Kind.DEAD_LETTER:
@@ -50,7 +52,8 @@ def again(deliveries: list[Delivery]) -> str:
     if copies:
         told += f" It was delivered {len(copies) + 1} times and debited once."
     if conflicts:
-        told += f" {len(conflicts)} event{'s' * (len(conflicts) > 1)} under the same id said something else and did not count."
+        events = f"{len(conflicts)} event{'s' * (len(conflicts) > 1)}"
+        told += f" {events} under the same id said something else and did not count."
     return told
 
 

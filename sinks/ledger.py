@@ -67,10 +67,12 @@ class Mark(msgspec.Struct, frozen=True):
 
     @property
     def next(self) -> int:
+        """Where to read on."""
         return self.last + 1
 
     @property
     def is_whole(self) -> bool:
+        """Whether its rows stand for every offset from the first to the last."""
         return self.rows == 0 or (self.gaps == self.last - self.first + 1 and self.rows <= self.gaps)
 
 

@@ -52,12 +52,15 @@ def create_database(url: str, password: str = "") -> None:
 def pending(client: Client, migrations: list[Migration]) -> list[Migration]:
     """Those not applied yet. Problem when the database is ahead of, or differs from, this program."""
     client.command(_BOOK)
-    applied = dict(client.query("SELECT number, any(checksum) FROM schema_migrations GROUP BY number").result_rows)
+    found = client.query("SELECT number, any(checksum) FROM schema_migrations GROUP BY number").result_rows
+    applied: dict[int, str] = {int(number): str(checksum) for number, checksum in found}
     known = {migration.number: migration for migration in migrations}
     for number, checksum in sorted(applied.items()):
         if number not in known:
             raise Problem(
-                "the ledger is newer than this program", f"migration {number} is unknown here", "Install the newer creditstream."
+                "the ledger is newer than this program",
+                f"migration {number} is unknown here",
+                "Install the newer creditstream.",
             )
         if known[number].checksum != checksum:
             raise Problem(

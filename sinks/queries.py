@@ -68,11 +68,12 @@ def _since(chain: Chain, since: float) -> dict[str, Any]:
 def find_runs(
     client: Client, identities: Iterable[tuple[str, UUID]]
 ) -> list[tuple[tuple[str, UUID], str, tuple[Any, ...]]]:
-    """The debits under these (workspace id, run id): identity, position in Kafka, and the facts that a copy must match."""
+    """The debits under these (workspace id, run id): identity, position in Kafka, and what a copy must match."""
     wanted = set(identities)
     found = client.query(
         "SELECT workspace_id, run_id, concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)), "
-        "table_id, column_id, row_id, action, outcome, own_api_key, toUnixTimestamp64Milli(ran_at), triggered_by, actor "
+        "table_id, column_id, row_id, action, outcome, own_api_key, toUnixTimestamp64Milli(ran_at), triggered_by, "
+        "actor "
         "FROM ledger WHERE kind = 'run' AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s",
         parameters={
             "workspaces": sorted({workspace for workspace, _ in wanted}),
@@ -163,11 +164,10 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
         total[0] += credits
         total[1] += runs
         total[2] += runs if fields["reason"] in FREE_REASONS else 0
-    rows = [
+    return [
         UsageRow(**dict(zip((*keys, "pool"), group, strict=True)), credits=_text(credits), runs=runs, free_runs=free)
         for group, (credits, runs, free) in sorted(sums.items(), key=lambda item: _rank(by, item))
     ]
-    return rows
 
 
 def workspaces(client: Client, limit: int) -> list[WorkspaceTotal]:
@@ -177,7 +177,10 @@ def workspaces(client: Client, limit: int) -> list[WorkspaceTotal]:
         "ORDER BY total DESC, workspace_id LIMIT {limit:UInt32}",
         parameters={"limit": limit},
     )
-    return [WorkspaceTotal(workspace_id=name, credits=_text(credits), runs=runs) for name, credits, runs in found.result_rows]
+    return [
+        WorkspaceTotal(workspace_id=name, credits=_text(credits), runs=runs)
+        for name, credits, runs in found.result_rows
+    ]
 
 
 def example_run(client: Client, reason: Reason) -> UUID | None:
@@ -275,12 +278,16 @@ def _rows(client: Client, sql: str, parameters: dict[str, Any]) -> list[dict[str
 def audit_partitions(client: Client, topic: str) -> list[PartitionAudit]:
     """Every chain of a topic: what its rows say of themselves."""
     found = client.query(
-        "SELECT topic, topic_id, kafka_partition, min(kafka_offset), max(kafka_offset), count(), uniqExact(kafka_offset), "
+        "SELECT topic, topic_id, kafka_partition, min(kafka_offset), max(kafka_offset), count(), "
+        "uniqExact(kafka_offset), "
         "sum(offset_gap), countIf(kind = 'run') - uniqExactIf((workspace_id, run_id), kind = 'run') "
-        "FROM ledger WHERE topic = {topic:String} GROUP BY topic, topic_id, kafka_partition ORDER BY topic_id, kafka_partition",
+        "FROM ledger WHERE topic = {topic:String} GROUP BY topic, topic_id, kafka_partition "
+        "ORDER BY topic_id, kafka_partition",
         parameters={"topic": topic},
     )
-    return [PartitionAudit(**dict(zip(PartitionAudit.__struct_fields__, row, strict=True))) for row in found.result_rows]
+    return [
+        PartitionAudit(**dict(zip(PartitionAudit.__struct_fields__, row, strict=True))) for row in found.result_rows
+    ]
 
 
 def audit_sums(client: Client) -> SumAudit:
@@ -289,9 +296,7 @@ def audit_sums(client: Client) -> SumAudit:
         "SELECT sum(c), sum(n) FROM (SELECT workspace_id, day, pool, kind, reason, sum(credits) AS c, count() AS n "
         "FROM ledger GROUP BY workspace_id, day, pool, kind, reason)"
     )
-    projected, raw = (
-        client.query(sql, settings={"optimize_use_projections": use}).result_rows[0] for use in (1, 0)
-    )
+    projected, raw = (client.query(sql, settings={"optimize_use_projections": use}).result_rows[0] for use in (1, 0))
     return SumAudit(
         credits_projected=_text(projected[0]), rows_projected=projected[1], credits_raw=_text(raw[0]), rows_raw=raw[1]
     )
@@ -301,7 +306,8 @@ def ledger_rows(client: Client, topic_id: str, partition: int, after: int, limit
     """Rows of one chain after an offset, in Kafka's order, for a comparison with the topic."""
     found = client.query(
         "SELECT kafka_offset, toString(kind), toString(reason), toString(pool), toInt64(credits * 1000), workspace_id, "
-        "toString(run_id), detail FROM ledger WHERE topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16} "
+        "toString(run_id), detail FROM ledger "
+        "WHERE topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16} "
         "AND kafka_offset > {after:Int64} ORDER BY kafka_offset LIMIT {limit:UInt32}",
         parameters={"topic_id": topic_id, "partition": partition, "after": after, "limit": limit},
     )

@@ -4,7 +4,8 @@
 """
 
 import asyncio
-from typing import Any, Final
+import functools
+from typing import Any, Final, cast
 
 import faust
 import mode
@@ -15,7 +16,8 @@ from faust.types import TP
 from sinks.ledger import ForeignMark
 from streams.meter import Meter
 from streams.settings import Settings, read_settings
-from streams.transport import CHUNK_RECORDS_MAX, Transport, deliver_plain_records
+from streams.topics import cell_runs_topic
+from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
 from streams.unit import BATCH_BYTES_MAX, Event
 
 SESSION_TIMEOUT_S: Final = 10.0
@@ -25,7 +27,7 @@ EXIT_RESTART: Final = 75
 log: Final = structlog.get_logger()
 
 
-class NoTables(TableManager):  # type: ignore[misc]
+class NoTables(TableManager):
     """Faust's table manager without its second of sleep: there are no tables to wait for."""
 
     async def on_start(self) -> None:
@@ -34,7 +36,7 @@ class NoTables(TableManager):  # type: ignore[misc]
         await self.recovery.start()
 
 
-class MeterApp(faust.App):  # type: ignore[misc]
+class MeterApp(faust.App):
     """Faust, given a meter: its lifecycle is the meter's."""
 
     meter: Meter
@@ -56,21 +58,26 @@ class MeterApp(faust.App):  # type: ignore[misc]
         await self.crash(error)
 
     def _hold(self, partition: int) -> None:
-        self.consumer.held.add(TP(self.meter.topic.name, partition))
+        self.chunks.held.add(TP(self.meter.topic.name, partition))
+
+    @property
+    def chunks(self) -> Consumer:
+        """The batch transport's consumer."""
+        return cast(Consumer, self.consumer)
 
     async def load_units(self) -> None:
         """After an assignment, before the first fetch: read the marks and the state behind them."""
         await self.meter.release()
         assigned = {tp.partition for tp in self.consumer.assignment() if tp.topic == self.meter.topic.name}
-        self.consumer.held.clear()
+        self.chunks.held.clear()
         resume = await self.meter.assign(assigned)
-        self.transport.resume_at = {TP(self.meter.topic.name, p): offset for p, offset in resume.items()}
+        cast(Transport, self.transport).resume_at = {
+            TP(self.meter.topic.name, p): offset for p, offset in resume.items()
+        }
 
 
 def create_app(settings: Settings) -> MeterApp:
     """The application for these settings. Nothing is connected before it starts."""
-    from streams.topics import cell_runs_topic
-
     deliver_plain_records()
     name = cell_runs_topic(settings)
     app = MeterApp(
@@ -94,7 +101,7 @@ def create_app(settings: Settings) -> MeterApp:
         async for event in stream.noack().events():
             unit = app.meter.units.get(event.message.partition)
             if unit:
-                unit.receive(Event(event.value, lambda event=event: stream.ack(event)))
+                unit.receive(Event(event.value, functools.partial(stream.ack, event)))
 
     app.on_rebalance_complete.connect(lambda *_, **__: app.load_units())
     return app

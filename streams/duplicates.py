@@ -2,8 +2,9 @@
 
 The identity of a run is (workspace_id, run_id), over all incarnations of a topic. `RunFilter` remembers a 64-bit key
 of every run of a unit: a key that it does not hold was never seen; one that it holds is a *candidate*, and only
-candidates are compared exactly, against earlier events of the same batch, rows on their way, and the ledger. So a false
-positive costs a look-up and never a charge, and a false negative cannot occur, since the filter is rebuilt from the ledger.
+candidates are compared exactly, against earlier events of the same batch, rows on their way, and the ledger. So a
+false positive costs a look-up and never a charge, and a false negative cannot occur, since the filter is rebuilt from
+the ledger.
 """
 
 from collections.abc import Iterable
@@ -25,8 +26,8 @@ MERGE_RATIO: Final = 4
 class RunFilter:
     """A superset of the run ids of one unit, in two tiers under one bound of memory.
 
-    ``recent`` is exact: sorted arrays of keys, 8 bytes each. When it outgrows its half of ``bytes_max``, its oldest array
-    moves into ``older``, a Bloom filter in the other half, whose false positives grow and whose answers stay safe.
+    ``recent`` is exact: sorted arrays of keys, 8 bytes each. When it outgrows its half of ``bytes_max``, its oldest
+    array moves into ``older``, a Bloom filter in the other half, whose false positives grow and whose answers stay safe.
     """
 
     def __init__(self, bytes_max: int) -> None:
@@ -80,7 +81,8 @@ def contains(ordered: Keys, keys: Keys) -> Mask:
     if not len(ordered):
         return np.zeros(len(keys), np.bool_)
     place = np.searchsorted(ordered, keys)
-    return ordered[np.minimum(place, len(ordered) - 1)] == keys
+    found: Mask = ordered[np.minimum(place, len(ordered) - 1)] == keys
+    return found
 
 
 class BloomFilter:
@@ -153,7 +155,17 @@ class Verdict(NamedTuple):
     detail: str
 
 
-FACTS: Final = ("table_id", "column_id", "row_id", "action", "outcome", "own_api_key", "ran_at", "triggered_by", "actor")
+FACTS: Final = (
+    "table_id",
+    "column_id",
+    "row_id",
+    "action",
+    "outcome",
+    "own_api_key",
+    "ran_at",
+    "triggered_by",
+    "actor",
+)
 """The order of `Original.facts`."""
 
 
@@ -184,7 +196,9 @@ def settle(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> 
                 Kind.DUPLICATE, Reason.DUPLICATE, f"a copy of the run at {original.position}"
             )
         else:
-            fields = [name for name, old, new in zip(FACTS, original.facts, candidate.event.facts, strict=True) if old != new]
+            fields = [
+                name for name, old, new in zip(FACTS, original.facts, candidate.event.facts, strict=True) if old != new
+            ]
             verdicts[candidate.row] = Verdict(
                 Kind.DEAD_LETTER,
                 Reason.CONFLICTING_DUPLICATE,

@@ -170,7 +170,8 @@ def _lean_enough(lean: list[_LeanRun], times: tuple[pa.Array, Integers]) -> Mask
     letters = np.frombuffer(joined, np.uint8).reshape(-1, 36)
     hexadecimal = _IS_HEX[letters].sum(axis=1) == 32
     dashed = (letters[:, [8, 13, 18, 23]] == ord("-")).all(axis=1)
-    return plain & (ran_ms >= _EARLIEST_MS) & hexadecimal & dashed
+    lean_enough: Mask = plain & (ran_ms >= _EARLIEST_MS) & hexadecimal & dashed
+    return lean_enough
 
 
 _IS_HEX: Final = np.isin(np.arange(256), list(b"0123456789abcdefABCDEF"))
@@ -210,7 +211,8 @@ def run_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
     Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
     """
     halves = np.frombuffer(run_ids, ">u8").reshape(-1, 2)
-    return (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
+    keys: npt.NDArray[np.uint64] = (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
+    return keys
 
 
 def partition_of(workspace_id: str, partitions: int) -> int:

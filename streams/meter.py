@@ -170,7 +170,7 @@ class Meter:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if self.on_fatal:
-            asyncio.ensure_future(self.on_fatal(error))
+            self._ending = asyncio.ensure_future(self.on_fatal(error))
 
     async def release(self) -> None:
         """Stop all units. What they have not written is read again by the next owner."""

@@ -22,7 +22,7 @@ from streams.rating import Debits, RatingTable
 
 _RUN: Final = number_of(Kind.RUN)
 _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
-_SPARSE: Final = {"detail": "", "raw": b"", "raw_key": b"", "raw_headers": ""}
+_SPARSE: Final[dict[str, str | bytes]] = {"detail": "", "raw": b"", "raw_key": b"", "raw_headers": ""}
 
 
 class Take(msgspec.Struct, frozen=True):
@@ -39,14 +39,18 @@ class Take(msgspec.Struct, frozen=True):
 
     @property
     def last(self) -> int:
+        """The offset of the last record."""
         return int(self.runs.offsets[-1])
 
     def new_run_keys(self) -> npt.NDArray[np.uint64]:
         """Filter keys of the rows that occupy their run ids."""
-        return self.runs.keys[self.debits.kind == _RUN]
+        keys: npt.NDArray[np.uint64] = self.runs.keys[self.debits.kind == _RUN]
+        return keys
 
 
-def rate_take(chain: Chain, after: int, chunks: Sequence[Sequence[Record]], partitions: int, table: RatingTable) -> Take:
+def rate_take(
+    chain: Chain, after: int, chunks: Sequence[Sequence[Record]], partitions: int, table: RatingTable
+) -> Take:
     """Decode and rate: everything that one event alone, and the catalogue, decide."""
     runs = _join([read_chunk(chunk, chain.partition, partitions) for chunk in chunks])
     debits = table.rate(runs.columns["action"], runs.outcome, runs.own_api_key, runs.ran_ms)
@@ -63,7 +67,9 @@ def _join(parts: list[Runs]) -> Runs:
         return parts[0]
     starts = np.cumsum([0] + [len(part.offsets) for part in parts])
     refusals: dict[int, Refusal] = {
-        row + int(start): refusal for start, part in zip(starts, parts, strict=False) for row, refusal in part.refusals.items()
+        row + int(start): refusal
+        for start, part in zip(starts, parts, strict=False)
+        for row, refusal in part.refusals.items()
     }
     arrays = {
         name: np.concatenate([getattr(part, name) for part in parts])
@@ -98,7 +104,7 @@ def position(take: Take, row: int) -> str:
 
 def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[object, ...]]]:
     columns = {name: column.take(pa.array(rows, pa.int64())).to_pylist() for name, column in take.runs.columns.items()}
-    found = []
+    found: list[tuple[Identity, tuple[object, ...]]] = []
     for place, row in enumerate(rows):
         text = {name: values[place] for name, values in columns.items()}
         facts = (

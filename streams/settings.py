@@ -28,9 +28,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kafka_bootstrap: Annotated[str, Meta(min_length=1, description="host:port[,host:port] of the brokers")] = (
         "127.0.0.1:9092"
     )
-    ledger_url: Annotated[
-        str, Meta(description="http(s)://user@host:port/database, or empty for chDB in the home")
-    ] = ""
+    ledger_url: Annotated[str, Meta(description="http(s)://user@host:port/database, or empty for chDB in the home")] = (
+        ""
+    )
     ledger_password: Annotated[str, Meta(description="password of the ledger's user (secret)")] = ""
     catalogue_dir: Annotated[str, Meta(min_length=1, description="directory of the catalogue's TOML files")] = str(
         EXAMPLE_CATALOGUES

@@ -15,10 +15,10 @@ The overridden methods are private names of pinned versions; ``tests/test_transp
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from itertools import chain, takewhile
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiokafka
 from aiokafka.consumer.fetcher import PartitionRecords
@@ -42,7 +42,7 @@ class Chunk(list[Any]):
     nbytes: int = 0
 
 
-class Consumer(driver.Consumer):  # type: ignore[misc]  # Faust's consumer is untyped
+class Consumer(driver.Consumer):
     """Delivers chunks, commits behind the last one up to which all are acknowledged."""
 
     transport: "Transport"
@@ -88,7 +88,7 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # Faust's consumer is un
         last = record[-1]
         message = ConsumerMessage(
             tp.topic, tp.partition, last.offset, last.timestamp / 1000, last.timestamp_type,
-            None, None, record, None, 0, record.nbytes, tp, generation_id=self.app.consumer_generation_id,
+            None, None, cast(Any, record), None, 0, record.nbytes, tp, generation_id=self.app.consumer_generation_id,
         )  # fmt: skip
         self._sent[tp][message.offset] = False
         self._records_inflight[tp] += len(record)
@@ -105,14 +105,15 @@ class Consumer(driver.Consumer):  # type: ignore[misc]  # Faust's consumer is un
             ours = message.generation_id == self.app.consumer_generation_id and sent.get(message.offset) is False
             if ours:
                 sent[message.offset] = True
-                self._records_inflight[message.tp] -= len(message.value)
-                self._bytes_inflight[message.tp] -= message.value.nbytes
+                chunk = cast(Chunk, message.value)
+                self._records_inflight[message.tp] -= len(chunk)
+                self._bytes_inflight[message.tp] -= chunk.nbytes
             self._unacked_messages.discard(message)
             self._room.set()
             notify(self._waiting_for_ack)
             return ours
 
-    def _filter_tps_with_pending_acks(self, topics: Iterable[Any] | None = None) -> Iterator[TP]:
+    def _filter_tps_with_pending_acks(self, topics: Set[Any] | None = None) -> Iterator[TP]:
         ours = (tp for tp in list(self._sent) if topics is None or tp in topics or tp.topic in topics)
         return chain(super()._filter_tps_with_pending_acks(topics), ours)
 
@@ -152,10 +153,10 @@ def _chunk(records: list[Any]) -> Chunk:
     return chunk
 
 
-class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
+class ConsumerThread(driver.AIOKafkaConsumerThread):
     """Makes the aiokafka consumer as the write protocol needs it."""
 
-    def _create_worker_consumer(self, transport: "Transport") -> aiokafka.AIOKafkaConsumer:
+    def _create_worker_consumer(self, transport: driver.Transport) -> aiokafka.AIOKafkaConsumer:
         conf = self.app.conf
         self._assignor = RangePartitionAssignor
         return aiokafka.AIOKafkaConsumer(
@@ -179,7 +180,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         )
 
 
-class Transport(driver.Transport):  # type: ignore[misc]
+class Transport(driver.Transport):
     """Faust's Kafka transport with the chunk consumer. One per worker process."""
 
     Consumer = Consumer

@@ -105,8 +105,10 @@ class Unit:
                 tasks.create_task(self._meter())
                 tasks.create_task(self._write())
         except* Incident as group:
-            self.incident = group.exceptions[0]  # type: ignore[assignment]
-            self._lanes.on_incident(self, self.incident)
+            incident = group.exceptions[0]
+            assert isinstance(incident, Incident)
+            self.incident = incident
+            self._lanes.on_incident(self, incident)
 
     def close(self) -> None:
         """Stop waiting for a database that does not answer."""
@@ -219,7 +221,8 @@ class OpenBatch:
 
     def close(self, chain: Any) -> Batch:
         """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of
-        the same place must meet the same deduplication log."""
+        the same place must meet the same deduplication log.
+        """
         first = from_milliseconds(int(self.takes[0].runs.recorded_ms[0]))
         rows = pa.concat_tables(self._tables)
         month = pa.repeat(pa.scalar(first.year * 100 + first.month, pa.uint32()), len(rows))

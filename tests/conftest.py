@@ -76,5 +76,5 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def wait_until_grown(client: Client) -> None:
     """The ledger refuses inserts in the engine's first two seconds."""
-    while int(client.command("SELECT uptime()")) < YOUNG_SERVER_S:  # type: ignore[arg-type]
+    while int(client.command("SELECT uptime()")) < YOUNG_SERVER_S:
         time.sleep(0.1)

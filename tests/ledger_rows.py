@@ -37,23 +37,36 @@ def batch(
     *,
     offsets: Sequence[int] | None = None,
     copies: Mapping[int, int] = NO_COPIES,
+    runs_from: int = 0,
     recorded: Callable[[int], int] = recorded_ms,
+    month: int | None = None,
 ) -> Batch:
-    """Charged runs at ``offsets`` (all after ``after`` up to ``last``); ``copies`` names, for some, the run's offset."""
+    """Charged runs at ``offsets`` (all after ``after`` up to ``last``).
+
+    Offset n holds run n + ``runs_from``, but ``copies`` (offset → run) hold that run again. ``month`` replaces that
+    of the first record.
+    """
     chosen = range(after + 1, last + 1) if offsets is None else offsets
     assert chosen[0] > after and chosen[-1] == last
-    return Batch(chain, after, last, rows(chain, after, chosen, copies, recorded))
+    first = from_milliseconds(recorded(chosen[0]))
+    runs = [copies.get(offset, offset + runs_from) for offset in chosen]
+    batch_month = month or first.year * 100 + first.month
+    return Batch(chain, after, last, _rows(chain, after, chosen, runs, copies, recorded, batch_month))
 
 
-def rows(
-    chain: Chain, after: int, offsets: Sequence[int], copies: Mapping[int, int], recorded: Callable[[int], int]
+def _rows(
+    chain: Chain,
+    after: int,
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    copies: Collection[int],
+    recorded: Callable[[int], int],
+    batch_month: int,
 ) -> pa.Table:
-    """The rows of consecutive records, as `streams.rows` makes them."""
-    length, runs = len(offsets), [copies.get(offset, offset) for offset in offsets]
+    length = len(offsets)
     is_copy = np.array([offset in copies for offset in offsets])
     gaps = np.diff(np.array(offsets), prepend=after if after >= 0 else offsets[0] - 1)
     ran = instants([recorded_ms(run) for run in runs])
-    first = from_milliseconds(recorded(offsets[0]))
     arrays: dict[str, Any] = {
         "kafka_offset": pa.array(offsets, pa.uint64()),
         "offset_gap": pa.array(gaps.astype(np.uint32)),
@@ -80,7 +93,7 @@ def rows(
         "catalogue": 1,
         "raw": b"",
         "raw_key": b"",
-        "batch_month": first.year * 100 + first.month,
+        "batch_month": batch_month,
     }
     for field in LEDGER_SCHEMA:
         if field.name not in arrays:

@@ -4,19 +4,18 @@ A fault is injected where the worker meets it: a test drives the protocol's gene
 the worker crashes, or the server closes, delays, refuses or dies while `Ledger.append` runs.
 """
 
-import asyncio
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from schemas.catalogue import Catalogue, read_version
+from schemas.catalogue import Catalogue
 from schemas.cell_run import to_milliseconds
 from sinks.clickhouse import DatabaseError, connect
 from sinks.ledger import (
@@ -39,17 +38,7 @@ from streams.rows import ledger_rows, rate_take
 from streams.unit import OpenBatch
 from tests.clickhouse_server import ClickHouseServer
 from tests.conftest import wait_until_grown
-from tests.ledger_rows import (
-    AUGUST_MS,
-    NO_COPIES,
-    assert_books_close,
-    batch,
-    content,
-    content_of,
-    recorded_ms,
-    rows,
-    run_id,
-)
+from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id
 
 CHAIN: Final = Chain("cell-runs", "topic-id-1", 3)
 LAST: Final = 29
@@ -203,54 +192,377 @@ def finish(steps: Steps, ledger: Ledger) -> Mark:
 
 
 def level_0_parts(client: Client) -> list[int]:
-    """Rows of each part as it was inserted, merged away or not."""
-    client.command("SYSTEM FLUSH LOGS") if False else None
+    """Rows of every part as it was inserted, whether it has been merged since or not."""
     found = client.query(
         "SELECT rows FROM system.parts WHERE database = currentDatabase() AND table = 'ledger' AND level = 0 "
-        "ORDER BY min_block_number"
+        "ORDER BY partition, min_block_number"
     )
     return [rows for (rows,) in found.result_rows]
 
 
+def recorded_at_months_end(offset: int) -> int:
+    """Broker time under which offset 15 is the first record of September."""
+    return to_milliseconds(datetime(2026, 9, 1, tzinfo=UTC)) + (offset - 15) * 10
+
+
 def test_f8_one_part_per_insert(client: Client, ledger: Ledger) -> None:
-    """An insert of many rows is one part: all or nothing."""
+    """An insert is one part, however many rows it has: all or nothing."""
     write(ledger, CHAIN, 30_009, rows_max=15_000)
     assert level_0_parts(client) == [10, 15_000, 15_000]
     assert_books_close(client, CHAIN, range(30_010))
 
 
-def month_ends_at(offset: int) -> Mapping[int, int]:
-    raise NotImplementedError
-
-
-MIDNIGHT_MS: Final = to_milliseconds(datetime(2026, 9, 1, tzinfo=UTC))
-
-
-def recorded_at_months_end(offset: int) -> int:
-    """Offset 15 is the first of September."""
-    return MIDNIGHT_MS + (offset - 15) * 10
+def test_f8_a_batch_over_a_months_end_is_one_part(client: Client, ledger: Ledger) -> None:
+    """The month is the first record's, so that no insert spans two ClickHouse partitions."""
+    ledger.append(batch(CHAIN, 9, 19, recorded=recorded_at_months_end), ledger.mark(CHAIN), threading.Event())
+    assert level_0_parts(client) == [10, 10]
+    assert_books_close(client, CHAIN, range(20))
 
 
 def test_f8_two_owners_at_one_position_over_a_months_end(client: Client, ledger: Ledger) -> None:
-    """The one's batch ends in August, the other's in September: their first record is one, so they meet."""
+    """One's batch ends in August, the other's in September: their first record is the same, so they meet."""
     mark = ledger.mark(CHAIN)
-    batches = [batch(CHAIN, 9, last, recorded=recorded_at_months_end) for last in (12, 19)]
-    assert [set(one.rows.column("batch_month").to_pylist()) for one in batches] == [{202608}, {202608}]
-    ledger.append(batches[0], mark, threading.Event())
+    ledger.append(batch(CHAIN, 9, 12, recorded=recorded_at_months_end), mark, threading.Event())
     with pytest.raises(ForeignMark):
-        ledger.append(batches[1], mark, threading.Event())
+        ledger.append(batch(CHAIN, 9, 19, recorded=recorded_at_months_end), mark, threading.Event())
     assert_books_close(client, CHAIN, range(13))
 
 
-def test_f8_a_month_from_the_last_record_would_land_twice(client: Client, ledger: Ledger) -> None:
-    """Why the first record decides: deduplication is per ClickHouse partition, one token lands once in each."""
+def test_f8_the_last_records_month_would_let_both_in(ledger: Ledger) -> None:
+    """Why it must be the first record's: one token lands once in each ClickHouse partition. The audit sees it."""
     mark = ledger.mark(CHAIN)
     for last, month in ((12, 202608), (19, 202609)):
-        rows = batch(CHAIN, 9, last, recorded=recorded_at_months_end).rows
-        place = rows.schema.get_field_index("batch_month")
-        months = rows.column("batch_month").combine_chunks().cast("int64")
-        del months
-        field = rows.schema.field(place)
-        moved = rows.set_column(place, field, __import__("pyarrow").array([month] * len(rows), field.type))
-        ledger.insert(Insert(msgspec.structs.replace(batch(CHAIN, 9, last), rows=moved), "0/one/3/10", mark.read_at))
+        own = batch(CHAIN, 9, last, recorded=recorded_at_months_end, month=month)
+        ledger.insert(Insert(own, "0/topic-id-1/3/10", mark.read_at))
+    assert ledger.mark(CHAIN).rows == 23
     assert not ledger.mark(CHAIN).is_whole
+
+
+class Record(NamedTuple):
+    """A record as the transport delivers it."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None = None
+    value: bytes | None = b"not a cell run"
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+async def test_f8_the_units_batch_takes_the_month_of_its_first_record() -> None:
+    """The same rule in the unit, which forms the batches: whatever follows the first record, the month stays."""
+    table = RatingTable(Catalogue([]))
+    months = []
+    for last in (12, 19):
+        open_batch = OpenBatch(9)
+        for cut in (range(10, 12), range(12, last + 1)):
+            records = [Record(offset, recorded_at_months_end(offset)) for offset in cut]
+            take = rate_take(CHAIN, cut[0] - 1, [records], 4, table)
+            open_batch.add(take, ledger_rows(take), 1)
+        months.append(set(open_batch.close(CHAIN).rows.column("batch_month").to_pylist()))
+    assert months == [{202608}, {202608}]
+
+
+# The answer is lost, late or an error: nobody knows, so the mark is read.
+
+
+@over_http
+@pytest.mark.parametrize(
+    ("fault", "amount", "sent"),
+    [
+        pytest.param("close_before", 0, 2, id="f3_close_before"),
+        pytest.param("status_503", 0, 2, id="f3_status_503"),
+        pytest.param("exception", 252, 2, id="f3_exception"),
+        pytest.param("late_before", LATE_S, 2, id="f3_late_before"),
+        pytest.param("hold", 0, 2, id="f3_hold"),
+        pytest.param("close_after", 0, 1, id="f4_close_after"),
+        pytest.param("late_after", LATE_S, 1, id="f4_late_after"),
+        pytest.param("exception_after", 252, 1, id="f4_exception_after"),
+    ],
+)
+def test_an_insert_without_an_answer(
+    client: Client, impatient: Ledger, http_server: ClickHouseServer, fault: str, amount: float, sent: int
+) -> None:
+    """Executed it is not sent again; otherwise it is, under the same token, and a late copy of it is dropped."""
+    http_server.forget_log()
+    http_server.fault(fault, amount)
+    assert write(impatient, CHAIN, 19).last == 19
+    if sent > 1:
+        http_server.release()
+        http_server.wait_for(fault=fault, state="executed" if fault in ("late_before", "hold") else "refused")
+    assert [line["token"] for line in http_server.log("insert")] == ["0/topic-id-1/3/10"] * sent
+    take_over(client, impatient)
+
+
+@over_http
+@pytest.mark.parametrize("fault", ["close_before", "close_after", "status_503", "exception", "late_after"])
+def test_f5_a_mark_without_an_answer_is_read_again(
+    client: Client, impatient: Ledger, http_server: ClickHouseServer, fault: str
+) -> None:
+    """However long the mark does not answer, the insert is not repeated meanwhile."""
+    mark = impatient.mark(CHAIN)
+    http_server.forget_log()
+    http_server.fault(fault, 252 if fault == "exception" else LATE_S, on="select")
+    http_server.fault(fault, 252 if fault == "exception" else LATE_S, on="select")
+    assert impatient.append(batch(CHAIN, 9, 19), mark, threading.Event()).last == 19
+    assert len(http_server.log("insert")) == 1
+    take_over(client, impatient)
+
+
+@over_http
+def test_a_held_insert_is_dropped_after_the_chain_has_gone_on(
+    client: Client, impatient: Ledger, http_server: ClickHouseServer
+) -> None:
+    """An insert that the server executes long after, when others have written its place and beyond, adds nothing."""
+    http_server.fault("hold")
+    take_over(client, impatient)
+    http_server.release()
+    http_server.wait_for(fault="hold", state="executed")
+    take_over(client, impatient)
+
+
+@over_http
+def test_an_owner_that_closes_gives_its_batch_up(
+    client: Client, ledger: Ledger, http_server: ClickHouseServer
+) -> None:
+    """A unit that loses its partition does not wait for a database that is away."""
+    closing = threading.Event()
+    closing.set()
+    http_server.fault("status_503")
+    with pytest.raises(Stopped):
+        ledger.append(batch(CHAIN, 9, 19), ledger.mark(CHAIN), closing)
+    take_over(client, ledger)
+
+
+# F9 and F10: the server is killed at each point and comes back, with its tokens or without.
+
+
+@over_http
+@pytest.mark.parametrize(
+    ("fault", "statement"),
+    [
+        pytest.param("kill_before", "insert", id="f3_sent_not_executed"),
+        pytest.param("kill_after", "insert", id="f4_executed_not_acknowledged"),
+        pytest.param("kill_before", "select", id="f5_acknowledged_not_read_back"),
+        pytest.param("kill_after", "select", id="f6_read_back_not_answered"),
+    ],
+)
+def test_f9_server_killed(
+    client: Client, ledger: Ledger, http_server: ClickHouseServer, fault: str, statement: str
+) -> None:
+    """The owner waits for the server, bears with its first seconds, and goes on where the ledger is."""
+    mark = ledger.mark(CHAIN)
+    http_server.fault(fault, on=statement)
+    with ThreadPoolExecutor(1) as owner:
+        written = owner.submit(ledger.append, batch(CHAIN, 9, 19), mark, threading.Event())
+        http_server.wait_until_down()
+        http_server.start()
+        assert written.result(30).last == 19
+    take_over(client, ledger)
+
+
+@over_http
+def test_f10_tokens_lost_in_a_restart(client: Client, ledger: Ledger, http_server: ClickHouseServer) -> None:
+    """Nothing but the constraint stops an insert whose token was forgotten: its mark is older than the server."""
+    _, late = form(ledger, CHAIN, 14)
+    write(ledger, CHAIN, 19)
+    http_server.stop()
+    assert http_server.forget_tokens() >= 1
+    http_server.start()
+    wait_until_grown(client)
+    with pytest.raises(DatabaseError, match="mark_is_fresh"):
+        ledger.insert(late)
+    take_over(client, ledger)
+    ledger.insert(msgspec.structs.replace(late, mark_read_at=ledger.mark(CHAIN).read_at))
+    assert not ledger.mark(CHAIN).is_whole, "without the constraint it would have landed"
+
+
+# F11: an owner that was away for longer than the tokens last.
+
+
+def server_clock(client: Client) -> tuple[int, int]:
+    """The server's clock in Unix milliseconds, and its age in seconds."""
+    now_ms, uptime_s = client.query("SELECT toUnixTimestamp64Milli(now64(3)), uptime()").result_rows[0]
+    return now_ms, uptime_s
+
+
+@pytest.mark.parametrize("before_the_start", [False, True], ids=["older_than_120_s", "before_the_servers_start"])
+def test_f11_a_stale_mark_is_refused_and_read_again(client: Client, ledger: Ledger, before_the_start: bool) -> None:
+    """The table refuses the rows, the owner reads the mark again, and the rows are written on the new one."""
+    now_ms, uptime_s = server_clock(client)
+    age_s = uptime_s + 1 if before_the_start else 121
+    stale = msgspec.structs.replace(ledger.mark(CHAIN), read_at=now_ms - age_s * 1000)
+    with pytest.raises(DatabaseError, match="mark_is_fresh"):
+        ledger.insert(Insert(batch(CHAIN, 9, 19), "0/topic-id-1/3/10", stale.read_at))
+    assert ledger.mark(CHAIN).last == 9
+
+    troubles: list[str] = []
+    mark = Ledger(client, on_trouble=troubles.append).append(batch(CHAIN, 9, 19), stale, threading.Event())
+
+    assert mark.written_under > stale.read_at
+    trouble, all_clear = troubles
+    assert "cell-runs[3] after offset 9" in trouble
+    assert all_clear == ""
+    take_over(client, ledger)
+
+
+@pytest.mark.parametrize(
+    ("uptime_s", "age_s", "accepted"),
+    [(1000, 119, True), (1000, 121, False), (60, 58, True), (60, 60, False), (1, 0.1, False)],
+)
+def test_f11_how_old_a_mark_may_be(client: Client, uptime_s: int, age_s: float, accepted: bool) -> None:
+    """120 seconds, and never older than the server; the table's own expression is evaluated at another age of it."""
+    ddl = client.query(
+        "SELECT create_table_query FROM system.tables WHERE database = currentDatabase() AND name = 'ledger'"
+    ).result_rows[0][0]
+    found = re.search(r"CONSTRAINT mark_is_fresh CHECK (.*?)(, PROJECTION|, CONSTRAINT|\) ENGINE)", ddl)
+    assert found
+    expression = found[1].replace("uptime()", str(uptime_s))
+    answer = client.query(
+        f"SELECT {expression} FROM (SELECT now64(3) - toIntervalMillisecond({int(age_s * 1000)}) AS mark_read_at)"
+    )
+    assert bool(answer.result_rows[0][0]) == accepted
+
+
+@pytest.mark.parametrize(("age_s", "first_step"), [(59.0, Insert), (61.0, ReadMark)])
+def test_f11_an_old_mark_is_read_before_the_insert(age_s: float, first_step: type) -> None:
+    """After a minute of silence on a partition the mark is too old to stand on."""
+    mark = Mark(last=9, first=0, rows=10, gaps=10, written_under=1, read_at=2, age_from=100.0)
+    assert isinstance(next(append_steps(batch(CHAIN, 9, 19), mark, 0, lambda: 100.0 + age_s)), first_step)
+
+
+# F12: two owners who both believe that the partition is theirs.
+
+
+def test_f12_two_live_owners(client: Client, ledger: Ledger) -> None:
+    """The second one's insert is dropped, and it ends when it reads the mark."""
+    first_steps, first = form(ledger, CHAIN, 15)
+    second_steps, second = form(ledger, CHAIN, 19)
+    for insert in (first, second, first):
+        ledger.insert(insert)
+    first_steps.send(True)
+    assert finish(first_steps, ledger).last == 15
+    second_steps.send(True)
+    with pytest.raises(ForeignMark):
+        second_steps.send(ledger.mark(CHAIN))
+    take_over(client, ledger)
+
+
+def test_f12_foreign_rows_that_end_where_ours_would(client: Client, ledger: Ledger) -> None:
+    """Rows up to our last offset are not ours unless they stand on a mark that we read."""
+    steps, insert = form(ledger, CHAIN, 19)
+    write(ledger, CHAIN, 19)
+    ledger.insert(insert)
+    steps.send(True)
+    with pytest.raises(ForeignMark):
+        steps.send(ledger.mark(CHAIN))
+    take_over(client, ledger)
+
+
+def test_f12_three_live_owners_race(ledger_url: str, client: Client) -> None:
+    """Three threads write one chain, each in cuts of its own: who loses a place starts again from the mark."""
+
+    def own(rows_max: int) -> int:
+        lost = 0
+        with connect(ledger_url) as connection:
+            while True:
+                try:
+                    write(Ledger(connection), CHAIN, 299, rows_max)
+                    return lost
+                except ForeignMark:
+                    lost += 1
+
+    with ThreadPoolExecutor(3) as owners:
+        lost = sum(owners.map(own, (5, 7, 11)))
+
+    assert lost > 0
+    assert_books_close(client, CHAIN, range(300))
+    assert content(client, CHAIN) == content_of(batch(CHAIN, -1, 299).rows)
+
+
+def test_f12_owners_of_two_epochs_are_not_kept_apart(ledger: Ledger) -> None:
+    """The limit of a raised epoch: it is for a fleet that was stopped. The same rows land twice, and the audit sees it."""
+    _, old = form(ledger, CHAIN, 19, epoch=0)
+    _, new = form(ledger, CHAIN, 19, epoch=1)
+    ledger.insert(old)
+    ledger.insert(new)
+    assert ledger.mark(CHAIN).rows == 30
+    assert not ledger.mark(CHAIN).is_whole
+
+
+# Tokens that outlived their rows.
+
+
+def test_five_acknowledged_inserts_with_the_mark_unmoved(client: Client, ledger: Ledger) -> None:
+    """The tokens outlived the rows: an incident, not an endless loop; a raised epoch heals the chain."""
+    write(ledger, CHAIN, 19)
+    client.command("ALTER TABLE ledger DELETE WHERE kafka_offset > 9 SETTINGS mutations_sync = 2")
+
+    with pytest.raises(Incident) as incident:
+        write(ledger, CHAIN, 19)
+
+    assert f"{ACKNOWLEDGED_MAX} inserts after offset 9 were acknowledged and the mark did not move" in str(incident.value)
+    assert "Raise CREDITSTREAM_EPOCH above 0" in str(incident.value)
+    assert ledger.mark(CHAIN).last == 9
+    take_over(client, Ledger(client, epoch=1))
+
+
+def test_failed_inserts_are_no_incident(ledger: Ledger) -> None:
+    """A database that refuses for hours is waited for: only acknowledged inserts count."""
+    steps, _ = form(ledger, CHAIN, 19)
+    for _ in range(4 * ACKNOWLEDGED_MAX):
+        assert isinstance(steps.send(False), ReadMark)
+        assert isinstance(steps.send(ledger.mark(CHAIN)), Insert)
+
+
+# F13: the topic was deleted and made again.
+
+
+def test_f13_a_recreated_topic_starts_its_own_chain(client: Client, ledger: Ledger) -> None:
+    """The same name, partition and offsets under a new topic id: nothing is taken for written."""
+    new = Chain(CHAIN.topic, "topic-id-2", CHAIN.partition)
+    assert ledger.mark(new).last == -1
+    own = batch(new, -1, 9, runs_from=100, copies={0: 3, 7: 8})
+    assert ledger.append(own, ledger.mark(new), threading.Event()).last == 9
+    assert_books_close(client, new, range(10))
+    assert content(client, new) == content_of(own.rows)
+    take_over(client, ledger)
+
+
+def test_f13_duplicates_are_found_across_topic_ids(client: Client, ledger: Ledger) -> None:
+    """A run of the old topic is in the filter of the new one, and the look-up says where it lies."""
+    new = Chain(CHAIN.topic, "topic-id-2", CHAIN.partition)
+    old_run, unknown_run = run_id(CHAIN, 3), run_id(CHAIN, 1000)
+
+    keys = recent_run_keys(client, new, since=AUGUST_MS / 1000)
+    found = find_runs(client, [("workspace-0", old_run), ("workspace-1", old_run), ("workspace-1", unknown_run)])
+
+    assert sorted(keys) == sorted(run_keys(b"".join(run_id(CHAIN, run).bytes for run in range(10))))
+    assert [(identity, position) for identity, position, _ in found] == [(("workspace-0", old_run), "cell-runs[3]@3")]
+
+
+# F15: Kafka itself has no record for some offsets.
+
+
+def test_f15_offset_gaps(client: Client, ledger: Ledger) -> None:
+    """Compaction and transaction markers leave holes: the gaps add up to the range, within and between batches."""
+    for last, offsets in ((19, [12, 13, 17, 19]), (29, [24, 29])):
+        ledger.append(batch(CHAIN, ledger.mark(CHAIN).last, last, offsets=offsets), ledger.mark(CHAIN), threading.Event())
+    mark = ledger.mark(CHAIN)
+    assert (mark.rows, mark.gaps, mark.is_whole) == (16, 30, True)
+    assert_books_close(client, CHAIN, [*range(10), 12, 13, 17, 19, 24, 29])
+
+
+def test_f15_a_chain_may_begin_late(client: Client) -> None:
+    """Where retention took the beginning, the first row opens the chain without a gap."""
+    ledger = Ledger(client)
+    ledger.append(batch(CHAIN, -1, 109, offsets=range(100, 110)), ledger.mark(CHAIN), threading.Event())
+    mark = write(ledger, CHAIN, 119)
+    assert (mark.first, mark.gaps, mark.is_whole) == (100, 20, True)
+    assert_books_close(client, CHAIN, range(100, 120))
+
+
+def test_f15_a_hole_that_kafka_did_not_make_shows(ledger: Ledger) -> None:
+    """Rows that are missing below the mark do not hide: their gaps are missing too."""
+    ledger.insert(Insert(batch(CHAIN, 12, 19), "0/topic-id-1/3/13", ledger.mark(CHAIN).read_at))
+    mark = ledger.mark(CHAIN)
+    assert (mark.last, mark.rows, mark.gaps, mark.is_whole) == (19, 17, 17, False)

@@ -37,7 +37,9 @@ LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id",
 @click.option("--to", "end", type=_DAY, help="The day after the last one.")
 @source_options
 @format_option
-def usage(workspace: str, by: str, start: datetime | None, end: datetime | None, home: str, url: str, form: str) -> None:
+def usage(
+    workspace: str, by: str, start: datetime | None, end: datetime | None, home: str, url: str, form: str
+) -> None:
     """Credits and runs of a workspace.
 
     Example: `creditstream usage ws_0001 --by day --from 2026-11-01 --to 2026-12-01`
@@ -67,7 +69,9 @@ def explain(run_id: str, home: str, url: str, form: str) -> None:
     try:
         wanted = UUID(run_id)
     except ValueError as error:
-        raise Problem(f"{run_id!r} is no run id", "a run id is a UUID", "Copy it from `usage` or the product.") from error
+        raise Problem(
+            f"{run_id!r} is no run id", "a run id is a UUID", "Copy it from `usage` or the product."
+        ) from error
     with ask(settings_of(home), url) as answers:
         explanation = answers.explanation(wanted)
     if form == "json":
@@ -79,7 +83,9 @@ def explain(run_id: str, home: str, url: str, form: str) -> None:
 def explained(run: Explanation) -> list[str]:
     """The explanation as lines of text."""
     version = f"catalogue version {run.catalogue}, price {run.price}" if run.catalogue else "no catalogue version"
-    who = ", ".join(filter(None, [run.triggered_by and f"triggered by {run.triggered_by}", run.actor and f"by {run.actor}"]))
+    who = ", ".join(
+        filter(None, [run.triggered_by and f"triggered by {run.triggered_by}", run.actor and f"by {run.actor}"])
+    )
     lines = [
         run.sentence,
         "",

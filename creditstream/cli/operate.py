@@ -43,13 +43,19 @@ def reconcile(home: str, url: str, form: str) -> None:
         show_rows(books.partitions, form, columns, "The topic has no partitions.")
     if form == "text":
         sums = books.sums
-        click.echo(f"\nsums through projections: {sums.credits_projected} credits, {sums.rows_projected:,} rows; "
-                   f"over raw rows: {sums.credits_raw} credits, {sums.rows_raw:,} rows")
+        click.echo(
+            f"\nsums through projections: {sums.credits_projected} credits, {sums.rows_projected:,} rows; "
+            f"over raw rows: {sums.credits_raw} credits, {sums.rows_raw:,} rows"
+        )
         click.echo(books.sentence)
     for example in (example for book in books.partitions for example in book.examples):
         click.echo(f"  {example}", err=True)
     if not books.closes:
-        raise Difference("the books do not close", books.sentence, "Keep Kafka's log and the ledger as they are, and look at the offsets above.")
+        raise Difference(
+            "the books do not close",
+            books.sentence,
+            "Keep Kafka's log and the ledger as they are, and look at the offsets above.",
+        )
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """The options that commands share, and the one way in which a table leaves the program."""
 
 import csv
+import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -30,14 +31,16 @@ def source_options(command: F) -> F:
 
 def format_option(command: F) -> F:
     """``--format``: text for people, json and csv for programs."""
-    return click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")(command)
+    return click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")(
+        command
+    )
 
 
 def settings_of(home: str | None = None, **flags: str | int | None) -> Settings:
     """The settings with these flags on top; a running worker's Kafka wins over the default."""
     from creditstream.home import Home
 
-    settings = read_settings(home=str(Home.at(home).path), **flags)
+    settings = read_settings(os.environ, home=str(Home.at(home).path), **flags)
     worker = Home.at(settings.home).worker()
     if worker and "kafka_bootstrap" not in flags:
         settings = msgspec.structs.replace(settings, kafka_bootstrap=worker.kafka_bootstrap)

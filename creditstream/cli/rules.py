@@ -58,8 +58,9 @@ def _cost(price: Price, own_api_key: bool) -> str:
     if own_api_key:
         return "free with the workspace's own API key (R05)"
     unit = "credit" if price.credits == "1" else "credits"
-    nothing = "also when it finds nothing (R09)" if price.charges_no_data else "free when it finds nothing (R09)"
-    return f"{price.credits} {unit} of the {price.pool} pool for a run that returns data, {nothing}, free on an error (R08)"
+    nothing = "also when it finds nothing" if price.charges_no_data else "free when it finds nothing"
+    charged = f"{price.credits} {unit} of the {price.pool} pool when it returns data (R02)"
+    return f"{charged}, {nothing} (R09), free on an error (R08)"
 
 
 @rules.command()
@@ -67,4 +68,5 @@ def _cost(price: Price, own_api_key: bool) -> str:
 def check(file: Path) -> None:
     """Check a catalogue file as the worker would; exit 1 naming file, action and field."""
     version = read_version(file)
-    click.echo(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {version.effective_from:%Y-%m-%d %H:%M} UTC")
+    since = f"{version.effective_from:%Y-%m-%d %H:%M} UTC"
+    click.echo(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {since}")

@@ -37,7 +37,9 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
                 for run, place in zip(runs, places, strict=True):
                     click.echo(_line(_await(answers, run, place), place))
     if bad:
-        raise Problem(f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct and send them again.")
+        raise Problem(
+            f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct and send them again."
+        )
     if not runs:
         raise Problem("nothing was sent", "the input holds no line", "Give one JSON object a line.")
 
@@ -89,7 +91,11 @@ def _produce(settings: Any, runs: list[CellRun]) -> list[str]:
                 producer.poll(POLL_S)
         producer.poll(0)
     if left := producer.flush(DELIVERY_S_MAX):
-        raise Unreachable(f"{left:,} runs were not delivered", f"no answer from {settings.kafka_bootstrap}", "Send the file again: a copy is never charged twice.")
+        raise Unreachable(
+            f"{left:,} runs were not delivered",
+            f"no answer from {settings.kafka_bootstrap}",
+            "Send the file again: a copy is never charged twice.",
+        )
     return [places[index] for index in range(len(runs))]
 
 
@@ -104,7 +110,9 @@ def _await(answers: Answers, run: CellRun, place: str) -> Explanation:
         except UnknownId:
             pass
         if time.monotonic() > deadline:
-            raise Unreachable(f"run {run.run_id} has no debit after {WAIT_S_MAX:.0f} s", "the worker is not metering", "See its log.")
+            raise Unreachable(
+                f"run {run.run_id} has no debit after {WAIT_S_MAX:.0f} s", "the worker is not metering", "See its log."
+            )
         time.sleep(POLL_S)
 
 
@@ -112,5 +120,3 @@ def _line(found: Explanation, place: str) -> str:
     mine = next(delivery for delivery in found.deliveries if delivery.position == place)
     said = found.sentence if mine.position == found.position else f"{mine.kind}: {mine.detail}."
     return f"{found.run_id}  {mine.credits} credits  {mine.reason}  {said}"
-
-
