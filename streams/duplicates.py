@@ -27,7 +27,7 @@ class RunFilter:
     """A superset of the run ids of one unit, in two tiers under one bound of memory.
 
     ``recent`` is exact: sorted arrays of keys, 8 bytes each. When it outgrows its half of ``bytes_max``, its oldest
-    array moves into ``older``, a Bloom filter in the other half, whose false positives grow and whose answers stay safe.
+    array moves into ``older``, a Bloom filter in the other half: false positives grow, answers stay safe.
     """
 
     def __init__(self, bytes_max: int) -> None:

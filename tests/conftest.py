@@ -1,7 +1,6 @@
 """What tests share: one chDB, one ClickHouse over HTTP and one Kafka for the session, a database for each test."""
 
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,9 +11,9 @@ from clickhouse_connect.driver.client import Client
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from sinks.clickhouse import connect
-from sinks.ledger import YOUNG_SERVER_S
 from sinks.migrate import create_database, migrate
 from tests.clickhouse_server import ClickHouseServer
+from tests.ledger_rows import wait_until_grown
 
 NUMBERS: Final = itertools.count(1)
 
@@ -72,9 +71,3 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = Home.at(tmp_path_factory.mktemp("home"))
     with home.hold(), EmbeddedKafka(home, print) as broker:
         yield broker.bootstrap
-
-
-def wait_until_grown(client: Client) -> None:
-    """The ledger refuses inserts in the engine's first two seconds."""
-    while int(client.command("SELECT uptime()")) < YOUNG_SERVER_S:
-        time.sleep(0.1)
