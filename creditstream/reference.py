@@ -14,6 +14,7 @@ import msgspec
 from aiokafka.partitioner import murmur2
 
 from schemas.cell_run import CellRun
+from schemas.codec import decode_run
 
 
 class Expected(NamedTuple):
@@ -39,8 +40,8 @@ class ReferenceRater:
         if value is not None and len(value) > 64 * 1024:
             return _dead("too_large")
         try:
-            run = msgspec.json.decode(value or b"", type=CellRun)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            run = decode_run(value or b"")
+        except msgspec.DecodeError:
             return _dead("malformed")
         owner = run.workspace_id.encode()
         if key != owner or (murmur2(owner) & 0x7FFFFFFF) % self._partitions != self._partition:

@@ -117,6 +117,8 @@ def read_version(file: Path) -> Version:
         raise _wrong(file, f"it is not TOML ({error})") from error
     except msgspec.ValidationError as error:
         raise _wrong(file, _name_action(str(error), tomllib.loads(content.decode()))) from error
+    if wire.effective_from.microsecond % 1000:
+        raise _wrong(file, f"field `effective_from`: {wire.effective_from} is finer than a millisecond")
     actions: dict[str, Action] = {}
     for entry in wire.actions:
         if entry.id in actions:
@@ -188,7 +190,8 @@ def _name_action(message: str, document: dict[str, Any]) -> str:
     if not place:
         return message
     entry = document["actions"][int(place[1])]
-    action = entry.get("id", f"number {int(place[1]) + 1}") if isinstance(entry, dict) else f"number {place[1]}"
+    unnamed = f"number {int(place[1]) + 1}"
+    action = entry.get("id", unnamed) if isinstance(entry, dict) else unnamed
     missing = re.search(r"field `(\w+)`", message)
     field = place[2] or (missing[1] if missing else "?")
     return f"action `{action}`, field `{field}`: {message.split(' - at ')[0]}"

@@ -18,6 +18,9 @@ MAX_EVENT_BYTES = 64 * 1024
 EARLIEST_RAN_AT = datetime(2020, 1, 1, tzinfo=UTC)
 """An older ``ran_at`` is ``malformed``: a clock that was never set, not a late event."""
 
+LATEST_RAN_AT = datetime.max.replace(tzinfo=UTC)
+"""A later ``ran_at`` is ``malformed``: west of Greenwich, year 9999 holds hours that no UTC instant can name."""
+
 Identifier = Annotated[str, Meta(min_length=1, max_length=128)]
 Label = Annotated[str, Meta(max_length=128)]
 Instant = Annotated[datetime, Meta(tz=True)]
@@ -55,6 +58,8 @@ class CellRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     def __post_init__(self) -> None:
         if self.ran_at < EARLIEST_RAN_AT:
             raise ValueError("`ran_at` lies before 2020")
+        if self.ran_at > LATEST_RAN_AT:
+            raise ValueError("`ran_at` lies after the year 9999 in UTC")
 
 
 def to_milliseconds(instant: datetime) -> int:

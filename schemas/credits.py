@@ -5,7 +5,6 @@ No float is accepted anywhere: 0.1 + 0.2 credits are 0.3 credits.
 """
 
 import re
-from decimal import Decimal
 
 Millicredits = int
 """Thousandths of a credit, signed."""
@@ -14,14 +13,16 @@ PER_CREDIT = 1000
 MAX_MILLICREDITS = 10**18 - 1
 """What Decimal(18, 3) holds: 999,999,999,999,999.999 credits."""
 
-_SHAPE = re.compile(r"-?\d{1,15}(\.\d{1,3})?")
+_SHAPE = re.compile(r"(-?[0-9]{1,15})(?:\.([0-9]{1,3}))?")
 
 
 def parse_credits(text: str) -> Millicredits:
     """``"2"``, ``"0.5"``, ``"-1.250"`` in credits; ValueError for any other shape, so nothing is ever rounded."""
-    if not _SHAPE.fullmatch(text):
+    shape = _SHAPE.fullmatch(text)
+    if not shape:
         raise ValueError(f"{text!r} is not a number of credits with at most 3 decimals")
-    return int(Decimal(text).scaleb(3))
+    whole, decimals = shape.groups(default="")
+    return int(f"{whole}{decimals:0<3}")
 
 
 def format_credits(millicredits: Millicredits) -> str:

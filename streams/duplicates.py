@@ -57,23 +57,22 @@ class RunFilter:
         """Remember runs of long ago, in the Bloom filter."""
         self._older.add(keys)
 
-    def candidates(self, keys: Keys) -> Mask:
-        """Which of the keys may have been seen, here or among themselves."""
-        if not self.is_complete:
-            return np.ones(len(keys), np.bool_)
+    def suspect(self, keys: Keys) -> "Suspicion":
+        """Which of the keys may be copies: of a run that was added before, or of each other."""
         order = np.argsort(keys)
         ordered = keys[order]
-        hit = np.zeros(len(keys), np.bool_)
-        equal = ordered[1:] == ordered[:-1]
-        hit[1:] |= equal
-        hit[:-1] |= equal
+        before = np.full(len(keys), not self.is_complete)
         for run in self._recent:
-            hit |= contains(run, ordered)
+            before |= contains(run, ordered)
         if self._older.nbytes:
-            hit |= self._older.contains(ordered)
-        mask = np.empty_like(hit)
-        mask[order] = hit
-        return mask
+            before |= self._older.contains(ordered)
+        equal = ordered[1:] == ordered[:-1]
+        repeated = np.zeros(len(keys), np.bool_)
+        repeated[1:] |= equal
+        repeated[:-1] |= equal
+        unsort = np.empty_like(order)
+        unsort[order] = np.arange(len(order))
+        return Suspicion(before[unsort], (before | repeated)[unsort])
 
 
 def contains(ordered: Keys, keys: Keys) -> Mask:
@@ -83,6 +82,15 @@ def contains(ordered: Keys, keys: Keys) -> Mask:
     place = np.searchsorted(ordered, keys)
     found: Mask = ordered[np.minimum(place, len(ordered) - 1)] == keys
     return found
+
+
+class Suspicion(NamedTuple):
+    """Masks over a batch. ``before``: the ledger, or a row on its way, may have the run. ``any``: that, or the batch
+    itself has its key twice. What is only repeated needs no look-up: the filter knows that nobody had it before.
+    """
+
+    before: Mask
+    any: Mask
 
 
 class BloomFilter:

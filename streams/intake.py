@@ -2,7 +2,7 @@
 
 A chunk of records is decoded at once, because Python's cost is per call: a lean twin of `CellRun` keeps ids and times
 as text, and numpy and Arrow check and convert whole columns. The lean way accepts only a subset of what `CellRun`
-accepts, with the same values; every record it does not take is decoded by `CellRun` itself, whose verdict stands.
+accepts, with the same values; every record it does not take is decoded by `decode_run`, whose verdict stands.
 A refused record keeps its row, blank, so that a chunk has exactly one row for every offset.
 """
 
@@ -17,7 +17,16 @@ import pyarrow.compute as pc
 from aiokafka.partitioner import murmur2
 from msgspec import Meta
 
-from schemas.cell_run import EARLIEST_RAN_AT, MAX_EVENT_BYTES, CellRun, Identifier, Label, Outcome, to_milliseconds
+from schemas.cell_run import (
+    EARLIEST_RAN_AT,
+    LATEST_RAN_AT,
+    MAX_EVENT_BYTES,
+    Identifier,
+    Label,
+    Outcome,
+    to_milliseconds,
+)
+from schemas.codec import decode_run
 from schemas.ledger import Reason
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
@@ -83,10 +92,10 @@ _BLANK: Final = _LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
 _OUTCOME_NUMBERS: Final = {str(outcome): number for number, outcome in enumerate(Outcome, 1)}
 _RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
 _EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
+_LATEST_MS: Final = to_milliseconds(LATEST_RAN_AT)
 _TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
 
 _decode_lean: Final = msgspec.json.Decoder(_LeanRun).decode
-_decode_run: Final = msgspec.json.Decoder(CellRun).decode
 
 
 def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Runs:
@@ -126,7 +135,7 @@ def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> 
 
 
 def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> _LeanRun:
-    """The definition: what `CellRun` says of this record, as a lean run in canonical form."""
+    """The definition: what `decode_run` says of this record, as a lean run in canonical form."""
     if value is None:
         refusals[row] = Refusal(Reason.MALFORMED, "the record has no value")
         return _BLANK
@@ -134,8 +143,8 @@ def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]
         refusals[row] = Refusal(Reason.TOO_LARGE, f"{len(value):,} bytes, at most {MAX_EVENT_BYTES:,}")
         return _BLANK
     try:
-        run = _decode_run(value)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        run = decode_run(value)
+    except msgspec.DecodeError as error:
         refusals[row] = Refusal(Reason.MALFORMED, name_field(str(error)))
         return _BLANK
     text = {name: getattr(run, name) for name in _LeanRun.__struct_fields__}
@@ -170,7 +179,7 @@ def _lean_enough(lean: list[_LeanRun], times: tuple[pa.Array, Integers]) -> Mask
     letters = np.frombuffer(joined, np.uint8).reshape(-1, 36)
     hexadecimal = _IS_HEX[letters].sum(axis=1) == 32
     dashed = (letters[:, [8, 13, 18, 23]] == ord("-")).all(axis=1)
-    lean_enough: Mask = plain & (ran_ms >= _EARLIEST_MS) & hexadecimal & dashed
+    lean_enough: Mask = plain & (ran_ms >= _EARLIEST_MS) & (ran_ms <= _LATEST_MS) & hexadecimal & dashed
     return lean_enough
 
 
@@ -264,7 +273,7 @@ def _refuse_untimely(runs: Runs) -> None:
         runs.refusals[row] = (
             Refusal(Reason.FUTURE_RUN, f"`ran_at` is {milliseconds / 1000:,.3f} s ahead of the broker, at most 300 s")
             if milliseconds > 0
-            else Refusal(Reason.STALE_RUN, f"`ran_at` is {-milliseconds // 86_400_000} days old, at most 366")
+            else Refusal(Reason.STALE_RUN, f"`ran_at` is over {-milliseconds // 86_400_000} days old, at most 366")
         )
 
 

@@ -17,7 +17,7 @@ from schemas.ledger import KINDS, REASONS, Kind, Reason
 from sinks.columns import LEDGER_SCHEMA, OUTCOMES, constant, decimals, instants, number_of
 from sinks.ledger import Chain
 from streams.duplicates import Candidate, Identity, Original, Verdict
-from streams.intake import Record, Refusal, Runs, headers_text, read_chunk
+from streams.intake import Record, Refusal, Runs, headers_text
 from streams.rating import Debits, RatingTable
 
 _RUN: Final = number_of(Kind.RUN)
@@ -49,10 +49,10 @@ class Take(msgspec.Struct, frozen=True):
 
 
 def rate_take(
-    chain: Chain, after: int, chunks: Sequence[Sequence[Record]], partitions: int, table: RatingTable
+    chain: Chain, after: int, chunks: Sequence[Sequence[Record]], parts: Sequence[Runs], table: RatingTable
 ) -> Take:
-    """Decode and rate: everything that one event alone, and the catalogue, decide."""
-    runs = _join([read_chunk(chunk, chain.partition, partitions) for chunk in chunks])
+    """Rate decoded chunks (``parts``, by `read_chunk`): everything that one event alone, and the catalogue, decide."""
+    runs = join_runs(parts)
     debits = table.rate(runs.columns["action"], runs.outcome, runs.own_api_key, runs.ran_ms)
     take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
     for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
@@ -62,7 +62,8 @@ def rate_take(
     return take
 
 
-def _join(parts: list[Runs]) -> Runs:
+def join_runs(parts: Sequence[Runs]) -> Runs:
+    """Consecutive chunks as one."""
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0] + [len(part.offsets) for part in parts])

@@ -27,11 +27,18 @@ from schemas.cell_run import from_milliseconds
 from schemas.problem import Problem
 from sinks.ledger import Batch, Incident, Ledger, Mark
 from streams.duplicates import Identity, Original, RunFilter, settle
+from streams.intake import read_chunk
 from streams.rating import RatingTable
 from streams.rows import Take, apply_verdicts, candidates, counts, ledger_rows, originals, rate_take
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
+
+TAKE_ROWS_MAX: Final = 10_000
+BACKLOG_CHUNK: Final = 500
+"""A chunk of this many records or more was fetched from a backlog."""
+GATHER_S: Final = 0.02
+"""How long more chunks of a backlog are waited for."""
 
 log: Final = structlog.get_logger()
 
@@ -122,20 +129,35 @@ class Unit:
             if chunks:
                 await self._rate(chunks)
             self._open.events.extend(event for event in events if event is not _NUDGE)
-            if self._open.is_due(self._lanes.batching) or (self._draining and self._open.events):
+            if self._is_time_to_seal():
                 await self._sealed.put(self._open)
                 self._open = OpenBatch(self._position)
 
+    def _is_time_to_seal(self) -> bool:
+        """A full batch goes, if need be after a wait; one that has only lingered goes when the writer is free: under a
+        backlog batches are large, whatever the linger.
+        """
+        batching = self._lanes.batching
+        due = self._open.is_due(batching) or (self._draining and bool(self._open.events))
+        return self._open.is_full(batching) or (due and not self._sealed.full())
+
     async def _take(self) -> list[Event]:
-        """Everything that waits, up to a full batch; nothing when the open batch has lingered enough."""
-        room = self._lanes.batching.rows_max - self._open.rows
+        """What waits, up to a full batch; nothing when the open batch has lingered enough.
+
+        A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
+        """
+        room = min(TAKE_ROWS_MAX, self._lanes.batching.rows_max - self._open.rows)
+        deadline = None if self._sealed.full() else self._open.deadline(self._lanes.batching)
+        events: list[Event] = []
+        rows = 0
         try:
-            async with asyncio.timeout_at(self._open.deadline(self._lanes.batching)):
-                events = [await self._waiting.get()]
+            async with asyncio.timeout_at(deadline) as waiting:
+                while rows < room and not (events and self._waiting.empty() and len(events[-1].chunk) < BACKLOG_CHUNK):
+                    events.append(await self._waiting.get())
+                    rows += len(events[-1].chunk)
+                    waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
-            return []
-        while not self._waiting.empty() and sum(len(event.chunk) for event in events) < room:
-            events.append(self._waiting.get_nowait())
+            pass
         return events
 
     def _unread(self, event: Event) -> Any:
@@ -149,8 +171,11 @@ class Unit:
 
     async def _rate(self, chunks: list[Any]) -> None:
         lanes, after = self._lanes, self._open.last
-        take = rate_take(self.chain, after, chunks, lanes.partitions, lanes.rating)
-        await asyncio.sleep(0)
+        parts = []
+        for chunk in chunks:
+            parts.append(read_chunk(chunk, self.chain.partition, lanes.partitions))
+            await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
+        take = rate_take(self.chain, after, chunks, parts, lanes.rating)
         await self._settle_copies(take)
         self.run_filter.add(take.new_run_keys())
         self._unwritten.append(take)
@@ -159,21 +184,24 @@ class Unit:
 
     async def _settle_copies(self, take: Take) -> None:
         """Step 2. Only candidates cost anything; nearly always there are none, or a few."""
-        suspected = self.run_filter.candidates(take.runs.keys)
-        if not suspected.any():
+        suspicion = self.run_filter.suspect(take.runs.keys)
+        if not suspicion.any.any():
             return
-        found = candidates(take, suspected)
+        found = candidates(take, suspicion.any)
         known: dict[Identity, Original] = {}
-        for earlier in self._unwritten:
-            known |= originals(earlier, take.runs.keys[suspected])
-        if unknown := list({candidate.identity for candidate in found} - known.keys()):
-            known |= await self._lanes.find_runs(unknown)
+        if suspicion.before.any():
+            for earlier in self._unwritten:
+                known |= originals(earlier, take.runs.keys[suspicion.before])
+        unknown = {candidate.identity for candidate in found if suspicion.before[candidate.row]} - known.keys()
+        if unknown:
+            known |= await self._lanes.find_runs(list(unknown))
         apply_verdicts(take, settle(found, known))
 
     async def _write(self) -> None:
         """Steps 4 to 6, batch after batch."""
         while True:
             batch = await self._sealed.get()
+            self._waiting.put_nowait(_NUDGE)  # a lingering batch may be sealed now
             if batch.takes:
                 self.mark = await self._lanes.in_writer(
                     self._lanes.ledger.append, batch.close(self.chain), self.mark, self._closing
@@ -216,8 +244,11 @@ class OpenBatch:
         """Full, or old enough, or nothing but records that were known already."""
         if not self.takes:
             return bool(self.events)
-        full = self.rows >= batching.rows_max or self._bytes >= BATCH_BYTES_MAX
-        return full or asyncio.get_running_loop().time() >= self._since + batching.linger_s
+        return self.is_full(batching) or asyncio.get_running_loop().time() >= self._since + batching.linger_s
+
+    def is_full(self, batching: Batching) -> bool:
+        """No further row fits."""
+        return self.rows >= batching.rows_max or self._bytes >= BATCH_BYTES_MAX
 
     def close(self, chain: Any) -> Batch:
         """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of

@@ -42,7 +42,7 @@ from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, con
 CHAIN: Final = Chain("cell-runs", "topic-id-1", 3)
 LAST: Final = 29
 ANSWER_TIMEOUT_S: Final = 1
-LATE_S: Final = 1.6
+LATE_S: Final = 1.3
 
 over_http = pytest.mark.parametrize("database_url", ["http"], indirect=True)
 
@@ -293,7 +293,7 @@ def test_an_insert_without_an_answer(
 
 
 @over_http
-@pytest.mark.parametrize("fault", ["close_before", "close_after", "status_503", "exception", "late_after"])
+@pytest.mark.parametrize("fault", ["close_before", "exception", "late_after"])
 def test_f5_a_mark_without_an_answer_is_read_again(
     client: Client, impatient: Ledger, http_server: ClickHouseServer, fault: str
 ) -> None:
@@ -402,22 +402,22 @@ def test_f11_a_stale_mark_is_refused_and_read_again(client: Client, ledger: Ledg
     take_over(client, ledger)
 
 
-@pytest.mark.parametrize(
-    ("uptime_s", "age_s", "accepted"),
-    [(1000, 119, True), (1000, 121, False), (60, 58, True), (60, 60, False), (1, 0.1, False)],
-)
-def test_f11_how_old_a_mark_may_be(client: Client, uptime_s: int, age_s: float, accepted: bool) -> None:
-    """120 seconds, and never older than the server; the table's own expression is evaluated at another age of it."""
-    ddl = client.query(
+def test_f11_how_old_a_mark_may_be(client: Client) -> None:
+    """120 seconds, and never older than the server: the table's own expression, evaluated at other ages of a server."""
+    ((ddl,),) = client.query(
         "SELECT create_table_query FROM system.tables WHERE database = currentDatabase() AND name = 'ledger'"
-    ).result_rows[0][0]
+    ).result_rows
     found = re.search(r"CONSTRAINT mark_is_fresh CHECK (.*?)(, PROJECTION|, CONSTRAINT|\) ENGINE)", ddl)
     assert found
-    expression = found[1].replace("uptime()", str(uptime_s))
-    answer = client.query(
-        f"SELECT {expression} FROM (SELECT now64(3) - toIntervalMillisecond({int(age_s * 1000)}) AS mark_read_at)"
-    )
-    assert bool(answer.result_rows[0][0]) == accepted
+
+    def accepts(uptime_s: int, age_s: float) -> bool:
+        expression, age_ms = found[1].replace("uptime()", str(uptime_s)), int(age_s * 1000)
+        row = f"(SELECT now64(3) - toIntervalMillisecond({age_ms}) AS mark_read_at)"
+        return bool(client.query(f"SELECT {expression} FROM {row}").result_rows[0][0])
+
+    assert [accepts(1000, 119), accepts(1000, 121)] == [True, False]
+    assert [accepts(60, 58), accepts(60, 60)] == [True, False]
+    assert not accepts(1, 0.1)
 
 
 @pytest.mark.parametrize(("age_s", "first_step"), [(59.0, Insert), (61.0, ReadMark)])
@@ -463,7 +463,7 @@ def test_f12_three_live_owners_race(ledger_url: str, client: Client) -> None:
         with connect(ledger_url) as connection:
             while True:
                 try:
-                    write(Ledger(connection), CHAIN, 299, rows_max)
+                    write(Ledger(connection), CHAIN, 199, rows_max)
                     return lost
                 except ForeignMark:
                     lost += 1
@@ -472,8 +472,8 @@ def test_f12_three_live_owners_race(ledger_url: str, client: Client) -> None:
         lost = sum(owners.map(own, (5, 7, 11)))
 
     assert lost > 0
-    assert_books_close(client, CHAIN, range(300))
-    assert content(client, CHAIN) == content_of(batch(CHAIN, -1, 299).rows)
+    assert_books_close(client, CHAIN, range(200))
+    assert content(client, CHAIN) == content_of(batch(CHAIN, -1, 199).rows)
 
 
 def test_f12_owners_of_two_epochs_are_not_kept_apart(ledger: Ledger) -> None:

@@ -1,0 +1,53 @@
+"""One checked-in example for each dead-letter reason: the records that provoke it (see ``examples/dead-letters``)."""
+
+import tomllib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from string import Template
+from typing import Final
+
+import msgspec
+
+from schemas.ledger import Reason
+
+DIRECTORY: Final = Path(__file__).parent / "examples" / "dead-letters"
+RECORDED_AT: Final = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+class DeadLetterExample(msgspec.Struct, frozen=True):
+    """``events`` are (key, value) in Kafka's order; the last one is the dead letter, those before it are debited."""
+
+    reason: Reason
+    detail: str
+    """A part of the message that the dead letter must carry."""
+    events: tuple[tuple[bytes, bytes], ...]
+
+
+class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: str
+    value: str
+    """JSON, where ``${ran_at}`` stands for a time."""
+    ran_before_recorded_s: int = 1
+    padded_to_bytes: int = 0
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    reason: Reason
+    detail: str
+    events: list[_Event]
+
+
+def dead_letter_examples(recorded_at: datetime = RECORDED_AT) -> list[DeadLetterExample]:
+    """All examples, in the order of the reasons. On a real broker, pass the time at which they are sent."""
+    files = [msgspec.convert(tomllib.loads(file.read_text()), _File) for file in DIRECTORY.glob("*.toml")]
+    examples = [
+        DeadLetterExample(file.reason, file.detail, tuple(_record(event, recorded_at) for event in file.events))
+        for file in files
+    ]
+    return sorted(examples, key=lambda example: list(Reason).index(example.reason))
+
+
+def _record(event: _Event, recorded_at: datetime) -> tuple[bytes, bytes]:
+    ran_at = recorded_at - timedelta(seconds=event.ran_before_recorded_s)
+    value = Template(event.value).substitute(ran_at=ran_at.isoformat())
+    return event.key.encode(), value.encode().ljust(event.padded_to_bytes)

@@ -1,0 +1,245 @@
+"""A seeded simulator of P1 on a real ledger: what a bad hour of many workers does, in half a second.
+
+Owners of one chain are generators around the protocol. A scheduler drawn from the seed interleaves their steps: they
+start, crash at any step and lose all they knew, sleep past the token window, overlap; an insert is executed,
+executed without an answer, refused, sent twice, or executed much later, when its owner may have gone. What a row holds
+follows from the log, so at the end there is one right ledger, and one owner completes it in peace.
+
+Time is virtual: a tick lasts `TICK_S`, and an insert's ``mark_read_at`` is moved back by the ticks since its mark was
+read, so that the table's own constraint judges it. `prepare` makes the table's token window as small as the design
+allows for these ticks: older tokens are forgotten, as a real window forgets them.
+"""
+
+import random
+from collections.abc import Callable, Generator
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+from clickhouse_connect.driver.client import Client
+
+from sinks.clickhouse import DatabaseError
+from sinks.ledger import Batch, Chain, ForeignMark, Insert, Ledger, Mark, ReadMark, Step, Steps, append_steps
+from tests.ledger_rows import assert_books_close, batch, content, content_of, run_id
+
+TICK_S: Final = 5.0
+TICKS_OF_TROUBLE: Final = 60
+TICKS_MAX: Final = 1000
+TOKEN_WINDOW: Final = 30
+"""At one insert a tick, what 120 s need (24), and a few."""
+OWNERS_MAX: Final = 3
+ROWS_MAX: Final = 9
+RECORDS: Final = 40
+COPIES_SHARE: Final = 0.15
+
+Protocol = Callable[[Batch, Mark, int, Callable[[], float]], Steps]
+
+
+class LookUp(msgspec.Struct, frozen=True):
+    """Ask which of these runs have a debit in the ledger; answered by a set."""
+
+    runs: list[UUID]
+
+
+class Commit(msgspec.Struct, frozen=True):
+    """Tell Kafka the last offset that is done."""
+
+    offset: int
+
+
+class Owner(msgspec.Struct):
+    """A live worker: its generator, the step that it waits for, and when it wakes."""
+
+    steps: Generator[Any, Any, None]
+    step: Any
+    wakes_at: float = 0.0
+
+
+class Late(msgspec.Struct, frozen=True):
+    """An insert on the wire, whatever becomes of its sender."""
+
+    step: Insert
+    lands_at: float
+
+
+class Log:
+    """What Kafka holds of one chain: some offsets, and at each a run, or a run that was there before."""
+
+    def __init__(self, chain: Chain, rng: random.Random) -> None:
+        self.chain: Final = chain
+        self.offsets: Final = [offset for offset in range(RECORDS) if offset in (0, RECORDS - 1) or rng.random() > 0.05]
+        self.runs: Final = {offset: offset for offset in self.offsets}
+        for offset in self.offsets[1:]:
+            if rng.random() < COPIES_SHARE:
+                self.runs[offset] = self.runs[rng.choice(self.offsets[: self.offsets.index(offset)])]
+        self.last: Final = self.offsets[-1]
+
+    def cut(self, after: int, rows_max: int) -> list[int]:
+        """The next offsets, at most so many."""
+        return [offset for offset in self.offsets if offset > after][:rows_max]
+
+    def rated(self, after: int, offsets: list[int], known: set[UUID]) -> Batch:
+        """These records as an owner writes them who knows of these runs in the ledger."""
+        copies, seen = {}, set(known)
+        for offset in offsets:
+            run = run_id(self.chain, self.runs[offset])
+            if run in seen:
+                copies[offset] = self.runs[offset]
+            seen.add(run)
+        missed = [offset for offset in offsets if self.runs[offset] != offset and offset not in copies]
+        assert not missed, "copies of runs that the ledger should hold, and does not"
+        return batch(self.chain, after, offsets[-1], offsets=offsets, copies=copies)
+
+
+class Simulation:
+    """One seed on one ledger."""
+
+    def __init__(self, client: Client, seed: int, protocol: Protocol = append_steps) -> None:
+        self.rng: Final = random.Random(seed)
+        self.log: Final = Log(Chain(f"cell-runs-{seed}", f"topic-id-{seed}", 0), self.rng)
+        self.now = 0.0
+        self.committed = -1
+        self.refused_as_stale = 0
+        self._client, self._protocol = client, protocol
+        self._ledger = Ledger(client)
+        self._owners: list[Owner] = []
+        self._rows_max = ROWS_MAX
+        self._late: list[Late] = []
+        self._read_when: dict[int, float] = {}
+        self._read_at_of_stamp: dict[int, int] = {}
+
+    def run(self) -> None:
+        """AssertionError unless the ledger ends as that of a clean run."""
+        for _ in range(TICKS_OF_TROUBLE):
+            self.now += TICK_S
+            self._trouble()
+        self._owners.clear()
+        self._rows_max = RECORDS
+        ticks = 0
+        while self._complete() or self._late:
+            ticks += 1
+            assert ticks < TICKS_MAX, "the chain does not get to its end"
+        assert_books_close(self._client, self.log.chain, self.log.offsets)
+        clean = self.log.rated(-1, self.log.offsets, set())
+        assert content(self._client, self.log.chain) == content_of(clean.rows)
+
+    def resume(self, mark: Mark) -> Mark:
+        """Where a new owner begins: at the mark."""
+        return mark
+
+    def _own(self, rng: random.Random) -> Generator[Step | LookUp | Commit, Any, None]:
+        """A worker's life, as `streams.meter` and `streams.unit` live it."""
+        mark = self.resume((yield ReadMark()))
+        while offsets := self.log.cut(mark.last, rng.randint(1, self._rows_max)):
+            known = yield LookUp([run_id(self.log.chain, self.log.runs[offset]) for offset in offsets])
+            mark = yield from self._protocol(self.log.rated(mark.last, offsets, known), mark, 0, lambda: self.now)
+            yield Commit(mark.last)
+
+    def _trouble(self) -> None:
+        match self.rng.choices(["step", "start", "crash", "sleep"], [70, 12, 4, 4])[0]:
+            case "start" if len(self._owners) < OWNERS_MAX:
+                self._start()
+            case "crash" if self._owners:
+                self._owners.remove(self.rng.choice(self._owners))
+            case "sleep" if self._owners:
+                self.rng.choice(self._owners).wakes_at = self.now + self.rng.uniform(30, 400)
+            case _:
+                self._land()
+                awake = [owner for owner in self._owners if owner.wakes_at <= self.now]
+                if awake:
+                    self._advance(self.rng.choice(awake), self._fate)
+
+    def _complete(self) -> bool:
+        """A tick of peace: the last owner steps, and what is still on the wire lands. False when it is done."""
+        self.now += TICK_S
+        self._land()
+        if not self._owners and self._ledger.mark(self.log.chain).last == self.log.last:
+            return False
+        if not self._owners:
+            self._start()
+        self._advance(self._owners[0], lambda: "acknowledged")
+        return True
+
+    def _start(self) -> None:
+        steps = self._own(random.Random(self.rng.random()))
+        self._owners.append(Owner(steps, next(steps)))
+
+    def _advance(self, owner: Owner, fate: Callable[[], str]) -> None:
+        answer = self._carry_out(owner.step, fate)
+        try:
+            owner.step = owner.steps.send(answer)
+        except (StopIteration, ForeignMark):
+            self._owners.remove(owner)
+
+    def _fate(self) -> str:
+        return self.rng.choices(["acknowledged", "answer_lost", "refused", "late", "doubled"], [50, 12, 12, 18, 8])[0]
+
+    def _carry_out(self, step: Any, fate: Callable[[], str]) -> Any:
+        match step:
+            case ReadMark():
+                return self._read_mark()
+            case LookUp(runs):
+                return self._known(runs)
+            case Commit(offset):
+                self.committed = offset
+                return None
+            case Insert():
+                return self._send(step, fate())
+
+    def _send(self, step: Insert, fate: str) -> bool:
+        match fate:
+            case "refused":
+                return False
+            case "late":
+                self._late.append(Late(step, self.now + self.rng.expovariate(1 / 100)))
+                return False
+            case "answer_lost":
+                self._execute(step)
+                return False
+            case "doubled":
+                self._execute(step)
+        return self._execute(step)
+
+    def _land(self) -> None:
+        """At most one insert a tick comes in from the wire."""
+        for late in self._late:
+            if late.lands_at <= self.now:
+                self._late.remove(late)
+                self._execute(late.step)
+                return
+
+    def _execute(self, step: Insert) -> bool:
+        age_ms = int((self.now - self._read_when[step.mark_read_at]) * 1000)
+        stamp = step.mark_read_at - age_ms
+        self._read_at_of_stamp[stamp] = step.mark_read_at
+        try:
+            self._ledger.insert(msgspec.structs.replace(step, mark_read_at=stamp))
+        except DatabaseError as error:
+            assert "mark_is_fresh" in str(error), "the only refusal that is meant"  # noqa: PT017
+            self.refused_as_stale += 1
+            return False
+        return True
+
+    def _read_mark(self) -> Mark:
+        mark = self._ledger.mark(self.log.chain)
+        self._read_when[mark.read_at] = self.now
+        written_under = self._read_at_of_stamp.get(mark.written_under, mark.written_under)
+        return msgspec.structs.replace(mark, written_under=written_under, age_from=self.now)
+
+    def _known(self, runs: list[UUID]) -> set[UUID]:
+        found = self._client.query(
+            "SELECT run_id FROM ledger WHERE kind = 'run' AND topic_id = {topic_id:String} "
+            "AND run_id IN {runs:Array(UUID)}",
+            parameters={"topic_id": self.log.chain.topic_id, "runs": [str(run) for run in runs]},
+        )
+        return {run for (run,) in found.result_rows}
+
+
+def prepare(client: Client) -> None:
+    """The table as on a server that has been up for long, with a token window of `TOKEN_WINDOW`."""
+    client.command("ALTER TABLE ledger DROP CONSTRAINT mark_is_fresh")
+    client.command(
+        "ALTER TABLE ledger ADD CONSTRAINT mark_is_fresh CHECK mark_read_at >= now64(3) - toIntervalSecond(120)"
+    )
+    client.set_client_setting("max_threads", 1)
+    client.command(f"ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = {TOKEN_WINDOW}")

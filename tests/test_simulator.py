@@ -1,0 +1,110 @@
+"""The simulator over many seeds, and the proof that it can fail: protocols with one part taken out."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from clickhouse_connect.driver.client import Client
+
+from sinks.clickhouse import connect
+from sinks.ledger import Batch, Incident, Insert, Ledger, Mark, Steps, append_steps
+from sinks.migrate import migrate
+from tests.ledger_rows import wait_until_grown
+from tests.simulator import Simulation, prepare
+
+SEEDS = range(60)
+SEEDS_A_BLOCK = 15
+SEEDS_OF_SABOTAGE = 30
+
+
+@pytest.fixture(scope="module")
+def ground(chdb_dir: Path) -> Iterator[Client]:
+    """One table for all seeds: each has a chain of its own."""
+    with connect(f"chdb://{chdb_dir}?database=simulator") as client:
+        migrate(client)
+        wait_until_grown(client)
+        prepare(client)
+        yield client
+        client.command("DROP DATABASE simulator SYNC")
+
+
+@pytest.fixture
+def table(ground: Client) -> Client:
+    """The table, empty."""
+    ground.command("TRUNCATE TABLE ledger")
+    return ground
+
+
+@pytest.mark.parametrize("first", SEEDS[::SEEDS_A_BLOCK])
+def test_every_seed_ends_in_the_ledger_of_a_clean_run(table: Client, first: int) -> None:
+    """Crashes, overlapping owners, lost, late and doubled inserts, sleeps past the token window: nothing shows."""
+    for seed in SEEDS[first : first + SEEDS_A_BLOCK]:
+        try:
+            Simulation(table, seed).run()
+        except (AssertionError, Incident) as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
+def seed_that_fails(simulate: Callable[[int], Simulation]) -> int:
+    """The first seed at which a sabotaged protocol goes wrong. Fails the test when there is none."""
+    for seed in range(SEEDS_OF_SABOTAGE):
+        try:
+            simulate(seed).run()
+        except (AssertionError, Incident):
+            return seed
+    pytest.fail(f"the simulator saw nothing wrong in {SEEDS_OF_SABOTAGE} seeds")
+
+
+def token_with_the_end(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float]) -> Steps:
+    """Sabotage: the token names the range, as in the usual advice, so two cuts of one place are two tokens."""
+    steps = append_steps(batch, mark, epoch, now)
+    step = next(steps)
+    while True:
+        if isinstance(step, Insert):
+            step = msgspec.structs.replace(step, token=f"{step.token}-{batch.last}")
+        try:
+            step = steps.send((yield step))
+        except StopIteration as done:
+            assert isinstance(done.value, Mark)
+            return done.value
+
+
+def no_read_back(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float]) -> Steps:
+    """Sabotage: an acknowledged insert is believed. The database acknowledges what it drops."""
+    step = next(append_steps(batch, mark, epoch, lambda: mark.age_from))
+    while not (yield step):
+        continue
+    return msgspec.structs.replace(mark, last=batch.last)
+
+
+class ResumesFromTheCommit(Simulation):
+    """Sabotage: a new owner begins where Kafka's committed offset says."""
+
+    def resume(self, mark: Mark) -> Mark:
+        return msgspec.structs.replace(mark, last=self.committed)
+
+
+def test_the_simulator_catches_a_token_with_the_end(table: Client) -> None:
+    """Two owners who cut one place differently both land."""
+    assert seed_that_fails(lambda seed: Simulation(table, seed, token_with_the_end)) >= 0
+
+
+def test_the_simulator_catches_a_missing_read_back(table: Client) -> None:
+    """A longer batch that was dropped for a shorter one leaves a hole, or a stale mark is sent for ever."""
+    assert seed_that_fails(lambda seed: Simulation(table, seed, no_read_back)) >= 0
+
+
+def test_the_simulator_catches_a_resume_from_the_committed_offset(table: Client) -> None:
+    """A commit that a crash left behind the mark keeps every new owner at a place that is taken."""
+    assert seed_that_fails(lambda seed: ResumesFromTheCommit(table, seed)) >= 0
+
+
+def test_the_simulator_catches_a_table_without_its_constraint(table: Client) -> None:
+    """An insert that is executed after its token was forgotten lands a second time."""
+    table.command("ALTER TABLE ledger DROP CONSTRAINT mark_is_fresh")
+    try:
+        assert seed_that_fails(lambda seed: Simulation(table, seed)) >= 0
+    finally:
+        prepare(table)

@@ -1,0 +1,316 @@
+"""The real worker as a process, for tests that start, kill, stop and question it. Every wait is bounded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self
+from uuid import UUID, uuid4
+
+from confluent_kafka import Producer
+
+from creditstream.asking import WorkerAnswers
+from creditstream.home import Home
+from creditstream.producing import open_producer
+from creditstream.reconcile import Reconciliation, reconcile
+from schemas.answers import Status
+from schemas.cell_run import CellRun, Outcome
+from schemas.codec import encode_run
+from schemas.problem import Problem
+from streams.settings import PREFIX, Settings, read_settings
+from streams.topics import Broker, Topic, cell_runs_topic, ensure_topic
+
+ROOT: Final = Path(__file__).parents[1]
+WAIT_S_MAX: Final = 30.0
+POLL_S: Final = 0.02
+LOG_LINES_SHOWN: Final = 15
+COMMAND: Final = ("-m", "creditstream", "worker")
+LINGER_MS: Final = 200
+
+
+class Event(NamedTuple):
+    """One Kafka record to produce; partition -1: that of the key."""
+
+    key: bytes | None
+    value: bytes | None
+    partition: int = -1
+
+
+def environment(**settings: str | int) -> dict[str, str]:
+    """This process's environment with these settings and no others of creditstream's."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return inherited | {PREFIX + name.upper(): str(value) for name, value in settings.items()}
+
+
+class WorkerProcess:
+    """`creditstream worker` on one home and the topic of one prefix. A context manager: it leaves nothing behind.
+
+    The settings stay the same through every restart unless `settings` is written to.
+    """
+
+    def __init__(self, home: Path, bootstrap: str, prefix: str, **settings: str | int) -> None:
+        self.home: Final = Home.at(home)
+        self.settings: dict[str, str | int] = {
+            "kafka_bootstrap": bootstrap,
+            "topic_prefix": prefix,
+            "api_port": 0,
+            "linger_ms": LINGER_MS,
+            **settings,
+        }
+        self.log: Final = self.home.path / "logs" / "worker.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def configured(self) -> Settings:
+        """The worker's settings as it reads them."""
+        return read_settings(environment(**self.settings), home=str(self.home.path))
+
+    @property
+    def broker(self) -> Broker:
+        """Administration of the worker's Kafka."""
+        return Broker(self.configured.kafka_bootstrap)
+
+    def create_topic(self) -> Topic:
+        """The worker's topic, created when it is missing."""
+        return ensure_topic(self.broker, cell_runs_topic(self.configured), self.configured)[0]
+
+    @property
+    def pid(self) -> int:
+        """Of the last process started."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, *options: str, command: Sequence[str] = COMMAND) -> Self:
+        """Start the process, and return at once."""
+        assert not self.is_alive
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        place = ("--home", str(self.home.path)) if command is COMMAND else ()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *command, *place, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment(**self.settings, home=str(self.home.path)),
+                start_new_session=True,
+            )
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self, seconds: float = WAIT_S_MAX) -> int:
+        """The exit code, once the process has ended by itself."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    @property
+    def answers(self) -> WorkerAnswers:
+        """Its read API. Problem while it has not published one."""
+        endpoints = self.home.worker()
+        if endpoints is None or endpoints.pid != self.pid:
+            raise Problem("the worker has no API yet")
+        return WorkerAnswers(endpoints.api_url)
+
+    @property
+    def status(self) -> Status | None:
+        """What it says of itself; None while it does not answer."""
+        try:
+            return self.answers.status()
+        except Problem:
+            return None
+
+    def readyz(self) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body of its readiness."""
+        endpoints = self.home.worker()
+        assert endpoints is not None
+        try:
+            with urllib.request.urlopen(f"{endpoints.api_url}/readyz", timeout=WAIT_S_MAX) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def wait_until(self, condition: Callable[[Status], object], what: str, seconds: float = WAIT_S_MAX) -> Status:
+        """The status, once it fulfils the condition. AssertionError when the process ends or the time is over."""
+        deadline = time.monotonic() + seconds
+        status = None
+        while time.monotonic() < deadline:
+            assert self.is_alive, f"the worker ended with exit code {self.wait()} before {what}"
+            if (status := self.status) and condition(status):
+                return status
+            time.sleep(POLL_S)
+        raise AssertionError(f"not {what} within {seconds:.0f} s: {status}")
+
+    def wait_until_ready(self) -> Status:
+        """Until it meters everything that it should."""
+        return self.wait_until(lambda status: status.ready, "ready")
+
+    def wait_until_metered(self, seconds: float = WAIT_S_MAX, *, behind: int = 0) -> Status:
+        """Until every partition's mark is at the log's end, but for ``behind`` offsets that no record has."""
+        ends = self.log_ends()
+
+        def metered(status: Status) -> bool:
+            marks = {unit.partition: unit.mark for unit in status.units}
+            return all(marks.get(partition, -2) >= end - 1 - behind for partition, end in ends.items())
+
+        return self.wait_until(metered, f"metered to {ends}", seconds)
+
+    def log_ends(self) -> dict[int, int]:
+        """Partition → the offset after Kafka's last."""
+        settings = self.configured
+        ranges = self.broker.log_ranges(cell_runs_topic(settings), range(settings.partitions))
+        return {partition: found.end for partition, found in ranges.items()}
+
+    def produce(self, events: Iterable[Event]) -> None:
+        """Send records to the worker's topic, and wait until Kafka has them."""
+        settings = self.configured
+        producer = open_producer(settings.kafka_bootstrap)
+        send(producer, cell_runs_topic(settings), events)
+
+    def reconcile(self) -> Reconciliation:
+        """Kafka's log against the ledger, by the running worker's answers."""
+        settings = self.configured
+        topic = cell_runs_topic(settings)
+        return reconcile(self.answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir))
+
+    def log_lines(self) -> list[str]:
+        """Everything that all processes of this home have written."""
+        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+
+    def log_events(self, name: str) -> list[dict[str, Any]]:
+        """The log's lines of one event."""
+        found = []
+        for line in self.log_lines():
+            with suppress(json.JSONDecodeError):
+                event = json.loads(line)
+                if event.get("event") == name:
+                    found.append(event)
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_alive:
+            self.kill()
+        if error:
+            tail = "\n".join(line[:600] for line in self.log_lines()[-LOG_LINES_SHOWN:])
+            error.add_note(f"the end of {self.log}:\n{tail}")
+
+
+def send(producer: Producer, topic: str, events: Iterable[Event]) -> None:
+    """Produce records and wait for them; those of a transaction are only handed over."""
+    for number, event in enumerate(events):
+        placed = {"partition": event.partition} if event.partition >= 0 else {}
+        while True:
+            try:
+                producer.produce(topic, event.value, event.key, **placed)
+                break
+            except BufferError:
+                producer.poll(0.1)
+        if number % 1000 == 0:
+            producer.poll(0)
+    assert producer.flush(WAIT_S_MAX) == 0
+
+
+def cell_run(workspace: str = "ws_0001", **fields: Any) -> CellRun:
+    """A run of an action that costs 1 credit, now; what a test cares about is in ``fields``."""
+    plain: dict[str, Any] = {
+        "run_id": uuid4(),
+        "workspace_id": workspace,
+        "table_id": "tbl_1",
+        "column_id": "col_1",
+        "row_id": "row_1",
+        "action": "enrich_person",
+        "outcome": Outcome.DATA,
+        "ran_at": datetime.now(UTC),
+    }
+    return CellRun(**plain | fields)
+
+
+def event_of(run: CellRun) -> Event:
+    """The record by which a producer sends a run."""
+    return Event(run.workspace_id.encode(), encode_run(run))
+
+
+class Finished(NamedTuple):
+    """A command that has ended: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def creditstream(
+    *words: str, settings: Mapping[str, str | int] | None = None, stdin: str = "", seconds: float = WAIT_S_MAX
+) -> Finished:
+    """Run the command line as a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "creditstream", *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(**settings or {}),
+        timeout=seconds,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+_ASK: Final = """
+import json, sys
+from sinks.clickhouse import connect
+with connect(sys.argv[1]) as client:
+    print(json.dumps([client.query(sql).result_rows for sql in sys.argv[2:]], default=str))
+"""
+
+
+def ask_ledger(url: str, *questions: str) -> list[list[list[Any]]]:
+    """The rows that each question finds, asked by a process of its own: chDB allows one directory in each."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK, url, *questions],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=WAIT_S_MAX,
+        check=True,
+    )
+    answers: list[list[list[Any]]] = json.loads(done.stdout)
+    return answers
+
+
+def run_id_of(event: Event) -> UUID:
+    """The run that a good record names."""
+    assert event.value is not None
+    return UUID(json.loads(event.value)["run_id"])
