@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from uuid import UUID
 
 import msgspec
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -80,13 +81,15 @@ def reconcile(
     topic = broker.topic(topic_name)
     if topic is None:
         raise Problem(f"topic {topic_name} does not exist", f"on {bootstrap}", "Run `creditstream topics`.")
-    audits = {audit.partition: audit for audit in answers.audit_partitions(topic_name) if audit.topic_id == topic.id}
+    chains = answers.audit_partitions(topic_name)
+    audits = {chain.partition: chain for chain in chains if chain.topic_id == topic.id}
+    made_again = {chain.partition for chain in chains if chain.topic_id != topic.id}
     ranges = broker.log_ranges(topic_name, range(topic.partitions))
     progress = _Progress(say, sum(found.end - found.start for found in ranges.values()))
     books = [
-        _Books(answers, bootstrap, topic, partition, ranges[partition], audits.get(partition)).close(
-            catalogue_dir, progress
-        )
+        _Books(
+            answers, bootstrap, topic, partition, ranges[partition], audits.get(partition), partition in made_again
+        ).close(catalogue_dir, progress)
         for partition in range(topic.partitions)
     ]
     sums = answers.audit_sums()
@@ -129,9 +132,10 @@ class _Books:
         partition: int,
         log_range: LogRange,
         audit: PartitionAudit | None,
+        made_again: bool,
     ) -> None:
         self._answers, self._bootstrap, self._topic, self._partition = answers, bootstrap, topic, partition
-        self._log, self._audit = log_range, audit
+        self._log, self._audit, self._made_again = log_range, audit, made_again
         self._mark = audit.last if audit else -1
         self._examples: list[str] = []
         self._missing = self._different = self._events = 0
@@ -150,7 +154,7 @@ class _Books:
                 row = next(rows, None)
             expected = rater.expect(message.key(), message.value(), message.timestamp()[1])
             if row and row.offset == offset:
-                self._compare(row, expected)
+                self._compare(row, expected, rater)
             else:
                 self._missing += 1
                 self._example(
@@ -158,11 +162,12 @@ class _Books:
                 )
         return self._report()
 
-    def _compare(self, row: LedgerRow, expected: Expected) -> None:
+    def _compare(self, row: LedgerRow, expected: Expected, rater: ReferenceRater) -> None:
         credits = Decimal(row.credits) / 1000
         self._credits += credits
         if expected.kind == "run" and row.kind != "run" and self._is_copy_of_older(row):
             self._credits_reference += credits
+            rater.forget(row.workspace_id, row.run_id)
             return
         self._credits_reference += expected.credits
         if (row.kind, row.reason, row.pool, credits) != expected:
@@ -172,11 +177,17 @@ class _Books:
             )
 
     def _is_copy_of_older(self, row: LedgerRow) -> bool:
-        """A copy of a run that Kafka no longer has: the ledger names the original's position."""
+        """A copy of a run that this log does not hold: it lay before the log's start, or in a deleted topic of this
+        name. The ledger names the original's position; a run that comes later in this log is compared there.
+        """
+        if row.reason not in ("duplicate", "conflicting_duplicate"):
+            return False
         _, _, place = row.detail.partition(f"[{self._partition}]@")
         number = place.partition(" ")[0].rstrip(",")
-        return (
-            row.reason in ("duplicate", "conflicting_duplicate") and number.isdigit() and int(number) < self._log.start
+        if number.isdigit() and int(number) < self._log.start:
+            return True
+        return self._made_again and any(
+            delivery.kind == "run" for delivery in self._answers.explanation(UUID(row.run_id)).deliveries
         )
 
     def _example(self, text: str) -> None:

@@ -54,9 +54,9 @@ class ReferenceRater:
             return _dead("stale_run")
         return self._settle(run, ran_at)
 
-    def knows(self, workspace_id: str, run_id: str) -> bool:
-        """Whether the run was among the records so far."""
-        return (workspace_id, run_id) in self._runs
+    def forget(self, workspace_id: str, run_id: str) -> None:
+        """The run just rated is a copy of one that Kafka no longer has: that one stands, not this."""
+        self._runs.pop((workspace_id, run_id), None)
 
     def _settle(self, run: CellRun, ran_at: datetime) -> Expected:
         identity = run.workspace_id, str(run.run_id)

@@ -102,14 +102,14 @@ def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Ru
     """Decode and check the records of one partition, in the order of the published checks up to ``stale_run``."""
     refusals: dict[int, Refusal] = {}
     lean = _decode(records, refusals)
-    times = _times(lean)
-    if times is None or not _lean_enough(lean, times).all():
-        suspects = range(len(lean)) if times is None else np.flatnonzero(~_lean_enough(lean, times))
-        for row in map(int, suspects):
+    converted = _convert(lean)
+    if converted is None or converted.odd.any():
+        odd = np.ones(len(lean), np.bool_) if converted is None else converted.odd
+        for row in map(int, np.flatnonzero(odd)):
             lean[row] = _decode_strictly(records[row].value, row, refusals)
-        times = _times(lean)
-        assert times is not None
-    runs = _columns(records, lean, times, refusals)
+        converted = _convert(lean)
+        assert converted is not None
+    runs = _columns(records, lean, converted, refusals)
     _refuse_misrouted(runs, records, partition, partitions)
     _refuse_untimely(runs)
     return runs
@@ -159,39 +159,62 @@ def name_field(message: str) -> str:
     return f"field `{place.rstrip('`')}`: {why}" if place else message
 
 
-def _times(lean: list[_LeanRun]) -> tuple[pa.Array, Integers] | None:
-    """The texts of ``ran_at`` and their Unix milliseconds, truncated; None when one of them is no date."""
+class _Converted(NamedTuple):
+    """The two columns that are more than text, and the rows whose text is not in the plain shape."""
+
+    run_ids: bytes
+    ran_ms: Integers
+    odd: Mask
+
+
+def _convert(lean: list[_LeanRun]) -> _Converted | None:
+    """Run ids as bytes and times as Unix milliseconds, truncated; None when some text is no id or no time."""
     texts = pa.array([run.ran_at for run in lean], pa.string())
+    letters = "".join([run.run_id for run in lean]).encode()
     try:
-        microseconds = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64())
-    except pa.ArrowInvalid:
+        microseconds = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+        run_ids = bytes.fromhex(letters.replace(b"-", b"").decode())
+    except ValueError:
         return None
-    return texts, microseconds.to_numpy() // 1000
+    if len(run_ids) != 16 * len(lean) or len(letters) != 36 * len(lean):
+        return None
+    ran_ms = microseconds // 1000
+    untimely = (ran_ms < _EARLIEST_MS) | (ran_ms > _LATEST_MS)
+    return _Converted(run_ids, ran_ms, _odd_times(texts) | untimely | _odd_ids(letters))
 
 
-def _lean_enough(lean: list[_LeanRun], times: tuple[pa.Array, Integers]) -> Mask:
-    """Which rows have the plain shapes that the column conversions read exactly as `CellRun` does."""
-    texts, ran_ms = times
+def _odd_ids(letters: bytes) -> Mask:
+    """Rows whose id has its four dashes elsewhere, or more of them, or blanks: `bytes.fromhex` skips blanks."""
+    grid = np.frombuffer(letters, np.uint8).reshape(-1, 36)
+    odd: Mask = (grid[:, _DASHES] != ord("-")).any(axis=1) | ((grid <= ord("-")).sum(axis=1) != len(_DASHES))
+    return odd
+
+
+def _odd_times(texts: pa.Array) -> Mask:
+    """Rows whose time Arrow has read, but which RFC 3339 may write otherwise, or not at all.
+
+    Nearly every chunk has times of one length that end in Z: then four columns of letters tell, without a pattern.
+    """
+    letters = np.frombuffer(texts.buffers()[2], np.uint8)
+    if len(letters) % len(texts) == 0 and (length := len(letters) // len(texts)) >= 20:
+        grid = letters.reshape(-1, length)
+        if (grid[:, _PLACES] == _LETTERS).all() and (grid[:, -1] == ord("Z")).all():
+            return ~np.isin(grid[:, 19], _AFTER_SECONDS)
     plain: Mask = pc.match_substring_regex(texts, _RFC_3339).to_numpy(zero_copy_only=False)
-    joined = "".join([run.run_id for run in lean]).encode()
-    if len(joined) != 36 * len(lean):
-        return np.zeros(len(lean), np.bool_)
-    letters = np.frombuffer(joined, np.uint8).reshape(-1, 36)
-    hexadecimal = _IS_HEX[letters].sum(axis=1) == 32
-    dashed = (letters[:, [8, 13, 18, 23]] == ord("-")).all(axis=1)
-    lean_enough: Mask = plain & (ran_ms >= _EARLIEST_MS) & (ran_ms <= _LATEST_MS) & hexadecimal & dashed
-    return lean_enough
+    return ~plain
 
 
-_IS_HEX: Final = np.isin(np.arange(256), list(b"0123456789abcdefABCDEF"))
+_DASHES: Final = [8, 13, 18, 23]
+_PLACES: Final = [10, 13, 16]
+_LETTERS: Final = np.frombuffer(b"T::", np.uint8)
+_AFTER_SECONDS: Final = np.frombuffer(b".Z", np.uint8)
 
 
 def _columns(
-    records: Sequence[Record], lean: list[_LeanRun], times: tuple[pa.Array, Integers], refusals: dict[int, Refusal]
+    records: Sequence[Record], lean: list[_LeanRun], converted: _Converted, refusals: dict[int, Refusal]
 ) -> Runs:
-    run_ids = bytes.fromhex("".join([run.run_id for run in lean]).replace("-", ""))
     columns: dict[str, pa.Array] = {
-        "run_id": pa.Array.from_buffers(pa.binary(16), len(lean), [None, pa.py_buffer(run_ids)]),
+        "run_id": pa.Array.from_buffers(pa.binary(16), len(lean), [None, pa.py_buffer(converted.run_ids)]),
         "workspace_id": pa.array([run.workspace_id for run in lean], pa.string()),
         "table_id": pa.array([run.table_id for run in lean], pa.string()),
         "column_id": pa.array([run.column_id for run in lean], pa.string()),
@@ -205,8 +228,8 @@ def _columns(
     return Runs(
         offsets=np.array([record.offset for record in records], np.int64),
         recorded_ms=np.array([record.timestamp for record in records], np.int64),
-        ran_ms=times[1],
-        keys=run_keys(run_ids),
+        ran_ms=converted.ran_ms,
+        keys=run_keys(converted.run_ids),
         own_api_key=np.array([run.own_api_key for run in lean], np.bool_),
         outcome=outcome,
         columns=columns,

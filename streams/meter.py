@@ -99,8 +99,12 @@ class Meter:
             )
 
     async def assign(self, partitions: set[int]) -> dict[int, int]:
-        """Load the state of these partitions: partition → offset to read from. Units with an incident are held."""
+        """Load the state of these partitions: partition → offset to read from. Units with an incident are held.
+
+        Problem when the topic was deleted and made again under this process: its rows would continue the old one's.
+        """
         ranges = await self.ask(lambda _: self.broker.log_ranges(self.topic.name, partitions))
+        await self.ask(lambda _: self._require_same_topic())
         resume: dict[int, int] = {}
         for partition in sorted(partitions):
             unit = await self._load(partition, ranges[partition])
@@ -113,6 +117,15 @@ class Meter:
         self._kept.clear()
         self.assigned = True
         return resume
+
+    def _require_same_topic(self) -> None:
+        found = self.broker.topic(self.topic.name)
+        if found and found.id != self.topic.id:
+            raise Problem(
+                f"topic {self.topic.name} was made again",
+                f"its id is {found.id}, this process meters {self.topic.id}",
+                "Restart: the new one is metered from its first offset.",
+            )
 
     async def _load(self, partition: int, log_range: LogRange) -> Unit:
         chain = Chain(self.topic.name, self.topic.id, partition)

@@ -1,6 +1,7 @@
 """Ledger rows made cheaply: what a row holds follows from its chain and offset alone. And the books that must close."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.cell_run import Outcome, from_milliseconds, to_milliseconds
 from schemas.ledger import Kind, Pool, Reason
 from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, number_of, uuids
-from sinks.ledger import YOUNG_SERVER_S, Batch, Chain
+from sinks.ledger import YOUNG_SERVER_S, Batch, Chain, Ledger, Mark
 
 NO_COPIES: Final[Mapping[int, int]] = {}
 AUGUST_MS: Final = to_milliseconds(datetime(2026, 8, 20, 12, tzinfo=UTC))
@@ -54,6 +55,14 @@ def batch(
     runs = [copies.get(offset, offset + runs_from) for offset in chosen]
     batch_month = month or first.year * 100 + first.month
     return Batch(chain, after, last, _rows(chain, after, chosen, runs, copies, recorded, batch_month))
+
+
+def write(ledger: Ledger, chain: Chain, last: int, rows_max: int = 100) -> Mark:
+    """One owner's life: from the mark to ``last``, in batches of ``rows_max`` rows."""
+    mark = ledger.mark(chain)
+    while mark.last < last:
+        mark = ledger.append(batch(chain, mark.last, min(mark.last + rows_max, last)), mark, threading.Event())
+    return mark
 
 
 def _rows(

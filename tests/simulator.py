@@ -22,15 +22,17 @@ from sinks.clickhouse import DatabaseError
 from sinks.ledger import Batch, Chain, ForeignMark, Insert, Ledger, Mark, ReadMark, Step, Steps, append_steps
 from tests.ledger_rows import assert_books_close, batch, content, content_of, run_id
 
-TICK_S: Final = 5.0
-TICKS_OF_TROUBLE: Final = 60
-TICKS_MAX: Final = 1000
-TOKEN_WINDOW: Final = 30
-"""At one insert a tick, what 120 s need (24), and a few."""
+TICK_S: Final = 20.0
+TICKS_OF_TROUBLE: Final = 70
+TICKS_OF_PEACE_MAX: Final = 200
+TOKEN_WINDOW: Final = 8
+"""120 s are 6 ticks, and a tick has one insert: this many tokens, and two to spare."""
 OWNERS_MAX: Final = 3
-ROWS_MAX: Final = 9
+ROWS_MAX: Final = 5
 RECORDS: Final = 40
 COPIES_SHARE: Final = 0.15
+LATE_S: Final = (60.0, 900.0)
+"""Means of how late an insert is executed: within the life of its token, or long after."""
 
 Protocol = Callable[[Batch, Mark, int, Callable[[], float]], Steps]
 
@@ -103,7 +105,6 @@ class Simulation:
         self._client, self._protocol = client, protocol
         self._ledger = Ledger(client)
         self._owners: list[Owner] = []
-        self._rows_max = ROWS_MAX
         self._late: list[Late] = []
         self._read_when: dict[int, float] = {}
         self._read_at_of_stamp: dict[int, int] = {}
@@ -113,12 +114,7 @@ class Simulation:
         for _ in range(TICKS_OF_TROUBLE):
             self.now += TICK_S
             self._trouble()
-        self._owners.clear()
-        self._rows_max = RECORDS
-        ticks = 0
-        while self._complete() or self._late:
-            ticks += 1
-            assert ticks < TICKS_MAX, "the chain does not get to its end"
+        self._complete()
         assert_books_close(self._client, self.log.chain, self.log.offsets)
         clean = self.log.rated(-1, self.log.offsets, set())
         assert content(self._client, self.log.chain) == content_of(clean.rows)
@@ -130,7 +126,7 @@ class Simulation:
     def _own(self, rng: random.Random) -> Generator[Step | LookUp | Commit, Any, None]:
         """A worker's life, as `streams.meter` and `streams.unit` live it."""
         mark = self.resume((yield ReadMark()))
-        while offsets := self.log.cut(mark.last, rng.randint(1, self._rows_max)):
+        while offsets := self.log.cut(mark.last, rng.randint(1, ROWS_MAX)):
             known = yield LookUp([run_id(self.log.chain, self.log.runs[offset]) for offset in offsets])
             mark = yield from self._protocol(self.log.rated(mark.last, offsets, known), mark, 0, lambda: self.now)
             yield Commit(mark.last)
@@ -142,34 +138,41 @@ class Simulation:
             case "crash" if self._owners:
                 self._owners.remove(self.rng.choice(self._owners))
             case "sleep" if self._owners:
-                self.rng.choice(self._owners).wakes_at = self.now + self.rng.uniform(30, 400)
+                self.rng.choice(self._owners).wakes_at = self.now + self.rng.uniform(30, 600)
             case _:
-                self._land()
                 awake = [owner for owner in self._owners if owner.wakes_at <= self.now]
-                if awake:
+                if not self._land() and awake:
                     self._advance(self.rng.choice(awake), self._fate)
 
-    def _complete(self) -> bool:
-        """A tick of peace: the last owner steps, and what is still on the wire lands. False when it is done."""
-        self.now += TICK_S
-        self._land()
-        if not self._owners and self._ledger.mark(self.log.chain).last == self.log.last:
-            return False
-        if not self._owners:
-            self._start()
-        self._advance(self._owners[0], lambda: "acknowledged")
-        return True
+    def _complete(self) -> None:
+        """Peace: one owner writes the rest, while what is still on the wire lands."""
+        self._owners.clear()
+        done = False
+        for _ in range(TICKS_OF_PEACE_MAX):
+            self.now += TICK_S
+            if self._land():
+                continue
+            if done and not self._late:
+                return
+            if not self._owners and not done:
+                self._start()
+            if self._owners:
+                done = self._advance(self._owners[0], lambda: "acknowledged")
+        raise AssertionError("the chain does not get to its end")
 
     def _start(self) -> None:
         steps = self._own(random.Random(self.rng.random()))
         self._owners.append(Owner(steps, next(steps)))
 
-    def _advance(self, owner: Owner, fate: Callable[[], str]) -> None:
+    def _advance(self, owner: Owner, fate: Callable[[], str]) -> bool:
+        """Let an owner go one step. True when it has written the whole log."""
         answer = self._carry_out(owner.step, fate)
         try:
             owner.step = owner.steps.send(answer)
-        except (StopIteration, ForeignMark):
+        except (StopIteration, ForeignMark) as end:
             self._owners.remove(owner)
+            return isinstance(end, StopIteration)
+        return False
 
     def _fate(self) -> str:
         return self.rng.choices(["acknowledged", "answer_lost", "refused", "late", "doubled"], [50, 12, 12, 18, 8])[0]
@@ -191,7 +194,7 @@ class Simulation:
             case "refused":
                 return False
             case "late":
-                self._late.append(Late(step, self.now + self.rng.expovariate(1 / 100)))
+                self._late.append(Late(step, self.now + self.rng.expovariate(1 / self.rng.choice(LATE_S))))
                 return False
             case "answer_lost":
                 self._execute(step)
@@ -200,13 +203,14 @@ class Simulation:
                 self._execute(step)
         return self._execute(step)
 
-    def _land(self) -> None:
-        """At most one insert a tick comes in from the wire."""
+    def _land(self) -> bool:
+        """One insert comes in from the wire, if there is any: a tick has one insert at the most."""
         for late in self._late:
             if late.lands_at <= self.now:
                 self._late.remove(late)
                 self._execute(late.step)
-                return
+                return True
+        return False
 
     def _execute(self, step: Insert) -> bool:
         age_ms = int((self.now - self._read_when[step.mark_read_at]) * 1000)

@@ -64,6 +64,12 @@ def test_unknown_fields_are_ignored() -> None:
     assert decoded(model="large", nested={"deep": [1, {}]}) == decoded()
 
 
+@pytest.mark.parametrize("first", ['"error"', '"found"', "7", "null"])
+def test_of_a_field_that_stands_there_twice_the_last_one_counts(first: str) -> None:
+    """Whatever the first one holds: two decoders must not disagree on what is malformed."""
+    assert decode_run(b'{"outcome": ' + first.encode() + b", " + json.dumps(EVENT).encode()[1:]) == decoded()
+
+
 @pytest.mark.parametrize("field", REQUIRED)
 def test_a_missing_field_is_malformed_and_named(field: str) -> None:
     event = {name: value for name, value in EVENT.items() if name != field}

@@ -37,7 +37,7 @@ from streams.rating import RatingTable
 from streams.rows import ledger_rows, rate_take
 from streams.unit import OpenBatch
 from tests.clickhouse_server import ClickHouseServer
-from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown
+from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown, write
 
 CHAIN: Final = Chain("cell-runs", "topic-id-1", 3)
 LAST: Final = 29
@@ -62,14 +62,6 @@ def impatient(ledger_url: str) -> Iterator[Ledger]:
         ledger = Ledger(client)
         write(ledger, CHAIN, 9)
         yield ledger
-
-
-def write(ledger: Ledger, chain: Chain, last: int, rows_max: int = 100) -> Mark:
-    """One owner's life: from the mark to ``last``, in batches of ``rows_max`` rows."""
-    mark = ledger.mark(chain)
-    while mark.last < last:
-        mark = ledger.append(batch(chain, mark.last, min(mark.last + rows_max, last)), mark, threading.Event())
-    return mark
 
 
 def form(ledger: Ledger, chain: Chain, last: int, epoch: int = 0) -> tuple[Steps, Insert]:

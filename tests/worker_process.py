@@ -304,8 +304,8 @@ def ask_ledger(url: str, *questions: str) -> list[list[list[Any]]]:
         text=True,
         cwd=ROOT,
         timeout=WAIT_S_MAX,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr[-2000:]
     answers: list[list[list[Any]]] = json.loads(done.stdout)
     return answers
 

@@ -1,0 +1,209 @@
+"""Migrations and the pinned catalogue: what a ledger accepts of the program that opens it."""
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+from clickhouse_connect.driver.client import Client
+
+from schemas.catalogue import Catalogue, Version
+from schemas.problem import Problem
+from sinks.clickhouse import DatabaseError, connect
+from sinks.ledger import Chain, Ledger
+from sinks.migrate import migrate, pending, read_migrations, require_migrated
+from sinks.queries import pin_catalogue, token_window
+from tests.ledger_rows import assert_books_close, batch, recorded_ms, wait_until_grown, write
+
+CHAIN = Chain("cell-runs", "topic-id-1", 0)
+
+
+@pytest.fixture
+def empty(database_url: str) -> Iterator[Client]:
+    """A connection to a database without a table."""
+    with connect(database_url) as client:
+        yield client
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Two migrations of a test's own."""
+    (tmp_path / "0001_first.sql").write_text(
+        "CREATE TABLE IF NOT EXISTS one (n UInt8) ENGINE = MergeTree ORDER BY n;\n"
+    )
+    (tmp_path / "0002_second.sql").write_text("ALTER TABLE one ADD COLUMN IF NOT EXISTS m UInt8;\n")
+    return tmp_path
+
+
+def tables(client: Client) -> set[str]:
+    """Tables and views of the database."""
+    return {name for (name,) in client.query("SHOW TABLES").result_rows}
+
+
+def test_a_fresh_database_gets_every_migration(empty: Client) -> None:
+    """They run in order, are booked, and leave a ledger that takes rows."""
+    with pytest.raises(Problem, match="migrations are pending: ledger, catalogue_versions"):
+        require_migrated(empty)
+
+    applied = migrate(empty)
+
+    assert applied == read_migrations()
+    assert [migration.number for migration in applied] == list(range(1, len(applied) + 1))
+    assert {"ledger", "catalogue_versions", "schema_migrations", "debits", "dead_letters"} <= tables(empty)
+    assert token_window(empty) == 10_000
+    require_migrated(empty)
+    wait_until_grown(empty)
+    write(Ledger(empty), CHAIN, 9)
+    assert_books_close(empty, CHAIN, range(10))
+
+
+def test_again_changes_nothing(empty: Client) -> None:
+    """Nothing is applied or booked twice."""
+    migrate(empty)
+    assert migrate(empty) == []
+    assert empty.query("SELECT count() FROM schema_migrations").result_rows == [(len(read_migrations()),)]
+
+
+def test_a_half_applied_file_is_run_again(client: Client) -> None:
+    """Every statement may have been executed before: a migration that died before it was booked runs once more."""
+    write(Ledger(client), CHAIN, 9)
+    client.command("TRUNCATE TABLE schema_migrations")
+
+    assert migrate(client) == read_migrations()
+
+    write(Ledger(client), CHAIN, 19)
+    assert_books_close(client, CHAIN, range(20))
+
+
+@pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
+@pytest.mark.parametrize("done", range(12))
+def test_a_migration_may_die_after_any_statement(empty: Client, done: int) -> None:
+    """From each statement on, running everything again leads to the same tables."""
+    statements = [statement for migration in read_migrations() for statement in migration.statements]
+    for statement in statements[:done]:
+        empty.command(statement)
+    migrate(empty)
+    require_migrated(empty)
+    assert len(tables(empty)) == len(statements) + 1
+
+
+def test_a_migration_that_fails_is_not_booked(empty: Client, directory: Path) -> None:
+    """What ran before it stays; corrected, it is applied as if it had not been there."""
+    second = directory / "0002_second.sql"
+    right = second.read_text()
+    second.write_text("ALTER TABLE one ADD COLUMN IF NOT EXISTS m UInt8;\nALTER TABLE absent ADD COLUMN m UInt8;\n")
+    with pytest.raises(DatabaseError, match="absent"):
+        migrate(empty, read_migrations(directory))
+
+    second.write_text(right)
+
+    assert [migration.name for migration in migrate(empty, read_migrations(directory))] == ["second"]
+
+
+def test_a_changed_file_is_refused_with_its_name(empty: Client, directory: Path) -> None:
+    """An applied migration never changes, not even in a comment."""
+    migrate(empty, read_migrations(directory))
+    with (directory / "0001_first.sql").open("a") as file:
+        file.write("-- a second thought\n")
+    with pytest.raises(Problem, match="a migration was changed after it ran: first has another checksum"):
+        migrate(empty, read_migrations(directory))
+
+
+def test_a_newer_database_is_refused(empty: Client, directory: Path) -> None:
+    """An older program does not touch a ledger that a newer one has migrated."""
+    migrate(empty, read_migrations(directory))
+    (directory / "0002_second.sql").unlink()
+    with pytest.raises(Problem, match="newer than this program: migration 2 is unknown here"):
+        pending(empty, read_migrations(directory))
+
+
+def test_statements_end_with_a_semicolon_at_the_end_of_a_line(tmp_path: Path) -> None:
+    """Comments go, wherever their semicolons are; a semicolon within a line or a text divides nothing."""
+    (tmp_path / "0007_some_views.sql").write_text(
+        "-- A comment; with semicolons;\n"
+        "SELECT 1,  -- one; two;\n"
+        "       'a; b', '-- no comment'; -- the end;\n"
+        "  -- indented;\n"
+        "\n"
+        "SELECT 2\n"
+        ";\n"
+        ";\n"
+        "SELECT 'it''s; so', 'a \\'quoted;\n"
+        "line'\n"
+    )
+    (migration,) = read_migrations(tmp_path)
+    assert (migration.number, migration.name) == (7, "some_views")
+    assert [" ".join(statement.split()) for statement in migration.statements] == [
+        "SELECT 1, 'a; b', '-- no comment'",
+        "SELECT 2",
+        "SELECT 'it''s; so', 'a \\'quoted; line'",
+    ]
+
+
+# The catalogue, pinned in the same database.
+
+
+LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+IN_FORCE_AT = datetime.fromtimestamp(recorded_ms(5) / 1000, UTC)
+
+
+def version(number: int, effective_from: datetime, content_hash: str = "as it was") -> Version:
+    """A version of which only its number, time and content count."""
+    return Version(
+        number=number, effective_from=effective_from, content_hash=content_hash, actions={}, file=f"v{number}.toml"
+    )
+
+
+def pinned(client: Client) -> list[tuple[int, str]]:
+    """Number and content of the versions on record."""
+    found = client.query("SELECT number, content_hash FROM catalogue_versions ORDER BY number")
+    return [(number, content_hash) for number, content_hash in found.result_rows]
+
+
+def test_versions_are_recorded_once(client: Client) -> None:
+    """At the first use, however often a worker starts; a later version joins them."""
+    first, second = version(1, LONG_AGO), version(2, LONG_AGO + timedelta(days=1))
+    for versions in ([first], [first], [first, second], [first, second]):
+        pin_catalogue(client, Catalogue(versions))
+    assert pinned(client) == [(1, "as it was"), (2, "as it was")]
+
+
+def test_a_changed_version_is_refused(client: Client) -> None:
+    """Its runs are priced; another content would price them otherwise at a replay."""
+    first = version(1, LONG_AGO)
+    pin_catalogue(client, Catalogue([first]))
+    changed = msgspec.structs.replace(first, content_hash="changed", file="renamed.toml")
+    with pytest.raises(Problem, match=r"changed: renamed.toml: version 1 has priced runs with another content"):
+        pin_catalogue(client, Catalogue([changed]))
+    assert pinned(client) == [(1, "as it was")]
+
+
+def test_a_removed_version_is_refused(client: Client) -> None:
+    """Without it the runs of its time would be priced by another."""
+    pin_catalogue(client, Catalogue([version(1, LONG_AGO), version(2, LONG_AGO + timedelta(days=1))]))
+    with pytest.raises(Problem, match=r"gone: version 1 has priced runs\. Restore its file\."):
+        pin_catalogue(client, Catalogue([version(2, LONG_AGO + timedelta(days=1))]))
+
+
+def test_a_version_that_comes_late_is_refused(client: Client) -> None:
+    """Runs since its effective_from are in the ledger at another price; at a later time it is welcome."""
+    first = version(1, LONG_AGO)
+    pin_catalogue(client, Catalogue([first]))
+    write(Ledger(client), CHAIN, 9)
+    with pytest.raises(Problem, match=r"too late: v2.toml: 5 runs since its effective_from are priced already"):
+        pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT)]))
+    assert pinned(client) == [(1, "as it was")]
+    pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT + timedelta(seconds=5))]))
+    assert len(pinned(client)) == 2
+
+
+def test_copies_and_dead_letters_do_not_make_a_version_late(client: Client) -> None:
+    """Only what was priced counts."""
+    ledger = Ledger(client)
+    pin_catalogue(client, Catalogue([version(1, LONG_AGO)]))
+    write(ledger, CHAIN, 4)
+    own = batch(CHAIN, 4, 9, copies=dict.fromkeys(range(5, 10), 1))
+    ledger.append(own, ledger.mark(CHAIN), threading.Event())
+    pin_catalogue(client, Catalogue([version(1, LONG_AGO), version(2, IN_FORCE_AT)]))

@@ -1,0 +1,146 @@
+"""The batch transport: what it overrides must exist, and a commit never passes an unfinished chunk."""
+
+import inspect
+import itertools
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from aiokafka.consumer.fetcher import PartitionRecords
+from faust.tables.manager import TableManager
+from faust.transport import consumer as faust_consumer
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+from streams import app, transport
+from streams.settings import read_settings
+
+TOPIC = TP("cell-runs", 0)
+OVERRIDDEN = (
+    "_new_consumer_thread", "perform_seek", "_getmany", "_to_message", "_add_gap", "ack",
+    "_filter_tps_with_pending_acks", "_new_offset", "wait_empty", "on_partitions_assigned",
+)  # fmt: skip
+READ = ("_read_offset", "_committed_offset", "_unacked_messages", "_waiting_for_ack")
+
+
+class Record(NamedTuple):
+    """What aiokafka's Cython record offers of itself."""
+
+    offset: int
+    value: bytes = b"{}"
+    timestamp: int = 1_790_000_000_000
+    timestamp_type: int = 1
+    key: bytes = b"ws"
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+@pytest.fixture
+async def consumer() -> Any:
+    """A chunk consumer of an app that is not connected; Faust wants a running loop, so its tests are coroutines."""
+    made = app.create_app(read_settings({}, batch_rows_max=100))
+    made_consumer = transport.Consumer(
+        made.transport,
+        callback=lambda message: None,
+        on_partitions_revoked=lambda tps: None,
+        on_partitions_assigned=lambda tps: None,
+    )
+    yield made_consumer
+    made_consumer._thread.thread_loop.close()
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_faust_still_has_what_the_transport_overrides(name: str) -> None:
+    """A method that disappears upstream would silently leave Faust's own behaviour in place."""
+    assert callable(getattr(driver.Consumer, name))
+    ours, theirs = (inspect.signature(getattr(owner, name)) for owner in (transport.Consumer, driver.Consumer))
+    assert len(ours.parameters) == len(theirs.parameters)
+
+
+@pytest.mark.parametrize("name", READ)
+async def test_faust_still_has_the_attributes_that_are_read(name: str, consumer: Any) -> None:
+    """Private state that the transport relies on."""
+    assert hasattr(consumer, name)
+
+
+def test_the_other_overridden_places_are_still_there() -> None:
+    """The consumer thread's factory, the table manager's start, aiokafka's record factory."""
+    assert callable(driver.AIOKafkaConsumerThread._create_worker_consumer)
+    assert "sleep(1.0)" in inspect.getsource(TableManager.on_start)
+    assert list(inspect.signature(PartitionRecords._consumer_record).parameters) == ["self", "tp", "record"]
+    assert "_new_offset" in inspect.getsource(faust_consumer.Consumer)
+
+
+def deliver(consumer: Any, *offsets: int) -> Any:
+    """One chunk of these offsets, as Faust delivers it."""
+    message = consumer._to_message(TOPIC, transport._chunk([Record(offset) for offset in offsets]))
+    consumer._unacked_messages.add(message)
+    return message
+
+
+async def test_a_commit_waits_for_the_first_unfinished_chunk(consumer: Any) -> None:
+    """Chunks that are done out of order are committed in order, all at once when the gap closes."""
+    first, second, third = deliver(consumer, 1, 2), deliver(consumer, 3, 7), deliver(consumer, 8)
+    assert consumer.ack(second)
+    assert consumer._new_offset(TOPIC) is None
+    assert consumer.ack(first)
+    assert consumer._new_offset(TOPIC) == 8
+    assert consumer.ack(third)
+    assert consumer._new_offset(TOPIC) == 9
+
+
+async def test_no_order_of_acknowledgements_commits_past_an_open_chunk(consumer: Any) -> None:
+    """After each acknowledgement, in any order, the committed offset is that of the longest finished prefix."""
+    for order in itertools.permutations(range(5)):
+        consumer._sent.clear()
+        messages = [deliver(consumer, 10 * n, 10 * n + 9) for n in range(5)]
+        committed, done = 0, set()
+        for n in order:
+            consumer.ack(messages[n])
+            done.add(n)
+            committed = consumer._new_offset(TOPIC) or committed
+            assert committed == 10 * next(k for k in range(6) if k not in done)
+
+
+async def test_an_earlier_generations_chunk_is_not_counted(consumer: Any) -> None:
+    """After a rebalance its acknowledgement changes nothing."""
+    message = deliver(consumer, 1)
+    consumer.app.consumer_generation_id = 5
+    assert not consumer.ack(message)
+    assert consumer._new_offset(TOPIC) is None
+
+
+async def test_a_full_partition_is_not_fetched_until_it_has_room(consumer: Any) -> None:
+    """Back-pressure counts records and bytes, not chunks."""
+    limit = consumer.transport.records_inflight_max
+    message = deliver(consumer, *range(limit))
+    assert consumer._is_full(TOPIC)
+    consumer.ack(message)
+    assert not consumer._is_full(TOPIC)
+    large = Record(limit + 1, value=b"x" * consumer.transport.bytes_inflight_max)
+    consumer._to_message(TOPIC, transport._chunk([large]))
+    assert consumer._is_full(TOPIC)
+
+
+async def test_a_held_partition_is_not_fetched_but_the_others_are(
+    consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An incident pauses its unit only."""
+    asked: list[set[TP]] = []
+
+    async def fetch(_: Any, active: set[TP], timeout: float) -> dict[TP, list[Record]]:
+        asked.append(active)
+        return {tp: [Record(1)] for tp in active}
+
+    monkeypatch.setattr(driver.Consumer, "_getmany", fetch)
+    other = TP("cell-runs", 1)
+    consumer.held = {TOPIC}
+    assert set(await consumer._getmany({TOPIC, other}, 0.01)) == {other}
+    assert await consumer._getmany({TOPIC}, 0.01) == {}
+    assert asked == [{other}]
+
+
+def test_plain_records_are_handed_out_as_they_are() -> None:
+    """Building a record object costs 2 to 3 µs, so it is not built."""
+    transport.deliver_plain_records()
+    record = SimpleNamespace(offset=1)
+    assert PartitionRecords._consumer_record(None, TOPIC, record) is record
