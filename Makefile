@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint generated lock clean
 .DEFAULT_GOAL := demo
 
 .venv/installed: requirements-dev.lock pyproject.toml
@@ -24,6 +24,9 @@ lint: .venv/installed  ## style and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+generated: .venv/installed  ## JSON Schemas and AsyncAPI, after a change of the schemas
+	$(BIN)/python -m schemas.generate
 
 lock: .venv/installed  ## resolve the locks again, after a change of pyproject.toml
 	$(BIN)/pip install --quiet uv

@@ -148,16 +148,19 @@ def _view(
 ) -> Group:
     written = sum(status.written.values()) - before
     debits = _count(status, Kind.RUN)
-    head = Text.assemble(
-        (f"{written / max(elapsed, 0.1):>8,.0f}", "bold"), " events/s   ",
-        (f"{debits:,}", "bold"), " debits   ",
-        (f"{max(0, produced - written):,}", "bold"), " on their way   ",
-        (f"{_count(status, Kind.DUPLICATE):,}", "bold"), " duplicates   ",
-        (f"{_count(status, Kind.DEAD_LETTER):,}", "bold"), " dead letters",
-    )  # fmt: skip
+    facts = (
+        (f"{written / max(elapsed, 0.1):,.0f}", "events/s"),
+        (f"{debits:,}", "debits"),
+        (f"{max(0, produced - written):,}", "on their way"),
+        (f"{_count(status, Kind.DUPLICATE):,}", "duplicates"),
+        (f"{_count(status, Kind.DEAD_LETTER):,}", "dead letters"),
+    )
+    head = Text.assemble(*(part for number, name in facts for part in ((number, "bold"), f" {name}   ")))
+    bar = Table.grid()
+    bar.add_row(ProgressBar(total=seconds, completed=min(elapsed, seconds), width=60))
     sides = Table.grid(padding=(0, 6))
     sides.add_row(_workspace_table(totals), _free_table(status))
-    return Group(ProgressBar(total=seconds, completed=min(elapsed, seconds), width=60), head, Text(), sides)
+    return Group(bar, head, Text(), sides)
 
 
 def _count(status: Status, kind: Kind) -> int:
@@ -165,8 +168,8 @@ def _count(status: Status, kind: Kind) -> int:
 
 
 def _workspace_table(totals: list[WorkspaceTotal]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="credits by workspace", title_justify="left")
-    table.add_column("workspace")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("credits by workspace")
     table.add_column("credits", justify="right")
     table.add_column("runs", justify="right")
     for total in totals:
@@ -175,8 +178,8 @@ def _workspace_table(totals: list[WorkspaceTotal]) -> Table:
 
 
 def _free_table(status: Status) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title="free runs by reason", title_justify="left")
-    table.add_column("reason")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("free runs by reason")
     table.add_column("runs", justify="right")
     for reason in FREE_REASONS:
         table.add_row(str(reason), f"{status.written.get(f'{Kind.RUN}/{reason}', 0):,}")

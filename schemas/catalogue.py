@@ -198,8 +198,12 @@ def _name_action(message: str, document: dict[str, Any]) -> str:
 
 
 def _content_hash(effective_from: datetime, actions: dict[str, Action]) -> str:
-    """What a version charges, and from when: neither comments nor the order of the file count."""
-    return hashlib.sha256(msgspec.json.encode((effective_from, sorted(actions.items())))).hexdigest()
+    """What a version charges, and from when: comments, names, providers and the order of the file do not count."""
+    charges = [
+        (action.id, action.category, action.price, action.pool, action.charges_no_data)
+        for _, action in sorted(actions.items())
+    ]
+    return hashlib.sha256(msgspec.json.encode((effective_from, charges))).hexdigest()
 
 
 def _refuse_equal(versions: list[Version], field: str, key: Any) -> None:

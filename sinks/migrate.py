@@ -95,6 +95,18 @@ def require_migrated(client: Client) -> None:
 def _read(file: Path) -> Migration:
     text = file.read_text()
     number, _, name = file.stem.partition("_")
-    code = re.sub(r"^\s*--.*$", "", text, flags=re.MULTILINE)
-    statements = tuple(part.strip() for part in re.split(r";\s*$", code, flags=re.MULTILINE) if part.strip())
-    return Migration(int(number), name, hashlib.sha256(text.encode()).hexdigest(), statements)
+    return Migration(int(number), name, hashlib.sha256(text.encode()).hexdigest(), _statements(text))
+
+
+_PIECE: Final = re.compile(r"--[^\n]*|'(?:[^'\\]|\\.)*'|;|[^-';]+|.", re.DOTALL)
+
+
+def _statements(text: str) -> tuple[str, ...]:
+    """What stands between semicolons, without ``--`` comments; a text in quotes may hold either."""
+    statements = [""]
+    for piece in _PIECE.findall(text):
+        if piece == ";":
+            statements.append("")
+        elif not piece.startswith("--"):
+            statements[-1] += piece
+    return tuple(statement.strip() for statement in statements if statement.strip())

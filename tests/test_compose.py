@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # it has no stubs here
-from jsonschema.validators import validator_for  # type: ignore[import-untyped]  # likewise
+from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # likewise
 
 from streams.settings import read_settings, unknown_variables
 
@@ -55,7 +55,7 @@ def test_the_compose_file_is_valid() -> None:
     assert carried is not None
     path = next(file for file in carried if file.name == "compose-spec.json")
     schema = json.loads(Path(str(path.locate())).read_text())
-    errors = [error.message for error in validator_for(schema)(schema).iter_errors(COMPOSE)]
+    errors = [error.message for error in Draft7Validator(schema).iter_errors(COMPOSE)]
     assert errors == []
 
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 import pytest
@@ -32,7 +32,7 @@ from sinks.ledger import (
     append_steps,
 )
 from sinks.queries import find_runs, recent_run_keys
-from streams.intake import run_keys
+from streams.intake import read_chunk, run_keys
 from streams.rating import RatingTable
 from streams.rows import ledger_rows, rate_take
 from streams.unit import OpenBatch
@@ -229,7 +229,7 @@ def test_f8_the_last_records_month_would_let_both_in(ledger: Ledger) -> None:
     assert not ledger.mark(CHAIN).is_whole
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct):
     """A record as the transport delivers it."""
 
     offset: int
@@ -247,7 +247,7 @@ async def test_f8_the_units_batch_takes_the_month_of_its_first_record() -> None:
         open_batch = OpenBatch(9)
         for cut in (range(10, 12), range(12, last + 1)):
             records = [Record(offset, recorded_at_months_end(offset)) for offset in cut]
-            take = rate_take(CHAIN, cut[0] - 1, [records], 4, table)
+            take = rate_take(CHAIN, cut[0] - 1, [records], [read_chunk(records, CHAIN.partition, 4)], table)
             open_batch.add(take, ledger_rows(take), 1)
         months.append(set(open_batch.close(CHAIN).rows.column("batch_month").to_pylist()))
     assert months == [{202608}, {202608}]

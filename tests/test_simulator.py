@@ -8,7 +8,7 @@ import pytest
 from clickhouse_connect.driver.client import Client
 
 from sinks.clickhouse import connect
-from sinks.ledger import Batch, Incident, Insert, Ledger, Mark, Steps, append_steps
+from sinks.ledger import Batch, Incident, Insert, Mark, Steps, append_steps
 from sinks.migrate import migrate
 from tests.ledger_rows import wait_until_grown
 from tests.simulator import Simulation, prepare
@@ -58,17 +58,18 @@ def seed_that_fails(simulate: Callable[[int], Simulation]) -> int:
 
 
 def token_with_the_end(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float]) -> Steps:
-    """Sabotage: the token names the range, as in the usual advice, so two cuts of one place are two tokens."""
+    """Sabotage: the token names the range, as is the usual advice, so two cuts of one place are two tokens."""
     steps = append_steps(batch, mark, epoch, now)
-    step = next(steps)
+    answer: Mark | bool | None = None
     while True:
+        try:
+            step = steps.send(answer) if answer is not None else next(steps)
+        except StopIteration as done:
+            written: Mark = done.value
+            return written
         if isinstance(step, Insert):
             step = msgspec.structs.replace(step, token=f"{step.token}-{batch.last}")
-        try:
-            step = steps.send((yield step))
-        except StopIteration as done:
-            assert isinstance(done.value, Mark)
-            return done.value
+        answer = yield step
 
 
 def no_read_back(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float]) -> Steps:

@@ -43,6 +43,7 @@ class Event(NamedTuple):
     key: bytes | None
     value: bytes | None
     partition: int = -1
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 def environment(**settings: str | int) -> dict[str, str]:
@@ -232,10 +233,10 @@ class WorkerProcess:
 def send(producer: Producer, topic: str, events: Iterable[Event]) -> None:
     """Produce records and wait for them; those of a transaction are only handed over."""
     for number, event in enumerate(events):
-        placed = {"partition": event.partition} if event.partition >= 0 else {}
+        placed: dict[str, Any] = {"partition": event.partition} if event.partition >= 0 else {}
         while True:
             try:
-                producer.produce(topic, event.value, event.key, **placed)
+                producer.produce(topic, event.value, event.key, headers=list(event.headers), **placed)
                 break
             except BufferError:
                 producer.poll(0.1)

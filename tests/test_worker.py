@@ -1,0 +1,282 @@
+"""The worker as a service: how it starts, refuses, logs, drains, survives, and ends."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, ConfigEntry, ResourceType, AlterConfigOpType
+
+from creditstream.embedded import EmbeddedKafka
+from creditstream.home import Home
+from schemas.codec import encode_run
+from sinks.clickhouse import connect
+from sinks.migrate import create_database, migrate
+from streams.app import EXIT_RESTART
+from tests.clickhouse_server import ClickHouseServer
+from tests.ledger_rows import wait_until_grown
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, environment, event_of
+
+NUMBERS: Final = itertools.count(1)
+DRAIN_S_MAX: Final = 10.0
+START_S_MAX: Final = 60.0
+
+
+@pytest.fixture(scope="module")
+def ledger_url(http_server: ClickHouseServer) -> str:
+    """One migrated database over HTTP for all of these workers: chains of different topics never meet."""
+    url = f"{http_server.url}/worker"
+    create_database(url)
+    with connect(url) as client:
+        migrate(client)
+        wait_until_grown(client)
+    return url
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, kafka: str, ledger_url: str) -> Iterator[WorkerProcess]:
+    home = tmp_path_factory.mktemp("worker")
+    with WorkerProcess(home, kafka, "worker-", ledger_url=ledger_url, instance="one") as process:
+        process.create_topic()
+        yield process
+
+
+@pytest.fixture
+def worker(shared: WorkerProcess) -> WorkerProcess:
+    """A worker that is ready; the same one for all tests, unless one has ended it."""
+    if not shared.is_alive:
+        shared.start()
+    shared.wait_until_ready()
+    return shared
+
+
+@pytest.fixture
+def another(tmp_path: Path, kafka: str, ledger_url: str) -> Iterator[WorkerProcess]:
+    """A worker on a home and a topic of its own, not started; the topic does not exist."""
+    prefix = f"worker-{next(NUMBERS)}-"
+    with WorkerProcess(tmp_path / "home", kafka, prefix, ledger_url=ledger_url) as process:
+        yield process
+
+
+def refusal(worker: WorkerProcess) -> str:
+    """The one line of a worker that does not start."""
+    assert worker.start().wait() == 1
+    (line,) = worker.log_lines()
+    return line
+
+
+def test_malformed_bytes_never_stop_the_worker(worker: WorkerProcess) -> None:
+    """Whatever bytes come, each is one ledger row as the second rater expects, and the same process goes on."""
+    pid, dice = worker.pid, random.Random(7)
+    good = encode_run(cell_run())
+    deep = b"[" * 5000
+    values = [
+        None, b"", b"null", b"{}", b"[]", b'"', deep, good + b"x", good * 2, b"\xff" * 30, b"\x00" * 30,
+        b"\xef\xbb\xbf" + good, good.replace(b"ws_0001", b"ws_\xff001"), good.replace(b"ws_0001", b"ws_\\ud800"),
+        good.replace(b"ws_0001", b"ws_\\u0000"), good.replace(b"data", b"other"), b"x" * 900_000,
+        good[:-1] + b', "ran_at": "9999-12-31T23:59:59Z"}', good[:-1] + b', "ran_at": "0001-01-01T00:00:00Z"}',
+        good[:-1] + b', "own_api_key": 1e400}', good[:-1] + b', "unknown": ' + b"[" * 300 + b"]" * 300 + b"}",
+        good[:-1] + b', "ran_at": 1}', good[:-1] + b', "run_id": "' + b"0" * 32 + b'"}',
+    ]  # fmt: skip
+    values += [mutated(good, dice) for _ in range(300)]
+    headers = [("trace", b"\xff\xfe"), ("", b"")]
+
+    worker.produce(Event(b"ws_0001", value, headers=headers) for value in values)
+    last = cell_run()
+    worker.produce([Event(b"\xff\xfe", good), Event(None, good), event_of(last)])
+    worker.wait_until_metered()
+
+    assert worker.pid == pid
+    assert worker.answers.explanation(last.run_id).credits == "1"
+    books = worker.reconcile()
+    assert books.closes, [example for book in books.partitions for example in book.examples]
+    assert books.behind == 0
+
+
+def mutated(value: bytes, dice: random.Random) -> bytes:
+    """A few bytes of it changed, doubled or gone."""
+    damaged = bytearray(value)
+    for _ in range(dice.randint(1, 3)):
+        place = dice.randrange(len(damaged))
+        damaged[place : place + dice.randint(0, 2)] = dice.choice((b"", bytes([dice.randrange(256)]), b'"', b"0"))
+    return bytes(damaged)
+
+
+def test_a_second_worker_on_a_home_is_refused_with_the_pid(worker: WorkerProcess, another: WorkerProcess) -> None:
+    """One line that names the process which holds the home, and exit code 1."""
+    another.home = worker.home  # type: ignore[misc]
+
+    line = refusal(another)
+
+    assert "is in use" in line
+    assert str(worker.pid) in line
+    assert worker.is_alive
+
+
+def test_a_taken_port_is_refused(worker: WorkerProcess, another: WorkerProcess) -> None:
+    """One line that names the port and the setting."""
+    another.create_topic()
+    endpoints = worker.home.worker()
+    assert endpoints
+    another.settings["api_port"] = port = endpoints.api_url.rpartition(":")[2]
+
+    line = refusal(another)
+
+    assert port in line
+    assert "CREDITSTREAM_API_PORT" in line
+
+
+def test_a_missing_topic_is_refused(another: WorkerProcess) -> None:
+    """One line that says how to create it."""
+    assert "does not exist" in (line := refusal(another))
+    assert "creditstream topics" in line
+
+
+def test_a_topic_with_another_number_of_partitions_is_refused(another: WorkerProcess) -> None:
+    """One line with both numbers."""
+    another.create_topic()
+    another.settings["partitions"] = 3
+
+    assert "it has 4 partitions, the settings say 3" in refusal(another)
+
+
+def test_a_topic_with_the_producers_clock_is_refused(another: WorkerProcess) -> None:
+    """Only the broker's clock says what is late: one line that names the topic's setting."""
+    topic = another.create_topic()
+    wrong = ConfigEntry("message.timestamp.type", "CreateTime", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic.name, incremental_configs=[wrong])
+    admin = AdminClient({"bootstrap.servers": another.configured.kafka_bootstrap})
+    for altered in admin.incremental_alter_configs([resource]).values():
+        altered.result(WAIT_S_MAX)
+
+    assert "message.timestamp.type is CreateTime, not LogAppendTime" in refusal(another)
+
+
+def test_the_log_is_one_json_object_a_line(worker: WorkerProcess) -> None:
+    """Every line has an event, a level and a time, whoever wrote it."""
+    lines = [json.loads(line) for line in worker.log_lines()]
+
+    assert {"started", "assigned"} <= {line["event"] for line in lines}
+    assert all({"event", "level", "timestamp"} <= line.keys() for line in lines)
+
+
+def test_sigterm_drains_what_was_read(worker: WorkerProcess) -> None:
+    """Within 10 s, exit code 0; what was read is written and committed although its linger was not over."""
+    worker.kill()
+    worker.settings["linger_ms"] = 60_000
+    worker.start().wait_until_ready()
+    worker.produce(event_of(cell_run(f"ws_{number % 40:04d}")) for number in range(2000))
+    ends = worker.log_ends()
+    worker.wait_until(lambda status: sum(unit.rows_unwritten for unit in status.units) == 2000, "holding all rows")
+
+    stopping = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - stopping < DRAIN_S_MAX
+
+    assert worker.log_events("stopped")[-1] | {"exit_code": 0, "rows": 2000} == worker.log_events("stopped")[-1]
+    assert committed(worker) == ends
+
+
+def committed(worker: WorkerProcess) -> dict[int, int]:
+    """Kafka's committed offsets of the worker's group."""
+    settings = worker.configured
+    group = f"{settings.topic_prefix}creditstream"
+    consumer = Consumer({"bootstrap.servers": settings.kafka_bootstrap, "group.id": group, "log_level": 0})
+    try:
+        places = [TopicPartition(f"{settings.topic_prefix}cell-runs", number) for number in range(4)]
+        return {place.partition: place.offset for place in consumer.committed(places, WAIT_S_MAX)}
+    finally:
+        consumer.close()
+
+
+def test_faust_itself_runs_the_worker(another: WorkerProcess) -> None:
+    """``faust -A streams.app worker`` meters too, and stops on SIGTERM with exit code 0."""
+    another.create_topic()
+    another.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+    another.start(command=("-m", "faust", "-A", "streams.app", "worker", "-l", "info"))
+    name = f"{another.settings['topic_prefix']}cell-runs"
+
+    with connect(str(another.settings["ledger_url"])) as client:
+        deadline = time.monotonic() + START_S_MAX
+        while int(client.command(f"SELECT count() FROM ledger WHERE topic = '{name}'")) < 40:
+            assert another.is_alive
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    assert another.stop() == 0
+
+
+def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
+    """While Kafka is away the worker waits, or ends to be started again; what comes afterwards is metered once."""
+    broker_home = Home.at(tmp_path / "kafka")
+    with (
+        broker_home.hold(),
+        EmbeddedKafka(broker_home, print) as kafka,
+        WorkerProcess(tmp_path / "home", kafka.bootstrap, "outage-", ledger_url=ledger_url) as worker,
+    ):
+        worker.create_topic()
+        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+        worker.start().wait_until_metered()
+        kafka.stop()
+        time.sleep(3)
+        kafka.start()
+        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+
+        while not worker.is_alive or not metered(worker):
+            if not worker.is_alive:
+                assert worker.wait() == EXIT_RESTART
+                worker.start()
+            time.sleep(0.1)
+        books = worker.reconcile()
+
+    assert (books.closes, books.rows, books.behind) == (True, 80, 0)
+
+
+def metered(worker: WorkerProcess) -> bool:
+    """Whether every mark is at the log's end now."""
+    status, ends = worker.status, worker.log_ends()
+    return bool(status) and {unit.partition: unit.mark + 1 for unit in status.units} == ends  # type: ignore[union-attr]
+
+
+def test_kill_9_of_an_embedded_worker_leaves_no_kafka_behind(tmp_path: Path) -> None:
+    """Its Kafka ends with it, the next start finds topic and ledger as they were; without Kafka it ends with 75."""
+    with WorkerProcess(tmp_path, "", "", partitions=2) as worker:
+        del worker.settings["kafka_bootstrap"]
+        worker.start("--embedded").wait_until(lambda status: status.ready, "ready", START_S_MAX)
+        endpoints = worker.home.worker()
+        assert endpoints
+        worker.settings["kafka_bootstrap"] = endpoints.kafka_bootstrap
+        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+        worker.wait_until_metered()
+        worker.kill()
+        psutil.wait_procs(kafka_processes(worker.home), timeout=15)
+        assert not kafka_processes(worker.home)
+
+        del worker.settings["kafka_bootstrap"]
+        worker.start("--embedded").wait_until(lambda status: status.ready, "ready", START_S_MAX)
+        endpoints = worker.home.worker()
+        assert endpoints
+        worker.settings["kafka_bootstrap"] = endpoints.kafka_bootstrap
+        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+        worker.wait_until_metered()
+        books = worker.reconcile()
+        for process in kafka_processes(worker.home):
+            process.kill()
+        assert worker.wait() == EXIT_RESTART
+
+    assert (books.closes, books.rows) == (True, 80)
+
+
+def kafka_processes(home: Home) -> list[psutil.Process]:
+    """The guard and the Kafka of a home."""
+    mark = f"-Dcreditstream.home={home.path}"
+    return [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]
