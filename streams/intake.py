@@ -80,7 +80,7 @@ class _LeanRun(msgspec.Struct, gc=False):
     row_id: Identifier
     action: Identifier
     outcome: Literal["data", "no_data", "error"]
-    ran_at: Annotated[str, Meta(min_length=20, max_length=32)]
+    ran_at: Annotated[str, Meta(min_length=20, max_length=35)]
     own_api_key: bool = False
     triggered_by: Label | None = None
     actor: Label | None = None
@@ -90,7 +90,7 @@ _NIL: Final = "00000000-0000-0000-0000-000000000000"
 _NEVER: Final = "2020-01-01T00:00:00Z"
 _BLANK: Final = _LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
 _OUTCOME_NUMBERS: Final = {str(outcome): number for number, outcome in enumerate(Outcome, 1)}
-_RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
+_RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
 _EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
 _LATEST_MS: Final = to_milliseconds(LATEST_RAN_AT)
 _TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
@@ -172,15 +172,24 @@ def _convert(lean: list[_LeanRun]) -> _Converted | None:
     texts = pa.array([run.ran_at for run in lean], pa.string())
     letters = "".join([run.run_id for run in lean]).encode()
     try:
-        microseconds = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+        ran_ms = _milliseconds(texts)
         run_ids = bytes.fromhex(letters.replace(b"-", b"").decode())
     except ValueError:
         return None
     if len(run_ids) != 16 * len(lean) or len(letters) != 36 * len(lean):
         return None
-    ran_ms = microseconds // 1000
     untimely = (ran_ms < _EARLIEST_MS) | (ran_ms > _LATEST_MS)
     return _Converted(run_ids, ran_ms, _odd_times(texts) | untimely | _odd_ids(letters))
+
+
+def _milliseconds(texts: pa.Array) -> Integers:
+    """Unix milliseconds, truncated; ValueError when a text is no time. Go and Java write nanoseconds: both are plain."""
+    try:
+        microseconds: Integers = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+        return microseconds // 1000
+    except pa.ArrowInvalid:
+        nanoseconds: Integers = texts.cast(pa.timestamp("ns", "UTC")).cast(pa.int64()).to_numpy()
+        return nanoseconds // 1_000_000
 
 
 def _odd_ids(letters: bytes) -> Mask:
