@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint generated lock clean
+.PHONY: demo test bench lint generated lock clean
 .DEFAULT_GOAL := demo
 
 .venv/installed: requirements-dev.lock pyproject.toml
@@ -19,6 +19,9 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest
+
+bench: .venv/installed  ## how fast one worker drains a backlog, and what it stands on
+	@$(BIN)/python -m bench.throughput
 
 lint: .venv/installed  ## style and strict types
 	$(BIN)/ruff format --check .

@@ -47,7 +47,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         raise Problem(
             "a worker runs in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
         )
-    console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...")
+    console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, say) as kafka:
         settings = settings_of(str(place.path), kafka_bootstrap=kafka.bootstrap)
         ensure_topic(Broker(kafka.bootstrap), cell_runs_topic(settings), settings)
@@ -209,13 +209,15 @@ def _example(answers: WorkerAnswers) -> UUID | None:
 
 def _report(console: Console, books: Reconciliation, produced: int, example: UUID | None, home: str | None) -> None:
     behind = f", {books.behind:,} not metered yet" if books.behind else ""
-    console.print(f"\n[bold]{produced:,} runs produced now; {books.sentence}{behind}[/bold]", highlight=False)
+    console.print(
+        f"\n[bold]{produced:,} runs produced now; {books.sentence}{behind}[/bold]", highlight=False, soft_wrap=True
+    )
     sums = books.sums
     console.print(
         f"sums through projections {sums.credits_projected}, over raw rows {sums.credits_raw} credits", highlight=False
     )
     for line in (line for book in books.partitions for line in book.examples):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     if not books.closes or books.behind:
         raise Problem("the books do not close", books.sentence, "Keep the home as it is and look at the offsets above.")
     click.echo("\nThe books close. Try next:\n")

@@ -69,8 +69,16 @@ def run_service(settings: Settings, home: Home, kafka: EmbeddedKafka | None, end
     return exit_code
 
 
+class _Worker(faust.Worker):
+    """Faust's worker with a bound on its end: a Kafka that is gone may keep aiokafka's from coming."""
+
+    async def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, STOP_S_MAX)
+        await super().stop()
+
+
 def _execute(app: MeterApp, settings: Settings) -> int:
-    worker = faust.Worker(
+    worker = _Worker(
         app, loglevel="info", logging_config=logging_config(settings.log_format), redirect_stdouts=False, quiet=True
     )
     signal.signal(signal.SIGALRM, lambda *_: os._exit(EXIT_RESTART))

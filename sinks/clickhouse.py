@@ -1,5 +1,6 @@
 """One ``connect`` for chDB in this process and for a ClickHouse server over HTTP(S): the same client, the same SQL."""
 
+import logging
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -20,6 +21,9 @@ SESSION: Final[dict[str, Any]] = {
     "max_query_size": 16 * 1024 * 1024,
 }
 """Set on every connection: an asynchronous insert loses its token, and duplicate look-ups name many runs."""
+
+# What it logs it also raises; without a handler Python would print it beside a command's one line.
+logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
 
 DatabaseError = ClickHouseError
 """Whatever the database or its transport may raise."""

@@ -4,13 +4,13 @@ from typing import Any, Final
 
 from schemas.answers import Delivery, Explanation
 from schemas.catalogue import Action, Catalogue, Category
-from schemas.credits import Millicredits, format_credits, group_credits
-from schemas.ledger import RULES, Kind, Reason
+from schemas.credits import PER_CREDIT, Millicredits, format_credits, group_credits
+from schemas.ledger import RULES, Kind, Pool, Reason
 
 _FREE: Final = {
-    Reason.OWN_API_KEY: "{name} ran with the workspace's own API key",
-    Reason.ERROR: "{name} ended in an error",
-    Reason.NO_DATA: "{name} found nothing",
+    Reason.OWN_API_KEY: "ran with the workspace's own API key",
+    Reason.ERROR: "ended in an error",
+    Reason.NO_DATA: "found nothing",
 }
 _CONDITIONS: Final = (
     (Reason.OWN_API_KEY, "it did not run with the workspace's own API key"),
@@ -20,58 +20,80 @@ _CONDITIONS: Final = (
 )
 
 
-def credits_text(millicredits: Millicredits) -> str:
-    """``1 credit``, ``2 credits``, ``0.5 credits``."""
-    return f"{group_credits(millicredits)} credit{'' if millicredits == 1000 else 's'}"
+_SET_ASIDE: Final = {
+    Reason.TOO_LARGE: "its event is too large",
+    Reason.MALFORMED: "its event is not a valid cell run",
+    Reason.MISROUTED: "its event came under another Kafka key, or on another partition, than its workspace's",
+    Reason.FUTURE_RUN: "it lies in the future",
+    Reason.STALE_RUN: "it arrived too late",
+    Reason.CONFLICTING_DUPLICATE: "another event under the same run id said something else",
+    Reason.UNKNOWN_ACTION: "no price is known for it",
+}
 
 
-def sentence(
-    kind: Kind, reason: Reason, millicredits: Millicredits, action: str, found: Action | None, detail: str
-) -> str:
-    """What a customer can read, without its deliveries."""
+def credits_text(millicredits: Millicredits, pool: str = Pool.ENRICHMENT) -> str:
+    """``1 credit``, ``2 credits``, ``0.5 premium credits``."""
+    premium = "premium " if pool == Pool.PREMIUM else ""
+    return f"{group_credits(millicredits)} {premium}credit{'' if millicredits == PER_CREDIT else 's'}"
+
+
+def sentence(reason: Reason, credits: Millicredits, pool: str, action: str, found: Action | None, detail: str) -> str:
+    """What a customer can read, without its deliveries. ``found`` is the action in the version that priced it."""
     name = f'"{found.name}"' if found else f'"{action}"'
-    if kind == Kind.DEAD_LETTER:
-        return f"Not charged: the event was set aside as {reason} ({detail})."
-    if reason == Reason.FREE_ACTION:
-        always_free = found and found.category in (Category.FORMATTER, Category.DESTINATION)
-        what = f"is a {found.category}" if found and always_free else "has no price"
-        return f"Free: {name} {what}, so every run of it is free."
-    if reason in _FREE:
-        return f"Free: {_FREE[reason].format(name=name)}."
-    if reason == Reason.CHARGED_NO_DATA:
-        return f"Charged {credits_text(millicredits)}: {name} found nothing, and for this action that is the answer."
-    pool = " of the premium pool" if found and found.pool == "premium" else ""
-    return f"Charged {credits_text(millicredits)}{pool}: {name} returned data."
+    match reason:
+        case Reason.CHARGED:
+            return f"Charged {credits_text(credits, pool)}: {name} returned data."
+        case Reason.CHARGED_NO_DATA:
+            charge = credits_text(credits, pool)
+            return f"Charged {charge}: {name} found nothing, and for this action that is the answer."
+        case Reason.FREE_ACTION:
+            always_free = found and found.category in (Category.FORMATTER, Category.DESTINATION)
+            what = f"is a {found.category}" if found and always_free else "has no price"
+            return f"Free: {name} {what}, so every run of it is free."
+        case Reason.OWN_API_KEY | Reason.ERROR | Reason.NO_DATA:
+            return f"Free: {name} {_FREE[reason]}."
+        case Reason.DUPLICATE:
+            return f"Not charged again: this is {detail}."
+    return f"Not charged: the run was set aside, because {_SET_ASIDE[reason]} ({detail})."
 
 
 def again(deliveries: list[Delivery]) -> str:
     """What the sentence adds for a run that came more than once."""
-    copies = [delivery for delivery in deliveries if delivery.kind == Kind.DUPLICATE]
-    conflicts = [delivery for delivery in deliveries if delivery.reason == Reason.CONFLICTING_DUPLICATE]
+    copies = sum(delivery.kind == Kind.DUPLICATE for delivery in deliveries)
+    conflicts = sum(delivery.reason == Reason.CONFLICTING_DUPLICATE for delivery in deliveries)
     told = ""
     if copies:
-        told += f" It was delivered {len(copies) + 1} times and debited once."
+        told += f" It was delivered {'twice' if copies == 1 else f'{copies + 1:,} times'} and counted once."
     if conflicts:
-        events = f"{len(conflicts)} event{'s' * (len(conflicts) > 1)}"
-        told += f" {events} under the same id said something else and did not count."
+        events = "1 other event" if conflicts == 1 else f"{conflicts:,} other events"
+        told += f" {events} under the same run id said something else and did not count."
     return told
 
 
+def run_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the rows under one run id, the one to explain: the debit, or else the first event."""
+    return next((row for row in rows if row["kind"] == Kind.RUN), rows[0])
+
+
 def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catalogue) -> Explanation:
-    """Explain the run that these ledger rows (every delivery of one run id, in the order of arrival) are about."""
-    chosen = next((row for row in rows if row["kind"] == Kind.RUN), rows[0])
-    kind, reason = Kind(chosen["kind"]), Reason(chosen["reason"])
+    """Explain the run that these ledger rows (every delivery of one run id, in the order of arrival) are about.
+
+    Rows of another workspace are another run, which nobody else is told of.
+    """
+    chosen = run_of(rows)
+    reason = Reason(chosen["reason"])
     millicredits = int(chosen["credits"].scaleb(3))
     action = _action(chosen, catalogue)
-    deliveries = [_delivery(row) for row in rows]
+    deliveries = [_delivery(row) for row in rows if row["workspace_id"] == chosen["workspace_id"]]
+    told = sentence(reason, millicredits, chosen["pool"], chosen["action"], action, chosen["detail"])
     rule, rule_text = RULES[reason]
     return Explanation(
-        sentence=sentence(kind, reason, millicredits, chosen["action"], action, chosen["detail"]) + again(deliveries),
+        sentence=told + again([delivery for delivery in deliveries if delivery.position != _position(chosen)]),
         **{name: chosen[name] for name in _COPIED},
         run_id=str(chosen["run_id"]),
         action_name=action.name if action else "",
         credits=format_credits(millicredits),
-        rule="R07" if rule == "R02" and chosen["pool"] == "premium" else rule,
+        rule="R07" if rule == "R02" and chosen["pool"] == Pool.PREMIUM else rule,
         rule_text=rule_text,
         price=format_credits(action.price) if action else "",
         not_free_because=_not_free_because(reason),

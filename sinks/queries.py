@@ -18,7 +18,7 @@ from schemas.catalogue import Catalogue
 from schemas.credits import format_credits
 from schemas.ledger import FREE_REASONS, Reason
 from schemas.problem import Problem, UnknownId
-from sinks.explain import explain
+from sinks.explain import explain, run_of
 from sinks.ledger import Chain
 
 RUN_KEY_SQL: Final = "bitXor(reinterpretAsUInt64(run_id), toUInt64(toUInt128(run_id)))"
@@ -217,7 +217,7 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanati
     rows = deliveries(client, run_id)
     if not rows:
         raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
-    cell = {name: rows[0][name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
+    cell = {name: run_of(rows)[name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
     ((runs_of_this_cell,),) = client.query(
         "SELECT count() FROM ledger WHERE kind = 'run' AND workspace_id = {workspace_id:String} "
         "AND table_id = {table_id:String} AND column_id = {column_id:String} AND row_id = {row_id:String}",

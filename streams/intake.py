@@ -183,7 +183,7 @@ def _convert(lean: list[_LeanRun]) -> _Converted | None:
 
 
 def _milliseconds(texts: pa.Array) -> Integers:
-    """Unix milliseconds, truncated; ValueError when a text is no time. Go and Java write nanoseconds: both are plain."""
+    """Unix milliseconds, truncated; ValueError when a text is no time. Go and Java write nanoseconds: plain too."""
     try:
         microseconds: Integers = texts.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
         return microseconds // 1000

@@ -156,6 +156,11 @@ def _chunk(records: list[Any]) -> Chunk:
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """Makes the aiokafka consumer as the write protocol needs it."""
 
+    async def on_thread_stop(self) -> None:
+        """Stop; a fetch that waits for a broker which is gone must not end the thread before it has said so."""
+        with suppress(asyncio.CancelledError):
+            await super().on_thread_stop()
+
     def _create_worker_consumer(self, transport: driver.Transport) -> aiokafka.AIOKafkaConsumer:
         conf = self.app.conf
         self._assignor = RangePartitionAssignor

@@ -1,6 +1,7 @@
 """Kafka records of cell runs made by hand, and the road that a unit drives them along: what the meter's tests share."""
 
 import json
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -9,12 +10,13 @@ from uuid import UUID
 
 import msgspec
 import pyarrow as pa
+from clickhouse_connect.driver.client import Client
 from hypothesis import HealthCheck, settings
 
 from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import KINDS, POOLS, REASONS, Reason
-from sinks.ledger import Chain
+from sinks.ledger import Batch, Chain, Ledger
 from streams.duplicates import Identity, Original, RunFilter, settle
 from streams.intake import read_chunk
 from streams.rating import RatingTable
@@ -148,6 +150,15 @@ def in_words(table: pa.Table) -> list[Row]:
             *(table.column(name).to_pylist() for name in names), strict=True
         )
     ]
+
+
+def write_rows(client: Client, chain: Chain, rows: pa.Table) -> None:
+    """Append a first take's rows to the ledger by its protocol."""
+    ledger = Ledger(client)
+    month = pa.repeat(pa.scalar(202608, pa.uint32()), len(rows))
+    last = rows.column("kafka_offset")[-1].as_py()
+    batch = Batch(chain, -1, last, rows.append_column("batch_month", month))
+    ledger.append(batch, ledger.mark(chain), threading.Event())
 
 
 def write_catalogue(directory: Path, *versions: tuple[int, str, dict[str, str]]) -> Path:

@@ -24,13 +24,13 @@ from sinks.ledger import Batch, Chain, ForeignMark, Insert, Ledger, Mark, ReadMa
 from tests.ledger_rows import assert_books_close, batch, content, content_of, run_id
 
 TICK_S: Final = 20.0
-TICKS_OF_TROUBLE: Final = 60
+TICKS_OF_TROUBLE: Final = 50
 TICKS_OF_PEACE_MAX: Final = 200
 TOKEN_WINDOW: Final = 8
 """120 s are 6 ticks, and a tick has one insert: this many tokens, and two to spare."""
 OWNERS_MAX: Final = 3
-ROWS_MAX: Final = 4
-RECORDS: Final = 30
+ROWS_MAX: Final = 3
+RECORDS: Final = 24
 COPIES_SHARE: Final = 0.15
 LATE_S: Final = (60.0, 900.0)
 """Means of how late an insert is executed: within the life of its token, or long after."""

@@ -1,7 +1,6 @@
 """One debit per run: a filter that never forgets, copies settled exactly, and the same rows however a stream is cut."""
 
 import random
-import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,12 +22,11 @@ from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Kind, Reason
 from sinks.clickhouse import connect
-from sinks.ledger import Batch, Ledger
 from sinks.queries import RUN_KEY_SQL, find_runs
 from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, Original, RunFilter, Verdict, settle
 from streams.intake import partition_of, run_keys
 from tests.ledger_rows import AUGUST_MS
-from tests.records import STEADY, Record, Road, Row, event, in_words
+from tests.records import STEADY, Record, Road, Row, event, in_words, write_rows
 
 Keys = npt.NDArray[np.uint64]
 
@@ -517,7 +515,7 @@ def test_the_ledger_gives_back_what_a_copy_must_match(client: Client) -> None:
     ]
     road = Road()
     rows = road.table(records)
-    write(client, road, rows)
+    write_rows(client, road.chain, rows)
     road.write()
 
     found = find_runs(client, list(road.ledger))
@@ -533,7 +531,7 @@ def test_dead_letters_keep_their_bytes_in_the_ledger(client: Client) -> None:
     road = Road()
     rows = road.table([Record(at, value, value, headers=[("h", value)]) for at, value in enumerate(wild)])
 
-    write(client, road, rows)
+    write_rows(client, road.chain, rows)
 
     found = client.query(
         "SELECT raw, raw_key, toString(reason), raw_headers FROM ledger ORDER BY kafka_offset",
@@ -541,11 +539,3 @@ def test_dead_letters_keep_their_bytes_in_the_ledger(client: Client) -> None:
     ).result_rows
     assert [row[:3] for row in found] == [(value, value, "malformed") for value in wild]
     assert [row[3] for row in found] == rows.column("raw_headers").to_pylist()
-
-
-def write(client: Client, road: Road, rows: pa.Table) -> None:
-    """Append a take's rows by the ledger's protocol."""
-    ledger = Ledger(client)
-    month = pa.repeat(pa.scalar(202608, pa.uint32()), len(rows))
-    batch = Batch(road.chain, -1, road.last, rows.append_column("batch_month", month))
-    ledger.append(batch, ledger.mark(road.chain), threading.Event())

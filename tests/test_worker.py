@@ -2,19 +2,16 @@
 
 import itertools
 import json
-import os
 import random
-import signal
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import pytest
 from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, ConfigEntry, ResourceType, AlterConfigOpType
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
@@ -24,7 +21,7 @@ from sinks.migrate import create_database, migrate
 from streams.app import EXIT_RESTART
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import wait_until_grown
-from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, environment, event_of
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, event_of
 
 NUMBERS: Final = itertools.count(1)
 DRAIN_S_MAX: Final = 10.0
@@ -44,6 +41,7 @@ def ledger_url(http_server: ClickHouseServer) -> str:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, kafka: str, ledger_url: str) -> Iterator[WorkerProcess]:
+    """The process behind `worker`."""
     home = tmp_path_factory.mktemp("worker")
     with WorkerProcess(home, kafka, "worker-", ledger_url=ledger_url, instance="one") as process:
         process.create_topic()
@@ -216,7 +214,9 @@ def test_faust_itself_runs_the_worker(another: WorkerProcess) -> None:
 
 
 def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
-    """While Kafka is away the worker waits, or ends to be started again; what comes afterwards is metered once."""
+    """While Kafka is away the worker waits, or ends to be started again; what comes afterwards is metered once. SIGTERM
+    ends it without Kafka too.
+    """
     broker_home = Home.at(tmp_path / "kafka")
     with (
         broker_home.hold(),
@@ -237,6 +237,8 @@ def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
                 worker.start()
             time.sleep(0.1)
         books = worker.reconcile()
+        kafka.stop()
+        assert worker.stop() in (0, EXIT_RESTART)
 
     assert (books.closes, books.rows, books.behind) == (True, 80, 0)
 
