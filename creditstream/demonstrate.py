@@ -20,6 +20,7 @@ from rich.text import Text
 
 from creditstream.asking import WorkerAnswers
 from creditstream.cli.options import settings_of
+from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
@@ -64,7 +65,11 @@ def _worker(home: Home, bootstrap: str) -> Iterator[WorkerAnswers]:
     """A worker process of its own, which ends with this one."""
     home.logs.mkdir(parents=True, exist_ok=True)
     log = home.logs / "worker.log"
-    environment = os.environ | {"CREDITSTREAM_KAFKA_BOOTSTRAP": bootstrap, "CREDITSTREAM_API_PORT": "0"}
+    environment = os.environ | {
+        "CREDITSTREAM_KAFKA_BOOTSTRAP": bootstrap,
+        "CREDITSTREAM_API_PORT": "0",
+        "CREDITSTREAM_INSTANCE": EMBEDDED_INSTANCE,
+    }
     command = [sys.executable, "-m", "creditstream", "worker", "--end-with-input", "--home", str(home.path)]
     with log.open("wb") as lines:
         process = subprocess.Popen(

@@ -59,5 +59,5 @@ class _Quiet(logging.Filter):
 
 def _renderer(log_format: str) -> Any:
     if log_format == "text" or (log_format == "auto" and sys.stderr.isatty()):
-        return structlog.dev.ConsoleRenderer(pad_event_to=24)
+        return structlog.dev.ConsoleRenderer(pad_event_to=24, colors=sys.stderr.isatty())
     return structlog.processors.JSONRenderer()

@@ -15,7 +15,7 @@ from creditstream.api import ApiService, listen
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Endpoints, Home
 from creditstream.logs import configure_logs, logging_config
-from schemas.problem import Problem, Unreachable
+from schemas.problem import Unreachable
 from streams.app import EXIT_RESTART, MeterApp, create_app
 from streams.settings import Settings, unknown_variables
 
@@ -86,8 +86,6 @@ def _execute(app: MeterApp, settings: Settings) -> int:
         worker.execute_from_commandline()
     except SystemExit as end:
         return EXIT_RESTART if app.fatal or end.code else 0
-    except Problem:
-        raise
     return EXIT_RESTART if app.fatal else 0
 
 

@@ -51,6 +51,12 @@ class MeterApp(faust.App):
         self.meter.hold = self._hold
         await super().on_first_start()
 
+    async def on_stop(self) -> None:
+        """Let go of the units and of the ledger, after the last chunk in flight."""
+        await super().on_stop()
+        await self.meter.release()
+        await asyncio.to_thread(self.meter.close)
+
     async def on_fatal(self, error: BaseException) -> None:
         """End the process: its state can no longer be trusted, and a fresh one reads the mark."""
         self.fatal = self.fatal or error
@@ -58,7 +64,7 @@ class MeterApp(faust.App):
         await self.crash(error)
 
     def _hold(self, partition: int) -> None:
-        self.chunks.held.add(TP(self.meter.topic.name, partition))
+        self.chunks.hold(TP(self.meter.topic.name, partition))
 
     @property
     def chunks(self) -> Consumer:

@@ -1,7 +1,8 @@
 """The meter: what one worker process holds, and how partitions come to it and leave it.
 
 `Meter.open` connects and refuses whatever could charge wrongly. `Meter.assign` loads each partition's state from the
-ledger and says where to read on; `Meter.release` lets go. Blocking calls run in two threads: one writes, one reads.
+ledger and says where to read on; `Meter.release` lets go. Blocking calls run in three threads: one writes, one reads
+for the units, one answers people.
 """
 
 import asyncio
@@ -29,8 +30,8 @@ from streams.unit import Batching, Lanes, Unit
 
 EXACT_DAYS: Final = 30
 """Runs recorded within these days are in the filter's exact tier; older ones in its Bloom filter."""
-INSERTS_PER_S_MAX: Final = 4
-"""Batches of one unit a second at the most, for the size of the token window."""
+OLDER_KEYS_AT_ONCE: Final = 100_000
+"""Keys that go into the Bloom filter between two breaths of the event loop."""
 
 log: Final = structlog.get_logger()
 
@@ -54,6 +55,7 @@ class Meter:
         """What the ledger said last, while it does not take what it is given."""
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._reader = ThreadPoolExecutor(1, "ledger-reader")
+        self._answerer = ThreadPoolExecutor(1, "ledger-answers")
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._loading: set[asyncio.Task[None]] = set()
         self._kept: dict[Chain, tuple[int, RunFilter]] = {}
@@ -68,7 +70,8 @@ class Meter:
             migrate(self._write_client)
         else:
             require_migrated(self._write_client)
-        self.read_client = connect(url, settings.ledger_password)
+        self._look_up_client = connect(url, settings.ledger_password)
+        self._answer_client = connect(url, settings.ledger_password)
         queries.pin_catalogue(self._write_client, self.catalogue)
         self.broker = Broker(settings.kafka_bootstrap)
         self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
@@ -88,8 +91,7 @@ class Meter:
 
     def _require_token_window(self) -> None:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
-        inserts_per_s = min(INSERTS_PER_S_MAX, 1000 / self.settings.linger_ms * 2)
-        needed = int(self.settings.partitions * 2 * inserts_per_s * TOKEN_WINDOW_S)
+        needed = self.settings.partitions * 2 * TOKEN_WINDOW_S * 1000 // self.settings.linger_ms
         window = queries.token_window(self._write_client)
         if window < needed:
             raise Problem(
@@ -103,7 +105,7 @@ class Meter:
 
         Problem when the topic was deleted and made again under this process: its rows would continue the old one's.
         """
-        ranges = await self.ask(lambda _: self.broker.log_ranges(self.topic.name, partitions))
+        ranges = await _in_thread(self._reader, self.broker.log_ranges, self.topic.name, partitions)
         await self.ask(lambda _: self._require_same_topic())
         resume: dict[int, int] = {}
         for partition in sorted(partitions):
@@ -153,7 +155,7 @@ class Meter:
     async def _load_filter(self, chain: Chain) -> RunFilter:
         run_filter = RunFilter(self.settings.duplicate_filter_mb_max * 1024 * 1024 // self.settings.partitions)
         since = time.time() - EXACT_DAYS * 86_400
-        run_filter.add(await self.ask(queries.recent_run_keys, chain, since))
+        run_filter.add(await self._look_up(queries.recent_run_keys, chain, since))
         loading = asyncio.create_task(self._load_older(run_filter, chain, since))
         self._loading.add(loading)
         loading.add_done_callback(self._loaded)
@@ -161,8 +163,11 @@ class Meter:
 
     async def _load_older(self, run_filter: RunFilter, chain: Chain, since: float) -> None:
         """The Bloom tier, month by month; meanwhile every run is a candidate."""
-        for month in await self.ask(queries.months_before, chain, since):
-            run_filter.add_older(await self.ask(queries.older_run_keys, chain, since, month))
+        for month in await self._look_up(queries.months_before, chain, since):
+            keys = await self._look_up(queries.older_run_keys, chain, since, month)
+            for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
+                run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
+                await asyncio.sleep(0)
         run_filter.is_complete = True
 
     def _loaded(self, loading: asyncio.Task[None]) -> None:
@@ -209,16 +214,20 @@ class Meter:
         """Let go of threads and connections, after `release`."""
         self._writer.shutdown()
         self._reader.shutdown()
-        if self.is_open:
-            self._write_client.close()
-            self.read_client.close()
+        self._answerer.shutdown()
+        for client in (self._write_client, self._look_up_client, self._answer_client) if self.is_open else ():
+            client.close()
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Run ``question(client, *args)`` in the reader's thread."""
-        return await _in_thread(self._reader, question, self.read_client, *args)
+        """Answer people: ``question(client, *args)`` in a thread of its own, which no unit waits for."""
+        return await _in_thread(self._answerer, question, self._answer_client, *args)
+
+    async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
+        """Answer a unit, in the reader's thread."""
+        return await _in_thread(self._reader, question, self._look_up_client, *args)
 
     async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
-        rows = await self.ask(queries.find_runs, identities)
+        rows = await self._look_up(queries.find_runs, identities)
         return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
 
     def _on_trouble(self, what: str) -> None:

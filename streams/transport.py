@@ -15,7 +15,7 @@ The overridden methods are private names of pinned versions; ``tests/test_transp
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
 from itertools import chain, takewhile
 from typing import Any, Final, cast
@@ -124,9 +124,10 @@ class Consumer(driver.Consumer):
             del sent[offset]
         return done[-1] + 1 if done else None
 
-    def abandon(self, messages: Iterable[Message]) -> None:
-        """Forget chunks that a held unit will never acknowledge, so that a stop does not wait for them."""
-        for message in messages:
+    def hold(self, tp: TP) -> None:
+        """Fetch this partition no more, and do not wait for its chunks in flight: nobody will acknowledge them."""
+        self.held.add(tp)
+        for message in [message for message in self._unacked_messages if message.tp == tp]:
             self._unacked_messages.discard(message)
         notify(self._waiting_for_ack)
 
@@ -157,7 +158,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     """Makes the aiokafka consumer as the write protocol needs it."""
 
     async def on_thread_stop(self) -> None:
-        """Stop; a fetch that waits for a broker which is gone must not end the thread before it has said so."""
+        """Stop, and leave the group, as a static member too: its partitions would stand still for the session time-out.
+
+        A fetch that waits for a broker which is gone must not end the thread before it has said so.
+        """
+        if self._consumer is not None and self._consumer._coordinator is not None:
+            self._consumer._coordinator._group_instance_id = None
         with suppress(asyncio.CancelledError):
             await super().on_thread_stop()
 

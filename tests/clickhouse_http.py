@@ -501,7 +501,7 @@ def main() -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: end(server))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(json.dumps({"port": server.server_address[1], "pid": os.getpid()}), flush=True)
+    print(json.dumps({"port": server.server_address[1], "pid": os.getpid()}), flush=True)  # noqa: T201
     sys.stdin.buffer.read()
     end(server)
 

@@ -52,9 +52,7 @@ def client(server: ClickHouseServer) -> Iterator[Client]:
         yield client
 
 
-def connect(
-    server: ClickHouseServer, database: str = "meter", *, timeout_s: int = 10, compress: str = "lz4"
-) -> Client:
+def connect(server: ClickHouseServer, database: str = "meter", *, timeout_s: int = 10, compress: str = "lz4") -> Client:
     return clickhouse_connect.get_client(
         host=server.host,
         port=server.port,

@@ -113,9 +113,7 @@ def test_every_service_is_watched_or_runs_once(service: str) -> None:
 
 
 def test_the_worker_waits_for_what_it_needs() -> None:
-    assert {
-        name: dependency["condition"] for name, dependency in SERVICES["worker"]["depends_on"].items()
-    } == {
+    assert {name: dependency["condition"] for name, dependency in SERVICES["worker"]["depends_on"].items()} == {
         "kafka": "service_healthy",
         "clickhouse": "service_healthy",
         "init": "service_completed_successfully",

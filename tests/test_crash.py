@@ -155,8 +155,9 @@ INVARIANTS: Final = (
     "AS credits, count() AS runs FROM ledger WHERE kind = 'run' AND row_id != '' GROUP BY workspace_id, day) AS raw "
     "USING (workspace_id, day) WHERE projected.credits != raw.credits OR projected.runs != raw.runs",
 )
-"""Each finds what must not be: an offset with two rows, a run with two debits, a hole, a sum that a projection has wrong
-(one that reads ``row_id`` cannot use it).
+"""Each finds what must not be: an offset with two rows, a run with two debits, a hole, a sum that a projection has
+wrong
+(a question that reads ``row_id`` cannot use it).
 """
 
 

@@ -81,9 +81,7 @@ def running(script: str, home: Home) -> Iterator[tuple[subprocess.Popen[str], st
 def kafka_processes(home: Home) -> list[psutil.Process]:
     """The guard and the Kafka of `home`, the guard first."""
     mark = f"-Dcreditstream.home={home.path}"
-    found = [
-        process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())
-    ]
+    found = [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]
     return sorted(found, key=lambda process: kafka_guard.__file__ not in process.info["cmdline"])
 
 

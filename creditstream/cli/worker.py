@@ -10,6 +10,9 @@ from creditstream.cli.options import home_option
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
 
+EMBEDDED_INSTANCE = "embedded"
+"""The one worker of an embedded Kafka: a static member, so that after a kill the next one takes over at once."""
+
 
 @click.command()
 @click.option("--embedded", is_flag=True, help="Start Apache Kafka too, in the home.")
@@ -41,7 +44,7 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 def _embedded_settings(bootstrap: str, home: str) -> Settings:
     from streams.topics import Broker, cell_runs_topic, ensure_topic
 
-    settings = read_settings(home=home, kafka_bootstrap=bootstrap)
+    settings = read_settings(home=home, kafka_bootstrap=bootstrap, instance=EMBEDDED_INSTANCE)
     ensure_topic(Broker(bootstrap), cell_runs_topic(settings), settings)
     return settings
 
