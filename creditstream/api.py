@@ -15,7 +15,7 @@ import mode
 import uvicorn
 from litestar import Litestar, Request, Response, get
 from litestar.openapi.config import OpenAPIConfig
-from litestar.params import Parameter
+from litestar.params import FromPath, FromQuery, QueryParameter
 
 from creditstream import __version__
 from schemas.answers import (
@@ -46,43 +46,43 @@ def create_api(meter: Meter) -> Litestar:
 
     @get("/v1/usage")
     async def usage(
-        workspace_id: str,
-        by: By = By.COLUMN,
-        start: Annotated[date | None, Parameter(query="from", description="first UTC day")] = None,
-        end: Annotated[date | None, Parameter(query="to", description="the day after the last one")] = None,
+        workspace_id: FromQuery[str],
+        by: FromQuery[By] = By.COLUMN,
+        start: Annotated[date | None, QueryParameter(name="from", description="first UTC day")] = None,
+        end: Annotated[date | None, QueryParameter(name="to", description="the day after the last one")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
         rows: list[UsageRow] = await meter.ask(queries.usage, workspace_id, by, start, end)
         return rows
 
     @get("/v1/workspaces")
-    async def workspaces(limit: Annotated[int, Parameter(ge=1, le=10_000)] = 20) -> list[WorkspaceTotal]:
+    async def workspaces(limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 20) -> list[WorkspaceTotal]:
         """The workspaces that drew most, over all time."""
         totals: list[WorkspaceTotal] = await meter.ask(queries.workspaces, limit)
         return totals
 
     @get("/v1/runs/example")
-    async def example(reason: Reason = Reason.CHARGED) -> UUID | None:
+    async def example(reason: FromQuery[Reason] = Reason.CHARGED) -> UUID | None:
         """The id of a recent run with this reason."""
         found: UUID | None = await meter.ask(queries.example_run, reason)
         return found
 
     @get("/v1/runs/{run_id:uuid}")
-    async def explain(run_id: UUID) -> Explanation:
+    async def explain(run_id: FromPath[UUID]) -> Explanation:
         """Why a run cost what it cost, and every delivery of it."""
         explanation: Explanation = await meter.ask(queries.explanation, run_id, meter.catalogue)
         return explanation
 
     @get("/v1/dead-letters")
     async def dead_letters(
-        reason: Reason | None = None, limit: Annotated[int, Parameter(ge=1, le=10_000)] = 100
+        reason: FromQuery[Reason | None] = None, limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100
     ) -> list[DeadLetter]:
         """The newest dead letters."""
         letters: list[DeadLetter] = await meter.ask(queries.dead_letters, reason or "", limit)
         return letters
 
     @get("/v1/dead-letters/{partition:int}/{offset:int}")
-    async def dead_letter(partition: int, offset: int) -> DeadLetter:
+    async def dead_letter(partition: FromPath[int], offset: FromPath[int]) -> DeadLetter:
         """One dead letter by its position."""
         letter: DeadLetter = await meter.ask(queries.dead_letter, partition, offset)
         return letter
@@ -93,7 +93,7 @@ def create_api(meter: Meter) -> Litestar:
         return prices(meter.catalogue, _now_ms())
 
     @get("/v1/actions/{action:str}")
-    async def action(action: str, own_api_key: bool = False) -> Price:
+    async def action(action: FromPath[str], own_api_key: FromQuery[bool] = False) -> Price:
         """What a run of an action would cost now (R13)."""
         return price_of(meter.catalogue, action, _now_ms(), own_api_key)
 
@@ -111,7 +111,10 @@ def create_api(meter: Meter) -> Litestar:
 
     @get("/v1/audit/rows")
     async def audit_rows(
-        topic_id: str, partition: int, after: int = -1, limit: Annotated[int, Parameter(ge=1, le=ROWS_MAX)] = 10_000
+        topic_id: FromQuery[str],
+        partition: FromQuery[int],
+        after: FromQuery[int] = -1,
+        limit: Annotated[int, QueryParameter(ge=1, le=ROWS_MAX)] = 10_000,
     ) -> list[LedgerRow]:
         """Rows of one partition in Kafka's order."""
         rows: list[LedgerRow] = await meter.ask(queries.ledger_rows, topic_id, partition, after, limit)

@@ -138,7 +138,7 @@ def append_steps(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float] 
                 f"{batch.chain}: the ledger drops what it acknowledges",
                 f"{acknowledged} inserts after offset {batch.after} were acknowledged and the mark did not move; "
                 "the insert tokens outlived their rows, as after a restore",
-                f"Raise CREDITSTREAM_EPOCH above {epoch} and restart.",
+                f"Stop all workers. Raise CREDITSTREAM_EPOCH above {epoch}, then start them.",
             )
 
 

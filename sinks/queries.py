@@ -14,7 +14,7 @@ import numpy.typing as npt
 from clickhouse_connect.driver.client import Client
 
 from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow, WorkspaceTotal
-from schemas.catalogue import Catalogue
+from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits
 from schemas.ledger import FREE_REASONS, Reason
 from schemas.problem import Problem, UnknownId
@@ -97,14 +97,11 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
 
     A version is immutable and deployed before it takes effect, so that a run is priced the same whenever it is rated.
     """
-    pinned = {
-        number: (content, starts)
-        for number, content, starts in client.query(
-            "SELECT number, any(content_hash), any(effective_from) FROM catalogue_versions GROUP BY number"
-        ).result_rows
-    }
+    pinned: dict[int, str] = dict(
+        client.query("SELECT number, any(content_hash) FROM catalogue_versions GROUP BY number").result_rows  # type: ignore[arg-type]
+    )
     by_number = {version.number: version for version in catalogue.versions}
-    for number, (content, _) in sorted(pinned.items()):
+    for number, content in sorted(pinned.items()):
         if number not in by_number:
             raise Problem("a catalogue version is gone", f"version {number} has priced runs", "Restore its file.")
         if by_number[number].content_hash != content:
@@ -113,23 +110,27 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
                 f"{by_number[number].file}: version {number} has priced runs with another content",
                 "Restore the file; a new price is a new version.",
             )
-    for version in catalogue.versions:
-        if version.number in pinned:
-            continue
-        ((late,),) = client.query(
-            "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= {starts:DateTime64(3)}",
-            parameters={"starts": version.effective_from},
-        ).result_rows
-        if late:
-            raise Problem(
-                "a catalogue version comes too late",
-                f"{version.file}: {late:,} runs since its effective_from are priced already",
-                "Give it an effective_from in the future.",
-            )
+    new = [version for version in catalogue.versions if version.number not in pinned]
+    for version in new:
+        _refuse_late(client, version)
+    if new:
         client.insert(
             "catalogue_versions",
-            [[version.number, version.content_hash, version.effective_from, version.file]],
+            [[version.number, version.content_hash, version.effective_from, version.file] for version in new],
             column_names=["number", "content_hash", "effective_from", "file"],
+        )
+
+
+def _refuse_late(client: Client, version: Version) -> None:
+    ((late,),) = client.query(
+        "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= {starts:DateTime64(3)}",
+        parameters={"starts": version.effective_from},
+    ).result_rows
+    if late:
+        raise Problem(
+            "a catalogue version comes too late",
+            f"{version.file}: {late:,} runs since its effective_from are priced already",
+            "Give it an effective_from in the future.",
         )
 
 

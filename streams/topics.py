@@ -4,6 +4,7 @@ A topic is the road's surface: a wrong partition count splits a workspace over t
 broker's makes "late" and "future" depend on a producer's clock. So the worker refuses what does not fit.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from streams.settings import Settings
 
 CELL_RUNS: Final = "cell-runs"
 ANSWER_TIMEOUT_S: Final = 10.0
+VISIBLE_POLL_S: Final = 0.05
 
 REQUIRED_CONFIG: Final = {"message.timestamp.type": "LogAppendTime"}
 CREATED_CONFIG: Final = {
@@ -67,7 +69,7 @@ class Broker:
         return Topic(name, str(described.topic_id), len(described.partitions), config)
 
     def create(self, name: str, settings: Settings) -> None:
-        """Create a topic with the settings' partitions and the required configuration."""
+        """Create a topic with the settings' partitions and the required configuration; visible when this returns."""
         new = NewTopic(
             name,
             num_partitions=settings.partitions,
@@ -75,6 +77,10 @@ class Broker:
             config=CREATED_CONFIG,
         )
         self._answer(self._admin.create_topics([new]))
+        # The broker's metadata follows the controller's answer a moment later.
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while self.topic(name) is None and time.monotonic() < deadline:
+            time.sleep(VISIBLE_POLL_S)
 
     def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
         """Start and end of each partition's log."""

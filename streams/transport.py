@@ -177,7 +177,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             bootstrap_servers=driver.server_list(transport.url, transport.default_port),
             partition_assignment_strategy=[RangePartitionAssignor],
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            # Every start is a seek to the ledger's mark. An offset that Kafka no longer has ends the process, and the
+            # next assignment sees the gap: "earliest" would step over it in silence.
+            auto_offset_reset="none",
             max_poll_records=conf.broker_max_poll_records,
             max_poll_interval_ms=int(conf.broker_max_poll_interval * 1000),
             max_partition_fetch_bytes=conf.consumer_max_fetch_size,

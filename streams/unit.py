@@ -24,6 +24,7 @@ import pyarrow as pa
 import structlog
 
 from schemas.cell_run import from_milliseconds
+from schemas.ledger import Kind
 from schemas.problem import Problem
 from sinks.ledger import Batch, Incident, Ledger, Mark
 from streams.duplicates import Identity, Original, RunFilter, settle
@@ -206,9 +207,13 @@ class Unit:
                 self.mark = await self._lanes.in_writer(
                     self._lanes.ledger.append, batch.close(self.chain), self.mark, self._closing
                 )
+            written: Counter[str] = Counter()
             for take in batch.takes:
                 self._unwritten.remove(take)
-                self._lanes.written.update(counts(take))
+                written.update(counts(take))
+            self._lanes.written.update(written)
+            if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
+                log.warning("dead_letters", chain=str(self.chain), mark=self.mark.last, **letters)
             for event in batch.events:
                 await event.acknowledge()
 

@@ -85,10 +85,8 @@ def line_of(done: Finished, code: int) -> str:
 def questions(position: str) -> list[tuple[str, ...]]:
     """Every command that asks the ledger, for programs."""
     return [
-        ("usage", WORKSPACE, "--format", "json"),
-        ("usage", WORKSPACE, "--by", "day", "--from", "2026-01-01", "--format", "csv"),
+        ("usage", WORKSPACE, "--by", "day", "--from", "2026-01-01", "--format", "json"),
         ("explain", str(EMAIL.run_id), "--format", "json"),
-        ("dead-letters", "list", "--format", "json"),
         ("dead-letters", "show", position),
         ("reconcile", "--format", "json"),
     ]

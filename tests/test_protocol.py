@@ -455,7 +455,7 @@ def test_f12_three_live_owners_race(ledger_url: str, client: Client) -> None:
         with connect(ledger_url) as connection:
             while True:
                 try:
-                    write(Ledger(connection), CHAIN, 199, rows_max)
+                    write(Ledger(connection), CHAIN, 119, rows_max)
                     return lost
                 except ForeignMark:
                     lost += 1
@@ -464,8 +464,8 @@ def test_f12_three_live_owners_race(ledger_url: str, client: Client) -> None:
         lost = sum(owners.map(own, (5, 7, 11)))
 
     assert lost > 0
-    assert_books_close(client, CHAIN, range(200))
-    assert content(client, CHAIN) == content_of(batch(CHAIN, -1, 199).rows)
+    assert_books_close(client, CHAIN, range(120))
+    assert content(client, CHAIN) == content_of(batch(CHAIN, -1, 119).rows)
 
 
 def test_f12_owners_of_two_epochs_are_not_kept_apart(ledger: Ledger) -> None:

@@ -201,7 +201,7 @@ def test_faust_itself_runs_the_worker(another: WorkerProcess) -> None:
     another.create_topic()
     another.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
     another.start(command=("-m", "faust", "-A", "streams.app", "worker", "-l", "info"))
-    count = f"SELECT count() FROM ledger WHERE topic = '{another.settings["topic_prefix"]}cell-runs'"
+    count = f"SELECT count() FROM ledger WHERE topic = '{another.settings['topic_prefix']}cell-runs'"
 
     with connect(str(another.settings["ledger_url"])) as client:
         deadline = time.monotonic() + START_S_MAX

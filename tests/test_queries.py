@@ -1,0 +1,155 @@
+"""What analysts, support and programs ask: the views, the questions, the API; on chDB and over HTTP."""
+
+import random
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import pytest
+from clickhouse_connect.driver.client import Client
+from litestar.testing import TestClient
+
+from creditstream.api import create_api
+from schemas.answers import By
+from schemas.cell_run import to_milliseconds
+from schemas.problem import UnknownId
+from sinks import queries
+from sinks.ledger import Batch, Ledger
+from streams.meter import Meter
+from streams.settings import read_settings
+from tests.records import Record, Road
+
+VIEWS = ("debits", "usage_by_column", "usage_by_day", "free_runs", "dead_letters", "duplicates")
+SUMMED = ("usage_by_column", "usage_by_day", "free_runs")
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def filled(client: Client) -> Iterator[Client]:
+    """A ledger of 3,000 simulated events over ten days, as the worker would write them."""
+    import pyarrow as pa
+
+    from creditstream.simulate import events
+
+    ledger, road = Ledger(client), Road()
+    stream = events(seed=7, ran_at=NOW)
+    for day in range(10):
+        recorded, dice = to_milliseconds(NOW + timedelta(minutes=day)), random.Random(day)
+        mark = ledger.mark(road.chain)
+        records = [
+            Record(mark.next + n, _on_a_day(event.value, dice.randint(12, 21)), event.key.encode(), recorded)
+            for n, event in enumerate(islice(stream, 300))
+        ]
+        rows = road.table(records)
+        month = pa.repeat(pa.scalar(202611, pa.uint32()), len(rows))
+        ledger.append(
+            Batch(road.chain, mark.last, records[-1].offset, rows.append_column("batch_month", month)), mark, Event()
+        )
+    return client
+
+
+def _on_a_day(value: bytes, day: int) -> bytes:
+    return value.replace(b"-22T", b"-%02dT" % day)
+
+
+def test_every_column_of_every_view_has_a_comment(client: Client) -> None:
+    """A view is a contract: nobody has to guess what a column means."""
+    commented = dict(
+        client.query(
+            "SELECT table, countIf(comment = '') FROM system.columns WHERE database = currentDatabase() "
+            "AND table IN %(views)s GROUP BY table",
+            parameters={"views": list(VIEWS)},
+        ).result_rows
+    )
+    assert commented == dict.fromkeys(VIEWS, 0)
+
+
+def test_views_sum_to_the_raw_rows(filled: Client) -> None:
+    """Credits and runs are the same through every view as over raw rows without projections."""
+    ((credits, runs),) = filled.query(
+        "SELECT sum(credits), count() FROM ledger WHERE kind = 'run'", settings={"optimize_use_projections": 0}
+    ).result_rows
+    assert credits > 0
+    for view in ("debits", "usage_by_column", "usage_by_day"):
+        counted = "count()" if view == "debits" else "sum(runs)"
+        assert filled.query(f"SELECT sum(credits), {counted} FROM {view}").result_rows == [(credits, runs)]
+    charged = filled.query("SELECT count() FROM debits WHERE credits > 0").result_rows[0][0]
+    assert filled.query("SELECT sum(runs) FROM free_runs").result_rows == [(runs - charged,)]
+    kinds = dict(filled.query("SELECT kind, count() FROM ledger GROUP BY kind").result_rows)
+    assert filled.query("SELECT count() FROM dead_letters").result_rows == [(kinds["dead_letter"],)]
+    assert filled.query("SELECT count() FROM duplicates").result_rows == [(kinds.get("duplicate", 0),)]
+
+
+@pytest.mark.parametrize("view", SUMMED)
+def test_summing_views_are_served_by_the_projection(filled: Client, view: str) -> None:
+    """They do not read raw rows, so their cost does not grow with the number of runs."""
+    plan = filled.query(f"EXPLAIN projections = 1 SELECT * FROM {view} WHERE day >= '2026-11-01'").result_rows
+    assert "ReadFromMergeTree (usage)" in "\n".join(line for (line,) in plan)
+
+
+def test_usage_reads_one_workspace_through_the_projection(filled: Client) -> None:
+    """The question prunes by workspace and day: it does not depend on other workspaces' rows."""
+    plan = "\n".join(
+        line
+        for (line,) in filled.query(
+            "EXPLAIN projections = 1, indexes = 1 SELECT table_id, column_id, pool, reason, sum(credits), count() "
+            "FROM ledger WHERE workspace_id = 'ws_0001' AND kind = 'run' AND day >= '2026-11-01' "
+            "GROUP BY table_id, column_id, pool, reason"
+        ).result_rows
+    )
+    assert "ReadFromMergeTree (usage)" in plan
+    assert "workspace_id" in plan
+
+
+@pytest.mark.parametrize("by", list(By))
+def test_usage_sums_to_the_same_whatever_it_is_grouped_by(filled: Client, by: By) -> None:
+    """Each grouping foots to the workspace's total, exactly."""
+    rows = queries.usage(filled, "ws_0001", by, None, None)
+    ((credits, runs),) = filled.query(
+        "SELECT sum(credits), count() FROM debits WHERE workspace_id = 'ws_0001'"
+    ).result_rows
+    assert (sum(Decimal(row.credits) for row in rows), sum(row.runs for row in rows)) == (credits, runs)
+    free = filled.query("SELECT sum(runs) FROM free_runs WHERE workspace_id = 'ws_0001'").result_rows[0][0]
+    assert sum(row.free_runs for row in rows) == free
+
+
+def test_usage_takes_half_open_ranges_of_days(filled: Client) -> None:
+    """Adjacent ranges add up, with nothing counted twice."""
+    cut = date(2026, 11, 17)
+    halves = [queries.usage(filled, "ws_0001", By.DAY, *days) for days in ((None, cut), (cut, None))]
+    assert [*halves[0], *halves[1]] == queries.usage(filled, "ws_0001", By.DAY, None, None)
+    assert max(row.day for row in halves[0] if row.day) < cut
+
+
+def test_a_dead_letter_is_found_by_its_position(filled: Client) -> None:
+    """With its bytes; another position is an unknown id."""
+    letter = queries.dead_letters(filled, "malformed", 1)[0]
+    offset = int(letter.position.partition("@")[2])
+    assert queries.dead_letter(filled, 0, offset) == letter
+    assert letter.raw.startswith("{")
+    with pytest.raises(UnknownId):
+        queries.dead_letter(filled, 7, offset)
+
+
+def test_the_ledgers_own_audit_agrees_with_itself(filled: Client) -> None:
+    """One row per offset; projections equal raw sums; what `reconcile` reads is in Kafka's order."""
+    (audit,) = queries.audit_partitions(filled, "cell-runs")
+    assert (audit.rows, audit.distinct_offsets, audit.gaps, audit.doubled_runs) == (3000, 3000, 3000, 0)
+    sums = queries.audit_sums(filled)
+    assert (sums.credits_projected, sums.rows_projected) == (sums.credits_raw, sums.rows_raw)
+    pages = [queries.ledger_rows(filled, "topic-1", 0, after, 1000) for after in (-1, 999, 1999, 2999)]
+    assert [row.offset for page in pages for row in page] == list(range(3000))
+
+
+def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> None:
+    """OpenAPI is generated from the same types; before an assignment the worker is alive and not ready."""
+    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path))))) as api:
+        described = api.get("/schema/openapi.json").json()
+        assert {"/v1/usage", "/v1/runs/{run_id}", "/v1/dead-letters", "/v1/actions/{action}"} <= set(described["paths"])
+        assert described["components"]["schemas"]["UsageRow"]["properties"]["credits"] == {"type": "string"}
+        assert api.get("/livez").status_code == 200
+        ready = api.get("/readyz")
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "because": ["no assignment yet"]})
