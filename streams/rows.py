@@ -25,7 +25,7 @@ _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
 _SPARSE: Final[dict[str, str | bytes]] = {"detail": "", "raw": b"", "raw_key": b"", "raw_headers": ""}
 
 
-class Take(msgspec.Struct, frozen=True):
+class Take(msgspec.Struct, frozen=True, eq=False):
     """Rated records of one chain. ``debits`` is settled in place; refusals are in it already."""
 
     chain: Chain

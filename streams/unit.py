@@ -44,7 +44,7 @@ GATHER_S: Final = 0.02
 log: Final = structlog.get_logger()
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, eq=False):
     """One chunk that was delivered, and how to say that it is done."""
 
     chunk: Any
