@@ -1,5 +1,6 @@
 """One worker process: the Faust application, its read API, its log, its end."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -86,6 +87,10 @@ def _execute(app: MeterApp, settings: Settings) -> int:
         worker.execute_from_commandline()
     except SystemExit as end:
         return EXIT_RESTART if app.fatal or end.code else 0
+    except (Exception, asyncio.CancelledError) as error:
+        # Whether mode raises again what crashed the application, or a cancelled agent's end, is chance.
+        log.error("crashed", error=f"{type(error).__name__}: {error}")
+        return EXIT_RESTART
     return EXIT_RESTART if app.fatal else 0
 
 

@@ -14,6 +14,7 @@ from faust.tables.manager import TableManager
 from faust.types import TP
 
 from sinks.ledger import ForeignMark
+from streams.lenient import read_any_header
 from streams.meter import Meter
 from streams.settings import Settings, read_settings
 from streams.topics import cell_runs_topic
@@ -85,6 +86,7 @@ class MeterApp(faust.App):
 def create_app(settings: Settings) -> MeterApp:
     """The application for these settings. Nothing is connected before it starts."""
     deliver_plain_records()
+    read_any_header()
     name = cell_runs_topic(settings)
     app = MeterApp(
         f"{settings.topic_prefix}creditstream",

@@ -2,17 +2,23 @@
 
 import inspect
 import itertools
+import struct
+from gzip import compress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import PartitionRecords
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 from faust.tables.manager import TableManager
 from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
 from streams import app, transport
+from streams.lenient import read_any_header
 from streams.settings import read_settings
 
 TOPIC = TP("cell-runs", 0)
@@ -137,6 +143,38 @@ async def test_a_held_partition_is_not_fetched_but_the_others_are(
     assert set(await consumer._getmany({TOPIC, other}, 0.01)) == {other}
     assert await consumer._getmany({TOPIC}, 0.01) == {}
     assert asked == [{other}]
+
+
+def raw_batch(codec: int, first: int, *names: bytes) -> bytes:
+    """One Kafka record batch with a record for each header name, which may be any bytes."""
+    builder = DefaultRecordBatchBuilder(
+        magic=2, compression_type=0, is_transactional=0, producer_id=-1, producer_epoch=-1, base_sequence=-1,
+        batch_size=1 << 20,
+    )  # fmt: skip
+    for number, name in enumerate(names):
+        builder.append(number, timestamp=1, key=b"ws", value=b"%d" % number, headers=[("h" * len(name), b"x")])
+    raw = bytearray(builder.build())
+    for name in names:
+        raw = raw.replace(b"h" * len(name), name, 1)
+    if codec:
+        raw = raw[:61] + compress(raw[61:])
+        raw[21:23] = struct.pack(">h", codec)
+    raw[0:8], raw[8:12] = struct.pack(">q", first), struct.pack(">i", len(raw) - 12)
+    raw[17:21] = struct.pack(">I", calc_crc32c(bytes(raw[21:])))
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("codec", [0, 1], ids=["plain", "gzip"])
+def test_a_header_name_of_any_bytes_is_read(codec: int) -> None:
+    """It comes as escapes, in its place; records around it, in the same fetch, come once."""
+    read_any_header()
+    raw = raw_batch(codec, 0, b"a", b"b") + raw_batch(codec, 2, b"c", b"\xff\xfe", b"d") + raw_batch(codec, 5, b"e")
+    records = PartitionRecords(TOPIC, fetcher.MemoryRecords(raw), None, 1, None, None, True, 1)
+    found = list(records)
+    assert [record.offset for record in found] == [1, 2, 3, 4, 5]
+    assert [record.headers[0][0] for record in found] == ["b", "c", "\\xff\\xfe", "d", "e"]
+    assert [record.value for record in found] == [b"1", b"0", b"1", b"2", b"0"]
+    assert records.next_fetch_offset == 6
 
 
 def test_plain_records_are_handed_out_as_they_are() -> None:
