@@ -89,7 +89,7 @@ def _execute(app: MeterApp, settings: Settings) -> int:
         return EXIT_RESTART if app.fatal or end.code else 0
     except (Exception, asyncio.CancelledError) as error:
         # Whether mode raises again what crashed the application, or a cancelled agent's end, is chance.
-        log.error("crashed", error=f"{type(error).__name__}: {error}")
+        log.exception("crashed", error=f"{type(error).__name__}: {error}")
         return EXIT_RESTART
     return EXIT_RESTART if app.fatal else 0
 

@@ -31,7 +31,8 @@ class Take(msgspec.Struct, frozen=True, eq=False):
     chain: Chain
     after: int
     """The offset before the first record: that of the previous take, or the mark."""
-    records: Sequence[Record]
+    records: list[Record]
+    """As they came, for the bytes of dead letters; emptied once the rows are made."""
     runs: Runs
     debits: Debits
     details: dict[int, str]

@@ -37,8 +37,11 @@ DRAIN_S_MAX: Final = 8.0
 
 
 class Chunk(list[Any]):
-    """Consecutive records of one partition, the event's value."""
+    """Consecutive records of one partition, the event's value. Its unit empties it once the rows are made; what it
+    held is still counted as in flight, until it is acknowledged.
+    """
 
+    records: int = 0
     nbytes: int = 0
 
 
@@ -106,7 +109,7 @@ class Consumer(driver.Consumer):
             if ours:
                 sent[message.offset] = True
                 chunk = cast(Chunk, message.value)
-                self._records_inflight[message.tp] -= len(chunk)
+                self._records_inflight[message.tp] -= chunk.records
                 self._bytes_inflight[message.tp] -= chunk.nbytes
             self._unacked_messages.discard(message)
             self._room.set()
@@ -150,6 +153,7 @@ class Consumer(driver.Consumer):
 
 def _chunk(records: list[Any]) -> Chunk:
     chunk = Chunk(records)
+    chunk.records = len(records)
     chunk.nbytes = sum([len(record.value or b"") for record in records])
     return chunk
 

@@ -95,7 +95,7 @@ class Unit:
     @property
     def rows_unwritten(self) -> int:
         """Rows that are rated and not yet read back from the ledger."""
-        return sum(len(take.records) for take in self._unwritten)
+        return sum(len(take.runs.offsets) for take in self._unwritten)
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
@@ -181,6 +181,8 @@ class Unit:
         self.run_filter.add(take.new_run_keys())
         self._unwritten.append(take)
         self._open.add(take, ledger_rows(take), sum(chunk_bytes(chunk) for chunk in chunks))
+        for records in (take.records, *chunks):
+            records.clear()  # half of the worker's memory, and nobody reads them any more
         await asyncio.sleep(0)
 
     async def _settle_copies(self, take: Take) -> None:
