@@ -5,9 +5,12 @@ Faust, aiokafka and uvicorn say much that interests nobody; of them only warning
 
 import logging
 import sys
+import time
 from typing import Any
 
 import structlog
+
+REPEAT_S = 10.0
 
 _SHARED: list[Any] = [
     structlog.stdlib.add_log_level,
@@ -33,7 +36,11 @@ def logging_config(log_format: str) -> dict[str, Any]:
             "lines": {
                 "()": structlog.stdlib.ProcessorFormatter,
                 "foreign_pre_chain": _SHARED,
-                "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(log_format)],
+                "processors": [
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    structlog.processors.format_exc_info,
+                    _renderer(log_format),
+                ],
             }
         },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "lines", "filters": ["quiet"]}},
@@ -43,7 +50,9 @@ def logging_config(log_format: str) -> dict[str, Any]:
 
 
 class _Quiet(logging.Filter):
-    """Drops the libraries' noise: what is below a warning, and what they say at every ordinary start or stop."""
+    """Drops the libraries' noise: what is below a warning, what they say at every ordinary start or stop, and what
+    they have said within the last `REPEAT_S`: while Kafka is away aiokafka would write dozens of lines a second.
+    """
 
     _NOISE = (
         "Group Coordinator Request failed",
@@ -52,9 +61,19 @@ class _Quiet(logging.Filter):
         "Topic creation disabled",
     )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[tuple[str, str], float] = {}
+
     def filter(self, record: logging.LogRecord) -> bool:
         """True for lines that somebody may need."""
-        return record.levelno >= logging.WARNING and not any(noise in record.getMessage() for noise in self._NOISE)
+        if record.levelno < logging.WARNING or any(noise in record.getMessage() for noise in self._NOISE):
+            return False
+        said, now = (record.name, str(record.msg)), time.monotonic()
+        if now - self._said_at.get(said, -REPEAT_S) < REPEAT_S:
+            return False
+        self._said_at[said] = now
+        return True
 
 
 def _renderer(log_format: str) -> Any:

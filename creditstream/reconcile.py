@@ -40,7 +40,7 @@ class PartitionBooks(msgspec.Struct, frozen=True, kw_only=True):
     doubled: int
     different: int
     behind: int
-    dropped_by_kafka: int
+    offsets_without_event: int
     credits: str
     credits_reference: str
     examples: list[str]
@@ -57,7 +57,7 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
     doubled: int
     different: int
     behind: int
-    dropped_by_kafka: int
+    offsets_without_event: int
     credits: str
     credits_reference: str
     sums: SumAudit
@@ -100,7 +100,7 @@ def reconcile(
         closes=sums_equal and not wrong,
         **{
             name: sum(getattr(book, name) for book in books)
-            for name in ("events", "rows", "missing", "doubled", "different", "behind", "dropped_by_kafka")
+            for name in ("events", "rows", "missing", "doubled", "different", "behind", "offsets_without_event")
         },
         credits=f"{sum(Decimal(book.credits) for book in books):f}",
         credits_reference=f"{sum(Decimal(book.credits_reference) for book in books):f}",
@@ -245,7 +245,7 @@ class _Books:
             doubled=(audit.rows - audit.distinct_offsets + audit.doubled_runs) if audit else 0,
             different=self._different,
             behind=max(0, self._log.end - self._mark - 1),
-            dropped_by_kafka=(audit.gaps - audit.distinct_offsets) if audit else 0,
+            offsets_without_event=(audit.gaps - audit.distinct_offsets) if audit else 0,
             credits=f"{self._credits:f}",
             credits_reference=f"{self._credits_reference:f}",
             examples=self._examples,

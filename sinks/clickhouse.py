@@ -67,7 +67,7 @@ def _open_chdb(directory: Path, database: str) -> Client:
     except (ClickHouseError, RuntimeError) as error:
         raise Problem(
             "the ledger cannot be opened",
-            f"another process holds {directory}" if _is_lock_error(error) else str(error),
+            f"another process holds {directory}, or it is damaged" if _is_lock_error(error) else str(error),
             "Ask the worker that runs there, or stop it first.",
         ) from error
     client.command(f"CREATE DATABASE IF NOT EXISTS `{database}`")

@@ -16,6 +16,7 @@ offset that has a row. Kafka's committed offset never decides.
 against a database and the simulator against crashes, second owners and lost answers.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -34,8 +35,11 @@ MARK_AGE_S_MAX: Final = 60.0
 ACKNOWLEDGED_MAX: Final = 5
 RETRY_WAIT_S: Final = (0.1, 0.3, 1.0, 3.0)
 """Waits between attempts; the last one repeats. Waiting is the back-pressure."""
-YOUNG_SERVER_S: Final = 3
-"""A mark read this soon after the server's start is read again before an insert: the table refuses it."""
+YOUNG_SERVER_S: Final = 2
+"""Until its server is this old, the table refuses every insert."""
+YOUNG_WAIT_S: Final = 0.1
+TOO_OLD: Final = -math.inf
+"""Age of a mark that was read while the server was too young."""
 TOKEN_WINDOW_S: Final = 240
 
 
@@ -63,7 +67,7 @@ class Mark(msgspec.Struct, frozen=True):
     """``mark_read_at`` of the last row: which attempt wrote it."""
     read_at: int
     age_from: float = 0.0
-    """This process's monotonic clock when the mark was asked for, seconds; long ago when it must not be used."""
+    """This process's monotonic clock, seconds: from here on its age counts, earlier where less of it is left."""
 
     @property
     def next(self) -> int:
@@ -123,7 +127,7 @@ def append_steps(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float] 
     attempts: set[int] = set()
     acknowledged = 0
     while True:
-        if now() - mark.age_from > MARK_AGE_S_MAX:
+        while now() - mark.age_from > MARK_AGE_S_MAX:
             mark = _expect_mark((yield ReadMark()))
         if mark.last == batch.after:
             attempts.add(mark.read_at)
@@ -163,7 +167,8 @@ class Ledger:
         asked = time.monotonic()
         found = self._client.query(_MARK, parameters={"topic_id": chain.topic_id, "partition": chain.partition})
         last, first, rows, gaps, written_under, read_at, uptime_s = found.result_rows[0]
-        age_from = asked if uptime_s >= YOUNG_SERVER_S else -MARK_AGE_S_MAX
+        usable_s = min(MARK_AGE_S_MAX, max(0, uptime_s - 1) / 2)
+        age_from = asked - (MARK_AGE_S_MAX - usable_s) if uptime_s >= YOUNG_SERVER_S else TOO_OLD
         return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, age_from)
 
     def insert(self, step: Insert) -> None:
@@ -185,9 +190,11 @@ class Ledger:
         while True:
             try:
                 answer: Mark | bool = self._do(step, batch.chain)
+                if isinstance(answer, Mark) and answer.age_from == TOO_OLD:
+                    _pause(YOUNG_WAIT_S, closing)
             except DatabaseError as error:
                 self._on_trouble(f"{batch.chain} after offset {batch.after}: {first_line(error)}")
-                _wait(failures, closing)
+                _pause(RETRY_WAIT_S[min(failures, len(RETRY_WAIT_S) - 1)], closing)
                 failures += 1
                 if isinstance(step, ReadMark):
                     continue
@@ -205,8 +212,8 @@ class Ledger:
         return True
 
 
-def _wait(failures: int, closing: threading.Event) -> None:
-    if closing.wait(RETRY_WAIT_S[min(failures, len(RETRY_WAIT_S) - 1)]):
+def _pause(seconds: float, closing: threading.Event) -> None:
+    if closing.wait(seconds):
         raise Stopped
 
 

@@ -10,7 +10,7 @@ from schemas.problem import Difference
 from streams.settings import Origin, origins, read_settings, unknown_variables
 
 BOOK_COLUMNS = (
-    "partition", "events", "rows", "missing", "doubled", "different", "behind", "dropped_by_kafka", "credits",
+    "partition", "events", "rows", "missing", "doubled", "different", "behind", "offsets_without_event", "credits",
     "credits_reference",
 )  # fmt: skip
 
