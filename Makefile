@@ -18,7 +18,7 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 	@$(BIN)/creditstream demo
 
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/installed  ## how fast one worker drains a backlog, and what it stands on
 	@$(BIN)/python -m bench.throughput

@@ -490,7 +490,7 @@ def test_five_acknowledged_inserts_with_the_mark_unmoved(client: Client, ledger:
         write(ledger, CHAIN, 19)
 
     assert incident.value.why.startswith(f"{ACKNOWLEDGED_MAX} inserts after offset 9 were acknowledged")
-    assert incident.value.fix == "Raise CREDITSTREAM_EPOCH above 0 and restart."
+    assert incident.value.fix == "Stop all workers. Raise CREDITSTREAM_EPOCH above 0, then start them."
     assert ledger.mark(CHAIN).last == 9
     take_over(client, Ledger(client, epoch=1))
 
