@@ -114,7 +114,8 @@ def create_app(settings: Settings) -> MeterApp:
         """Hand each chunk to its unit; the logic is there."""
         async for event in stream.noack().events():
             unit = app.meter.units.get(event.message.partition)
-            if unit:
+            # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
+            if unit and event.message.generation_id == app.consumer_generation_id:
                 unit.receive(Event(event.value, functools.partial(stream.ack, event)))
 
     app.on_rebalance_complete.connect(lambda *_, **__: app.load_units())

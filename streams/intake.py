@@ -93,7 +93,6 @@ _OUTCOME_NUMBERS: Final = {str(outcome): number for number, outcome in enumerate
 _RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
 _EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
 _LATEST_MS: Final = to_milliseconds(LATEST_RAN_AT)
-_TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
 
 _decode_lean: Final = msgspec.json.Decoder(_LeanRun).decode
 

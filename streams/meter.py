@@ -106,7 +106,7 @@ class Meter:
         Problem when the topic was deleted and made again under this process: its rows would continue the old one's.
         """
         ranges = await _in_thread(self._reader, self.broker.log_ranges, self.topic.name, partitions)
-        await self.ask(lambda _: self._require_same_topic())
+        await _in_thread(self._reader, self._require_same_topic)
         resume: dict[int, int] = {}
         for partition in sorted(partitions):
             unit = await self._load(partition, ranges[partition])

@@ -26,7 +26,7 @@ import structlog
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Kind
 from schemas.problem import Problem
-from sinks.ledger import Batch, Incident, Ledger, Mark
+from sinks.ledger import Batch, Chain, Incident, Ledger, Mark
 from streams.duplicates import Identity, Original, RunFilter, settle
 from streams.intake import read_chunk
 from streams.rating import RatingTable
@@ -77,7 +77,7 @@ class Lanes(msgspec.Struct, frozen=True):
 class Unit:
     """One assigned partition, from its first chunk to the last mark."""
 
-    def __init__(self, mark: Mark, chain: Any, run_filter: RunFilter, lanes: Lanes) -> None:
+    def __init__(self, mark: Mark, chain: Chain, run_filter: RunFilter, lanes: Lanes) -> None:
         self.chain: Final = chain
         self.mark = mark
         self.run_filter: Final = run_filter
@@ -88,7 +88,6 @@ class Unit:
         self._open = OpenBatch(mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
-        self._due = asyncio.Event()
         self._draining = False
         self._closing = threading.Event()
 
@@ -257,7 +256,7 @@ class OpenBatch:
         """No further row fits."""
         return self.rows >= batching.rows_max or self._bytes >= BATCH_BYTES_MAX
 
-    def close(self, chain: Any) -> Batch:
+    def close(self, chain: Chain) -> Batch:
         """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of
         the same place must meet the same deduplication log.
         """
