@@ -4,14 +4,11 @@ chDB allows one process per directory (D13), so a command asks the worker while 
 there is none. Both ways run the same queries and give the same records.
 """
 
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -34,6 +31,9 @@ from streams.settings import Settings
 
 ANSWER_TIMEOUT_S: Final = 60.0
 _PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, Difference, UnknownId, Unreachable)}
+
+if TYPE_CHECKING:
+    from urllib.error import HTTPError
 
 T = TypeVar("T")
 
@@ -156,6 +156,10 @@ class WorkerAnswers:
         return self._get("/v1/status", Status)
 
     def _get(self, path: str, kind: type[T], **parameters: Any) -> T:
+        import urllib.error  # a tenth of the time that `--help` may take
+        import urllib.parse
+        import urllib.request
+
         query = urllib.parse.urlencode({name: value for name, value in parameters.items() if value is not None})
         try:
             with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
@@ -167,7 +171,7 @@ class WorkerAnswers:
             raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
 
 
-def _problem_of(error: urllib.error.HTTPError) -> Problem:
+def _problem_of(error: "HTTPError") -> Problem:
     body = error.read()
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])

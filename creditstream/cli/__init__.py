@@ -13,7 +13,7 @@ from creditstream import __version__
 from creditstream.cli import ask, demo, operate, rules, send, worker
 from schemas.problem import Problem
 
-click.rich_click.TEXT_MARKUP = "markdown"
+click.rich_click.TEXT_MARKUP = "rich"
 click.rich_click.MAX_WIDTH = 110
 click.rich_click.COMMAND_GROUPS = {
     "creditstream": [

@@ -33,8 +33,8 @@ LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id",
 @click.command()
 @click.argument("workspace")
 @click.option("--by", type=click.Choice([str(by) for by in By]), default="column", help="What to sum by.")
-@click.option("--from", "start", type=_DAY, help="First UTC day.")
-@click.option("--to", "end", type=_DAY, help="The day after the last one.")
+@click.option("--from", "start", type=_DAY, metavar="YYYY-MM-DD", help="First UTC day.")
+@click.option("--to", "end", type=_DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
 @source_options
 @format_option
 def usage(
