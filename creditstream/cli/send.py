@@ -47,8 +47,7 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
 def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
     import msgspec
 
-    from schemas.codec import decode_run
-    from streams.intake import name_field
+    from schemas.codec import decode_run, name_field
 
     runs, bad = [], 0
     for number, line in enumerate(file, 1):

@@ -2,13 +2,18 @@
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from creditstream.cli.options import home_option
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from creditstream.home import Home
 
 EMBEDDED_INSTANCE = "embedded"
 """The one worker of an embedded Kafka: a static member, so that after a kill the next one takes over at once."""
@@ -29,13 +34,14 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
     with ExitStack() as held:
         held.enter_context(place.hold())
         settings = read_settings(home=str(place.path))
-        kafka = None
+        poll_kafka = None
         if embedded:
             from creditstream.embedded import EmbeddedKafka
 
             kafka = held.enter_context(EmbeddedKafka(place, lambda line: click.echo(line, err=True)))
+            poll_kafka = kafka.poll
             settings = _embedded_settings(kafka.bootstrap, place.path.as_posix())
-        exit_code = _run(settings, place, kafka, end_with_input)
+        exit_code = _run(settings, place, poll_kafka, end_with_input)
     sys.stdout.flush()
     # chDB's threads outlive the interpreter's shutdown badly; everything that matters is closed by now.
     os._exit(exit_code)
@@ -49,11 +55,11 @@ def _embedded_settings(bootstrap: str, home: str) -> Settings:
     return settings
 
 
-def _run(settings: Settings, place: object, kafka: object, end_with_input: bool) -> int:
+def _run(settings: Settings, place: "Home", poll_kafka: Callable[[], int | None] | None, end_with_input: bool) -> int:
     from creditstream.service import run_service
 
     try:
-        return run_service(settings, place, kafka, end_with_input)  # type: ignore[arg-type]
+        return run_service(settings, place, poll_kafka, end_with_input)
     except Problem as problem:
         click.echo(f"creditstream: {problem}", err=True)
         return problem.exit_code
