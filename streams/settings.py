@@ -16,6 +16,8 @@ from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.problem import Problem
 
 PREFIX: Final = "CREDITSTREAM_"
+DEBUG_VARIABLE: Final = PREFIX + "DEBUG"
+"""Set to anything: the command line shows the trace of a failure."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}$")]
 """What Kafka allows in a topic name, or nothing."""
@@ -100,7 +102,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str | int]:
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     """``CREDITSTREAM_`` names that mean nothing here: a typing error, or an orchestrator's service links."""
     known = {variable(field) for field in Settings.__struct_fields__}
-    known |= {f"{variable(field)}_FILE" for field in SECRETS}
+    known |= {f"{variable(field)}_FILE" for field in SECRETS} | {DEBUG_VARIABLE}
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
 

@@ -12,6 +12,7 @@ import rich_click as click
 from creditstream import __version__
 from creditstream.cli import ask, demo, operate, rules, send, worker
 from schemas.problem import Problem
+from streams.settings import DEBUG_VARIABLE
 
 click.rich_click.TEXT_MARKUP = "rich"
 click.rich_click.MAX_WIDTH = 110
@@ -60,11 +61,11 @@ def main() -> None:
             f"creditstream: {error.name} is not installed. Install creditstream[embedded], or [worker] for a server.", 1
         )
     except Exception as error:
-        _fail(f"creditstream: unexpected {type(error).__name__}: {error}. Set CREDITSTREAM_DEBUG=1 to see where.", 1)
+        _fail(f"creditstream: unexpected {type(error).__name__}: {error}. Set {DEBUG_VARIABLE}=1 to see where.", 1)
 
 
 def _fail(line: str, exit_code: int) -> None:
-    if os.environ.get("CREDITSTREAM_DEBUG"):
+    if os.environ.get(DEBUG_VARIABLE):
         import traceback
 
         traceback.print_exc()
