@@ -1,0 +1,73 @@
+"""Settings: a variable, a bound and a default each; a wrong value is named, a secret is never shown."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from schemas.problem import Problem
+from streams.settings import SECRETS, Settings, origins, read_settings, unknown_variables, variable
+
+
+def test_defaults_work_without_any_variable() -> None:
+    """Nobody has to set anything."""
+    assert read_settings({}) == Settings()
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    """A flag that was not given changes nothing."""
+    environ = {"CREDITSTREAM_LINGER_MS": "500", "CREDITSTREAM_API_PORT": "9000"}
+    settings = read_settings(environ, api_port=0, home=None)
+    assert (settings.linger_ms, settings.api_port, settings.home) == (500, 0, ".creditstream")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CREDITSTREAM_LINGER_MS", "49"),
+        ("CREDITSTREAM_LINGER_MS", "soon"),
+        ("CREDITSTREAM_PARTITIONS", "0"),
+        ("CREDITSTREAM_API_PORT", "65536"),
+        ("CREDITSTREAM_RETENTION_GAP", "maybe"),
+        ("CREDITSTREAM_TOPIC_PREFIX", "a topic"),
+        ("CREDITSTREAM_KAFKA_BOOTSTRAP", ""),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused_by_name(name: str, value: str) -> None:
+    """The line says which variable and why."""
+    with pytest.raises(Problem) as refused:
+        read_settings({name: value})
+    assert str(refused.value).startswith(f"the settings are wrong: {name}: ")
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    """Without the line break that editors add; a missing file is named."""
+    secret = tmp_path / "password"
+    secret.write_text("chosen\n")
+    assert read_settings({"CREDITSTREAM_LEDGER_PASSWORD_FILE": str(secret)}).ledger_password == "chosen"
+    with pytest.raises(Problem, match="CREDITSTREAM_LEDGER_PASSWORD_FILE"):
+        read_settings({"CREDITSTREAM_LEDGER_PASSWORD_FILE": str(tmp_path / "none")})
+
+
+def test_config_shows_value_origin_bounds_and_meaning_and_no_secret() -> None:
+    """One row for every setting."""
+    environ = {"CREDITSTREAM_LEDGER_PASSWORD": "chosen", "CREDITSTREAM_EPOCH": "3"}
+    rows = {row.setting: row for row in origins(read_settings(environ, linger_ms=70), environ)}
+    assert set(rows) == {variable(field.name) for field in msgspec.structs.fields(Settings)}
+    assert all(row.meaning and row.bounds for row in rows.values())
+    assert rows["CREDITSTREAM_EPOCH"].origin == "CREDITSTREAM_EPOCH"
+    assert rows["CREDITSTREAM_LINGER_MS"].origin == "flag"
+    assert rows["CREDITSTREAM_LINGER_MS"].bounds == "50 to 60000"
+    assert rows["CREDITSTREAM_LOG_FORMAT"].bounds == "auto, json, text"
+    assert {rows[variable(secret)].value for secret in SECRETS} == {"********"}
+
+
+def test_a_mistyped_variable_is_found() -> None:
+    """It is told and ignored: an orchestrator's service links begin like ours."""
+    environ = {
+        "CREDITSTREAM_LINGERMS": "5",
+        "CREDITSTREAM_DEBUG": "1",
+        "CREDITSTREAM_LEDGER_PASSWORD_FILE": "x",
+        "HOME": "y",
+    }
+    assert unknown_variables(environ) == ["CREDITSTREAM_LINGERMS"]
