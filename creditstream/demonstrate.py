@@ -136,8 +136,8 @@ def _watch(console: Console, answers: WorkerAnswers, settings: Settings, seconds
     try:
         with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
             while workers.is_alive():
-                status, totals = answers.status(), answers.workspaces(WORKSPACES_SHOWN)
                 if console.is_terminal:
+                    status, totals = answers.status(), answers.workspaces(WORKSPACES_SHOWN)
                     elapsed = time.monotonic() - started
                     live.update(_view(status, totals, workers.produced, before, elapsed, seconds))
                 time.sleep(LOOK_S)

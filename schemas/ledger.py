@@ -7,6 +7,8 @@ sentences that ``creditstream explain`` and the views show; each names the charg
 from enum import StrEnum
 from typing import Final
 
+from schemas.cell_run import Outcome
+
 
 class Pool(StrEnum):
     """Which balance a debit draws. ``none`` for actions without a price."""
@@ -49,9 +51,21 @@ class Reason(StrEnum):
 POOLS: Final = tuple(Pool)
 KINDS: Final = tuple(Kind)
 REASONS: Final = tuple(Reason)
+OUTCOMES: Final = tuple(Outcome)
 DEBIT_REASONS: Final = REASONS[: REASONS.index(Reason.DUPLICATE)]
 FREE_REASONS: Final = DEBIT_REASONS[: DEBIT_REASONS.index(Reason.CHARGED_NO_DATA)]
 DEAD_LETTER_REASONS: Final = REASONS[REASONS.index(Reason.TOO_LARGE) :]
+
+
+def number_of(word: StrEnum) -> int:
+    """The number under which the ledger's table stores a kind, pool, reason or outcome: its place, from 1."""
+    return _NUMBERS[type(word)][word]
+
+
+# By type first: as texts, Kind.DUPLICATE and Reason.DUPLICATE are equal.
+_NUMBERS: Final[dict[type[StrEnum], dict[StrEnum, int]]] = {
+    words: {word: number for number, word in enumerate(words, 1)} for words in (Kind, Pool, Reason, Outcome)
+}
 
 RULES: Final[dict[Reason, tuple[str, str]]] = {
     Reason.OWN_API_KEY: ("R05", "A run that uses the workspace's own API key is free, whatever the action costs."),

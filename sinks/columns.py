@@ -1,19 +1,15 @@
 """Rows as Arrow columns: the types in which the ledger's table takes them.
 
 Arrow is the cheapest road into chDB (0.5 µs a row to encode). Two traps are dealt with here: a 16-byte binary becomes
-a UUID in RFC byte order, and an Enum8 takes an int8 by its stored number, so words are numbered from 1 as in the DDL.
+a UUID in RFC byte order, and an Enum8 takes an int8 by its stored number (`schemas.ledger.number_of`).
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-
-from schemas.cell_run import Outcome
-from schemas.ledger import Kind, Pool, Reason
 
 LEDGER_SCHEMA: Final = pa.schema(
     [
@@ -48,18 +44,6 @@ LEDGER_SCHEMA: Final = pa.schema(
     ]
 )
 """What a batch carries; ``mark_read_at`` is added by each attempt to insert it."""
-
-OUTCOMES: Final = tuple(Outcome)
-
-
-def number_of(word: StrEnum) -> int:
-    """The number under which the ledger's table stores a kind, pool, reason or outcome."""
-    return _NUMBERS[type(word)][word]
-
-
-_NUMBERS: Final[dict[type[StrEnum], dict[StrEnum, int]]] = {
-    words: {word: number for number, word in enumerate(words, 1)} for words in (Kind, Pool, Reason, Outcome)
-}
 
 
 def instants(milliseconds: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:

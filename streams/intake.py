@@ -27,7 +27,7 @@ from schemas.cell_run import (
     to_milliseconds,
 )
 from schemas.codec import decode_run, name_field
-from schemas.ledger import Reason
+from schemas.ledger import Reason, number_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
@@ -89,7 +89,7 @@ class _LeanRun(msgspec.Struct, gc=False):
 _NIL: Final = "00000000-0000-0000-0000-000000000000"
 _NEVER: Final = "2020-01-01T00:00:00Z"
 _BLANK: Final = _LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
-_OUTCOME_NUMBERS: Final = {str(outcome): number for number, outcome in enumerate(Outcome, 1)}
+_OUTCOME_NUMBERS: Final = {str(outcome): number_of(outcome) for outcome in Outcome}
 _RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
 _EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
 _LATEST_MS: Final = to_milliseconds(LATEST_RAN_AT)

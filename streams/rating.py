@@ -14,9 +14,8 @@ import pyarrow as pa
 from schemas.catalogue import Action, Catalogue
 from schemas.cell_run import Outcome
 from schemas.credits import Millicredits
-from schemas.ledger import KINDS, POOLS, REASONS, Kind, Pool, Reason
+from schemas.ledger import OUTCOMES, Kind, Pool, Reason, number_of
 
-OUTCOMES: Final = tuple(Outcome)
 COMBINATIONS_MAX: Final = 100_000
 """Remembered answers; unknown actions are an attacker's to invent, so the memory is bounded."""
 
@@ -98,13 +97,13 @@ class RatingTable:
     def _rate_one(self, era: int, name: str, outcome: int, own_api_key: bool) -> tuple[int, int, int, int, int]:
         found = self.catalogue.find(name, era)
         if not found or not outcome:
-            return KINDS.index(Kind.DEAD_LETTER) + 1, REASONS.index(Reason.UNKNOWN_ACTION) + 1, 1, 0, 0
+            return number_of(Kind.DEAD_LETTER), number_of(Reason.UNKNOWN_ACTION), number_of(Pool.NONE), 0, 0
         version, action = found
         debit = rate(action, OUTCOMES[outcome - 1], own_api_key)
         return (
-            KINDS.index(Kind.RUN) + 1,
-            REASONS.index(debit.reason) + 1,
-            POOLS.index(debit.pool) + 1,
+            number_of(Kind.RUN),
+            number_of(debit.reason),
+            number_of(debit.pool),
             debit.credits,
             version.number,
         )

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.ledger import KINDS, REASONS, Kind, Reason
-from sinks.columns import LEDGER_SCHEMA, OUTCOMES, constant, decimals, instants, number_of
+from schemas.ledger import KINDS, OUTCOMES, REASONS, Kind, Pool, Reason, number_of
+from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import Chain
 from streams.duplicates import Candidate, Identity, Original, Verdict
 from streams.intake import Record, Refusal, Runs, headers_text
@@ -127,7 +127,7 @@ def apply_verdicts(take: Take, verdicts: dict[int, Verdict]) -> None:
 def _overrule(take: Take, row: int, verdict: Verdict) -> None:
     debits = take.debits
     debits.kind[row], debits.reason[row] = number_of(verdict.kind), number_of(verdict.reason)
-    debits.pool[row], debits.credits[row], debits.catalogue[row] = 1, 0, 0
+    debits.pool[row], debits.credits[row], debits.catalogue[row] = number_of(Pool.NONE), 0, 0
     take.details[row] = verdict.detail
 
 

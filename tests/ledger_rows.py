@@ -14,8 +14,8 @@ import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import Outcome, from_milliseconds, to_milliseconds
-from schemas.ledger import Kind, Pool, Reason
-from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, number_of, uuids
+from schemas.ledger import Kind, Pool, Reason, number_of
+from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, uuids
 from sinks.ledger import YOUNG_SERVER_S, Batch, Chain, Ledger, Mark
 
 NO_COPIES: Final[Mapping[int, int]] = {}
