@@ -32,7 +32,7 @@ from creditstream.home import Home
 from creditstream.producing import open_producer
 from creditstream.simulate import bulk_runs
 from streams.settings import Settings, read_settings
-from streams.topics import Broker, cell_runs_topic, ensure_topic
+from streams.topics import Broker, cell_runs_topic, ensure_topics
 
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
@@ -235,7 +235,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base), say) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topic(Broker(kafka.bootstrap), cell_runs_topic(settings), settings)
+            ensure_topics(Broker(kafka.bootstrap), settings)
             say(f"producing {given.runs:,} cell runs")
             produce(settings, given.runs)
             figures: dict[str, list[Figure]] = {road: [] for road in ROADS}

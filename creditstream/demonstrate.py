@@ -30,7 +30,7 @@ from schemas.answers import Status, WorkspaceTotal
 from schemas.ledger import FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
-from streams.topics import Broker, cell_runs_topic, ensure_topic
+from streams.topics import Broker, cell_runs_topic, ensure_topics
 
 READY_S_MAX: Final = 60.0
 CATCH_UP_S_MAX: Final = 60.0
@@ -51,7 +51,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, say) as kafka:
         settings = settings_of(str(place.path), kafka_bootstrap=kafka.bootstrap)
-        ensure_topic(Broker(kafka.bootstrap), cell_runs_topic(settings), settings)
+        ensure_topics(Broker(kafka.bootstrap), settings)
         with _worker(place, kafka.bootstrap) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
             produced = _watch(console, answers, settings, seconds, rate)

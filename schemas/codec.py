@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from schemas.account import AccountEvent
 from schemas.cell_run import CellRun
 
 _FINER_THAN_MICROSECONDS: Final = re.compile(r"(\.[0-9]{6})[0-9]+")
@@ -18,6 +19,8 @@ _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(CellRun).decode
 _decode_text: Final = msgspec.json.Decoder(str).decode
 _last_of: Final = msgspec.json.Decoder(_LastOf).decode
+_decode_account: Final = msgspec.json.Decoder(AccountEvent).decode
+_fields_of: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def encode_run(run: CellRun) -> bytes:
@@ -40,6 +43,26 @@ def decode_run(value: bytes) -> CellRun:
             return run
         truncated = msgspec.convert(_FINER_THAN_MICROSECONDS.sub(r"\1", text), datetime)
         return msgspec.structs.replace(run, ran_at=truncated)
+    except msgspec.DecodeError:
+        raise
+    except RecursionError as error:
+        raise msgspec.DecodeError("JSON is nested too deeply") from error
+    except ValueError as error:
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def encode_account_event(event: AccountEvent) -> bytes:
+    """The value of a Kafka record of ``account-events``."""
+    return _encode(event)
+
+
+def decode_account_event(value: bytes) -> AccountEvent:
+    """An account event; msgspec.DecodeError for all else, naming the field. Times are cut as `decode_run` cuts them."""
+    try:
+        fields = _fields_of(value)
+        if time := fields.get("effective_at"):
+            fields["effective_at"] = msgspec.Raw(_FINER_THAN_MICROSECONDS.sub(r"\1", bytes(time).decode()).encode())
+        return _decode_account(_encode(fields))
     except msgspec.DecodeError:
         raise
     except RecursionError as error:

@@ -24,12 +24,16 @@ class Kind(StrEnum):
     RUN = "run"
     DUPLICATE = "duplicate"
     DEAD_LETTER = "dead_letter"
+    REVERSAL = "reversal"
+    PLAN = "plan"
+    GRANT = "grant"
+    LIMITS = "limits"
 
 
 class Reason(StrEnum):
     """Why a row is what it is. Debits first, in the order in which they are tried: the first that applies wins.
 
-    Then ``duplicate``, then the dead letters in the order in which an event is checked.
+    Then ``duplicate``, then the dead letters in the order in which a run is checked, then what account events add.
     """
 
     OWN_API_KEY = "own_api_key"
@@ -46,6 +50,12 @@ class Reason(StrEnum):
     STALE_RUN = "stale_run"
     CONFLICTING_DUPLICATE = "conflicting_duplicate"
     UNKNOWN_ACTION = "unknown_action"
+    REVERSED = "reversed"
+    PLAN_CHANGED = "plan_changed"
+    PREMIUM_GRANTED = "premium_granted"
+    LIMITS_CHANGED = "limits_changed"
+    UNKNOWN_RUN = "unknown_run"
+    UNKNOWN_PLAN = "unknown_plan"
 
 
 POOLS: Final = tuple(Pool)
@@ -54,7 +64,9 @@ REASONS: Final = tuple(Reason)
 OUTCOMES: Final = tuple(Outcome)
 DEBIT_REASONS: Final = REASONS[: REASONS.index(Reason.DUPLICATE)]
 FREE_REASONS: Final = DEBIT_REASONS[: DEBIT_REASONS.index(Reason.CHARGED_NO_DATA)]
-DEAD_LETTER_REASONS: Final = REASONS[REASONS.index(Reason.TOO_LARGE) :]
+RUN_DEAD_LETTER_REASONS: Final = REASONS[REASONS.index(Reason.TOO_LARGE) : REASONS.index(Reason.REVERSED)]
+DEAD_LETTER_REASONS: Final = (*RUN_DEAD_LETTER_REASONS, Reason.UNKNOWN_RUN, Reason.UNKNOWN_PLAN)
+ACCOUNT_KINDS: Final = (Kind.REVERSAL, Kind.PLAN, Kind.GRANT, Kind.LIMITS)
 
 
 def number_of(word: StrEnum) -> int:
@@ -85,5 +97,11 @@ RULES: Final[dict[Reason, tuple[str, str]]] = {
     Reason.STALE_RUN: ("intake", "A run may be at most 366 days old when it arrives."),
     Reason.CONFLICTING_DUPLICATE: ("intake", "Two events under one run id must agree; the first one stands."),
     Reason.UNKNOWN_ACTION: ("intake", "An action that the catalogue does not know is parked, never charged or free."),
+    Reason.REVERSED: ("correction", "A reversal takes back what a run drew, once, on the day of the run."),
+    Reason.PLAN_CHANGED: ("R01", "A plan says how many enrichment credits each billing period has."),
+    Reason.PREMIUM_GRANTED: ("R07", "A grant fills the premium pool, which never expires."),
+    Reason.LIMITS_CHANGED: ("limits", "A workspace may have thresholds of its own."),
+    Reason.UNKNOWN_RUN: ("intake", "A reversal of a run that is not in the ledger waits until the run is there."),
+    Reason.UNKNOWN_PLAN: ("intake", "A plan that no plan list names is parked, never guessed."),
 }
 """Reason → (rule id, the rule in one sentence)."""

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.catalogue import EXAMPLE_CATALOGUES
+from schemas.plan import EXAMPLE_PLANS
 from schemas.problem import Problem
 
 PREFIX: Final = "CREDITSTREAM_"
@@ -37,6 +38,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     catalogue_dir: Annotated[str, Meta(min_length=1, description="directory of the catalogue's TOML files")] = str(
         EXAMPLE_CATALOGUES
     )
+    plans_dir: Annotated[str, Meta(min_length=1, description="directory of the plan lists' TOML files")] = str(
+        EXAMPLE_PLANS
+    )
     topic_prefix: Annotated[Name, Meta(description="put before topic names and the group id on a shared broker")] = ""
     partitions: Annotated[int, Meta(ge=1, le=1024, description="partitions of a topic; fixed for its life")] = 4
     replication_factor: Annotated[int, Meta(ge=1, le=7, description="replicas of a topic at creation")] = 1
@@ -46,6 +50,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     duplicate_filter_mb_max: Annotated[
         int, Meta(ge=8, le=65_536, description="memory of the duplicate filter, all partitions together")
     ] = 250
+    balances_max: Annotated[
+        int, Meta(ge=1_000, le=50_000_000, description="workspaces whose balance is kept in memory, at the most")
+    ] = 200_000
     epoch: Annotated[int, Meta(ge=0, description="raised by an operator after a restore of the ledger")] = 0
     retention_gap: Annotated[
         Literal["stop", "continue"], Meta(description="when Kafka dropped events before they were read")

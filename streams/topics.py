@@ -16,16 +16,32 @@ from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 
 CELL_RUNS: Final = "cell-runs"
+ACCOUNT_EVENTS: Final = "account-events"
+LIMIT_ALERTS: Final = "limit-alerts"
+LIMIT_STATES: Final = "limit-states"
+WEBHOOK_DELIVERIES: Final = "webhook-deliveries"
 ANSWER_TIMEOUT_S: Final = 10.0
 VISIBLE_POLL_S: Final = 0.05
 
-REQUIRED_CONFIG: Final = {"message.timestamp.type": "LogAppendTime"}
-CREATED_CONFIG: Final = {
-    **REQUIRED_CONFIG,
-    "cleanup.policy": "delete",
-    "retention.ms": str(7 * 24 * 60 * 60 * 1000),
-    "max.message.bytes": str(1024 * 1024),
+_DAY_MS: Final = 24 * 60 * 60 * 1000
+_BROKERS_TIME: Final = {"message.timestamp.type": "LogAppendTime"}
+_COMPACTED: Final = {"cleanup.policy": "compact"}
+
+
+def _log_of_days(days: int) -> dict[str, str]:
+    return {"cleanup.policy": "delete", "retention.ms": str(days * _DAY_MS), "max.message.bytes": str(1024 * 1024)}
+
+
+TOPICS: Final[dict[str, tuple[dict[str, str], dict[str, str]]]] = {
+    CELL_RUNS: (_BROKERS_TIME, _log_of_days(7)),
+    ACCOUNT_EVENTS: (_BROKERS_TIME, _log_of_days(400)),
+    LIMIT_ALERTS: ({}, _BROKERS_TIME | _log_of_days(40)),
+    LIMIT_STATES: (_COMPACTED, {"segment.ms": str(_DAY_MS // 4), "min.cleanable.dirty.ratio": "0.3"}),
+    WEBHOOK_DELIVERIES: (_COMPACTED, {"segment.ms": str(_DAY_MS // 4), "delete.retention.ms": str(_DAY_MS)}),
 }
+"""Topic → configuration that it must have, and what more it is created with. All have the same partition count: what
+belongs to a workspace lies in partition n of each.
+"""
 
 
 class Topic(msgspec.Struct, frozen=True):
@@ -49,6 +65,16 @@ def cell_runs_topic(settings: Settings) -> str:
     return settings.topic_prefix + CELL_RUNS
 
 
+def account_events_topic(settings: Settings) -> str:
+    """Likewise."""
+    return settings.topic_prefix + ACCOUNT_EVENTS
+
+
+def topic_names(settings: Settings) -> list[str]:
+    """All topics, under the settings' prefix."""
+    return [settings.topic_prefix + name for name in TOPICS]
+
+
 class Broker:
     """Administration of one Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`."""
 
@@ -70,11 +96,12 @@ class Broker:
 
     def create(self, name: str, settings: Settings) -> None:
         """Create a topic with the settings' partitions and the required configuration; visible when this returns."""
+        required, created = TOPICS[name.removeprefix(settings.topic_prefix)]
         new = NewTopic(
             name,
             num_partitions=settings.partitions,
             replication_factor=settings.replication_factor,
-            config=CREATED_CONFIG,
+            config={**required, **created},
         )
         self._answer(self._admin.create_topics([new]))
         # The broker's metadata follows the controller's answer a moment later.
@@ -116,6 +143,12 @@ def ensure_topic(broker: Broker, name: str, settings: Settings) -> tuple[Topic, 
     return require_topic(broker, name, settings), not found
 
 
+def ensure_topics(broker: Broker, settings: Settings) -> None:
+    """All topics, as `ensure_topic`."""
+    for name in topic_names(settings):
+        ensure_topic(broker, name, settings)
+
+
 def require_topic(broker: Broker, name: str, settings: Settings) -> Topic:
     """The topic as the worker needs it. Problem when it is missing or does not fit."""
     topic = broker.topic(name)
@@ -127,7 +160,8 @@ def require_topic(broker: Broker, name: str, settings: Settings) -> Topic:
             f"it has {topic.partitions} partitions, the settings say {settings.partitions}",
             "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
         )
-    for key, value in REQUIRED_CONFIG.items():
+    required, _ = TOPICS[name.removeprefix(settings.topic_prefix)]
+    for key, value in required.items():
         if topic.config.get(key) != value:
             raise Problem(
                 f"topic {name} does not fit",

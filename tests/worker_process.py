@@ -27,7 +27,7 @@ from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_run
 from schemas.problem import Problem
 from streams.settings import PREFIX, Settings, read_settings
-from streams.topics import Broker, Topic, cell_runs_topic, ensure_topic
+from streams.topics import Broker, Topic, cell_runs_topic, ensure_topics, require_topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 30.0
@@ -81,8 +81,9 @@ class WorkerProcess:
         return Broker(self.configured.kafka_bootstrap)
 
     def create_topic(self) -> Topic:
-        """The worker's topic, created when it is missing."""
-        return ensure_topic(self.broker, cell_runs_topic(self.configured), self.configured)[0]
+        """The worker's topics, created where they are missing; that of the cell runs."""
+        ensure_topics(self.broker, self.configured)
+        return require_topic(self.broker, cell_runs_topic(self.configured), self.configured)
 
     @property
     def pid(self) -> int:

@@ -63,13 +63,16 @@ def reconcile(home: str, url: str, form: str) -> None:
 @click.option("--check", is_flag=True, help="Create nothing; fail when a topic is missing or does not fit.")
 def topics(home: str, check: bool) -> None:
     """Create the topics that are missing, and check those that exist."""
-    from streams.topics import Broker, cell_runs_topic, ensure_topic, require_topic
+    from streams.topics import Broker, ensure_topic, require_topic, topic_names
 
     settings = settings_of(home)
-    broker, name = Broker(settings.kafka_bootstrap), cell_runs_topic(settings)
-    found, created = (require_topic(broker, name, settings), False) if check else ensure_topic(broker, name, settings)
-    done = "created" if created else "fits"
-    click.echo(f"{found.name}: {done}, {found.partitions} partitions, id {found.id}")
+    broker = Broker(settings.kafka_bootstrap)
+    for name in topic_names(settings):
+        found, created = (
+            (require_topic(broker, name, settings), False) if check else ensure_topic(broker, name, settings)
+        )
+        done = "created" if created else "fits"
+        click.echo(f"{found.name}: {done}, {found.partitions} partitions, id {found.id}")
 
 
 @click.command()

@@ -48,10 +48,10 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
 
 def _embedded_settings(bootstrap: str, home: str) -> Settings:
-    from streams.topics import Broker, cell_runs_topic, ensure_topic
+    from streams.topics import Broker, cell_runs_topic, ensure_topics
 
     settings = read_settings(home=home, kafka_bootstrap=bootstrap, instance=EMBEDDED_INSTANCE)
-    ensure_topic(Broker(bootstrap), cell_runs_topic(settings), settings)
+    ensure_topics(Broker(bootstrap), settings)
     return settings
 
 

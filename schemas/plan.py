@@ -1,0 +1,105 @@
+"""Plan lists: what a plan's name means. One TOML file is one effective-dated version.
+
+A plan event names a plan; the version in force at its ``effective_at`` gives allowance and thresholds, which are
+written into the ledger with it. So a changed list changes no workspace until billing says so.
+"""
+
+import tomllib
+from bisect import bisect_right
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from schemas.account import Percents
+from schemas.cell_run import Identifier, Instant, to_milliseconds
+from schemas.credits import Millicredits, parse_credits
+from schemas.problem import Problem
+
+EXAMPLE_PLANS: Final = Path(__file__).parent / "plans"
+
+
+class PlanProblem(Problem):
+    """A plan list that cannot be used; ``why`` names file, plan and field."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan. ``allowance`` in millicredits a billing period; ``thresholds`` empty: the default ones."""
+
+    id: str
+    allowance: Millicredits
+    thresholds: tuple[int, ...] = ()
+    remaining_below: Millicredits | None = None
+
+
+class PlanLists:
+    """All versions, oldest first. An instance never changes."""
+
+    def __init__(self, versions: list[tuple[int, dict[str, Plan]]]) -> None:
+        ordered = sorted(versions, key=lambda version: version[0])
+        self._starts: Final = [start for start, _ in ordered]
+        self._plans: Final = [plans for _, plans in ordered]
+
+    @classmethod
+    def load(cls, directory: Path) -> "PlanLists":
+        """Read every ``*.toml`` of a directory; PlanProblem when one is wrong or two begin at once."""
+        files = sorted(directory.glob("*.toml"))
+        if not files:
+            raise PlanProblem("no plan list", f"{directory} holds no .toml file", "Set CREDITSTREAM_PLANS_DIR.")
+        versions = [_read(file) for file in files]
+        if len({start for start, _ in versions}) < len(versions):
+            raise PlanProblem("plan lists refused", f"{directory}: two have one `effective_from`", "Give each its own.")
+        return cls(versions)
+
+    def find(self, plan: str, at_ms: int) -> Plan | None:
+        """A plan at an instant (Unix ms): by the version in force; where that does not list it, by the newest earlier
+        one that does; where there is none, by the first later one.
+        """
+        era = bisect_right(self._starts, at_ms)
+        for plans in (*reversed(self._plans[:era]), *self._plans[era:]):
+            if found := plans.get(plan):
+                return found
+        return None
+
+    def newest(self) -> list[Plan]:
+        """The plans of the newest version, by allowance."""
+        return sorted(self._plans[-1].values(), key=lambda plan: plan.allowance)
+
+
+class _WirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    id: Identifier
+    allowance: str
+    thresholds: Percents = ()
+    remaining_below: str | None = None
+
+
+class _WireList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    version: Annotated[int, Meta(ge=1)]
+    effective_from: Instant
+    plans: list[_WirePlan]
+
+
+def _read(file: Path) -> tuple[int, dict[str, Plan]]:
+    try:
+        wire = msgspec.convert(tomllib.loads(file.read_text()), _WireList)
+        plans = [_plan(entry) for entry in wire.plans]
+    except OSError as error:
+        raise PlanProblem(f"plan list {file.name} cannot be read", error.strerror or "", f"Check {file}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:
+        raise PlanProblem("plan list refused", f"{file.name}: {error}", "Correct the file.") from error
+    if len({plan.id for plan in plans}) < len(plans):
+        raise PlanProblem("plan list refused", f"{file.name}: a plan stands there twice", "Give each its own id.")
+    return to_milliseconds(wire.effective_from), {plan.id: plan for plan in plans}
+
+
+def _plan(entry: _WirePlan) -> Plan:
+    try:
+        allowance = parse_credits(entry.allowance)
+        below = None if entry.remaining_below is None else parse_credits(entry.remaining_below)
+    except ValueError as error:
+        raise ValueError(f"plan `{entry.id}`: {error}") from error
+    if allowance < 0 or (below or 0) < 0:
+        raise ValueError(f"plan `{entry.id}`: credits are not negative")
+    thresholds = tuple(sorted(set(entry.thresholds)))
+    return Plan(id=entry.id, allowance=allowance, thresholds=thresholds, remaining_below=below)
