@@ -1,6 +1,7 @@
 """Account events: what only billing may say of a workspace. One tagged union on one topic, ``account-events``.
 
-Like cell runs they are immutable, keyed by ``workspace_id``, and idempotent by ``event_id``. Unknown fields are ignored.
+Like cell runs they are immutable, keyed by ``workspace_id``, and idempotent, by ``event_id``. Unknown fields are
+ignored.
 """
 
 from typing import Annotated

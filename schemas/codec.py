@@ -62,7 +62,8 @@ def decode_account_event(value: bytes) -> AccountEvent:
         fields = _fields_of(value)
         if time := fields.get("effective_at"):
             fields["effective_at"] = msgspec.Raw(_FINER_THAN_MICROSECONDS.sub(r"\1", bytes(time).decode()).encode())
-        return _decode_account(_encode(fields))
+        event: AccountEvent = _decode_account(_encode(fields))
+        return event
     except msgspec.DecodeError:
         raise
     except RecursionError as error:

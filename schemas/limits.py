@@ -57,9 +57,13 @@ class AsOf(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_older_than(self, other: "AsOf") -> bool:
         """Whether ``other`` has seen all that this has, and more. False for both when neither has."""
-        mine = self.cell_runs, self.account_events, self.at
-        theirs = other.cell_runs, other.account_events, other.at
-        return self.log == other.log and mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+        return (
+            self.log == other.log
+            and self != other
+            and self.cell_runs <= other.cell_runs
+            and self.account_events <= other.account_events
+            and self.at <= other.at
+        )
 
 
 class LimitState(msgspec.Struct, frozen=True, kw_only=True):

@@ -48,7 +48,7 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
 
 def _embedded_settings(bootstrap: str, home: str) -> Settings:
-    from streams.topics import Broker, cell_runs_topic, ensure_topics
+    from streams.topics import Broker, ensure_topics
 
     settings = read_settings(home=home, kafka_bootstrap=bootstrap, instance=EMBEDDED_INSTANCE)
     ensure_topics(Broker(bootstrap), settings)
