@@ -47,6 +47,20 @@ class Facts(NamedTuple):
     grants: tuple[Grant, ...] = ()
     thresholds: Thresholds | None = None
 
+    def known_at(self, at_ms: int) -> "Facts":
+        """What had been recorded by then."""
+        return Facts(
+            tuple(change for change in self.plans if change.arrival[0] <= at_ms),
+            tuple(grant for grant in self.grants if grant.arrival[0] <= at_ms),
+            self.thresholds if self.thresholds and self.thresholds.arrival[0] <= at_ms else None,
+        )
+
+    def next_arrival(self, after_ms: int) -> int:
+        """When the next of them was recorded; `FOREVER_MS` when none was."""
+        arrivals = [fact.arrival[0] for fact in (*self.plans, *self.grants)]
+        arrivals += [self.thresholds.arrival[0]] if self.thresholds else []
+        return min([arrival for arrival in arrivals if arrival > after_ms], default=FOREVER_MS)
+
 
 class Line(NamedTuple):
     """Crossed when ``used`` reaches ``used_at``. ``percent`` is `REMAINING_BELOW` for the absolute line."""

@@ -1,0 +1,381 @@
+"""The balances of one unit: a fold of its records, in memory. Pure: no I/O, no clock; "now" is a record's own time.
+
+An account holds what the ledger says of one workspace: facts from account events, enrichment credits by UTC day,
+premium credits of all time. Terms (`streams.limits`) are computed when an account event or an instant changes them; in
+between a debit is an addition and a comparison with the next line. So nearly every take is folded by sums over its
+groups, and only a workspace that crosses a line, or passes an instant, is walked record by record.
+"""
+
+import heapq
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.credits import Millicredits
+from schemas.ledger import POOLS, Pool
+from schemas.limits import AlertKind, Cause, State
+from streams.limits import FOREVER_MS, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
+from streams.periods import DAY_MS, Day, Period, day_of
+
+DAYS_KEPT: Final = 40
+"""Days before "now" whose debits an account holds: a billing period has at most 31."""
+METERED: Final = (Pool.ENRICHMENT, Pool.PREMIUM)
+NOT_OK: Final = (State.WARNING, State.EXHAUSTED)
+
+Integers = npt.NDArray[np.int64]
+Key = tuple[str, Pool]
+
+
+class Debits(NamedTuple):
+    """Debits of one take as columns, in Kafka's order; rows that draw nothing may be among them."""
+
+    workspaces: Sequence[str]
+    """The distinct names."""
+    codes: Integers
+    """Row → place in ``workspaces``."""
+    pool: npt.NDArray[np.int8]
+    credits: Integers
+    day: Integers
+    recorded_ms: Integers
+    offsets: Integers
+
+
+class Notice(NamedTuple):
+    """One alert as the fold knows it. ``row``: which record of the take or chunk caused it; -1: time alone did."""
+
+    kind: AlertKind
+    workspace_id: str
+    standing: Standing
+    lines: tuple[Line, ...]
+    at_ms: int
+    cause: Cause
+    row: int = -1
+
+
+class Account:
+    """One workspace as of a moment. Made by `Balances.load`."""
+
+    __slots__ = (
+        "_days", "_first_day", "awaited_ms", "enrichment", "facts", "name", "offset", "premium", "told", "until_ms",
+    )  # fmt: skip
+
+    def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
+        self.name, self.facts = name, opening.facts
+        self._first_day = day_of(now_ms) - DAYS_KEPT
+        self._days = array("q", bytes(8 * (DAYS_KEPT + 2)))
+        for day, credits in opening.enrichment.items():
+            self._add(day, credits)
+        self.premium = Standing(terms_of(self.facts, Pool.PREMIUM, now_ms), opening.premium)
+        self.enrichment = self._standing(now_ms)
+        self.until_ms = self._until()
+        """The next instant at which something changes by time alone."""
+        self.awaited_ms = FOREVER_MS
+        """The instant for which it stands in the heap of boundaries."""
+        self.offset = -1
+        """The last offset of the run chain that was folded into it."""
+        self.told = self.outline()
+        """What `limit-states` knows of it, without ``used``."""
+
+    def standing(self, pool: Pool) -> Standing:
+        """Of one pool."""
+        return self.premium if pool == Pool.PREMIUM else self.enrichment
+
+    @property
+    def waits(self) -> bool:
+        """Whether time alone may have something to tell: it is not `ok`, or something is to take effect."""
+        terms = self.enrichment.terms
+        assert terms.period is not None
+        return self.enrichment.state in NOT_OK or self.until_ms < terms.period.end * DAY_MS
+
+    def outline(self) -> tuple[tuple[object, ...], ...]:
+        """What of each pool is told at once when it changes: state, lines passed, and everything of its terms."""
+        return tuple(
+            (standing.state, standing.passed, *standing.terms[1:-1]) for standing in (self.enrichment, self.premium)
+        )
+
+    def used_between(self, period: Period) -> Millicredits:
+        """Enrichment credits dated within a period that lies in the days kept."""
+        start = max(0, period.start - self._first_day)
+        return sum(self._days[start : max(0, period.end - self._first_day)])
+
+    def draw(self, pool: Pool, day: Day, credits: Millicredits) -> None:
+        """Add a debit, or by a negative one take it back; on a closed period's day that moves no standing."""
+        if pool == Pool.PREMIUM:
+            self.premium = self.premium._replace(used=self.premium.used + credits)
+            return
+        self._add(day, credits)
+        period = self.enrichment.terms.period
+        if period and day in period:
+            self.enrichment = self.enrichment._replace(used=self.enrichment.used + credits)
+
+    def renew(self, now_ms: int) -> None:
+        """Compute the terms afresh: an account event came, or an instant."""
+        self.premium = self.premium._replace(terms=terms_of(self.facts, Pool.PREMIUM, now_ms))
+        self.enrichment = self._standing(now_ms)
+        self.until_ms = self._until()
+
+    def _standing(self, now_ms: int) -> Standing:
+        terms = terms_of(self.facts, Pool.ENRICHMENT, now_ms)
+        assert terms.period is not None
+        return Standing(terms, self.used_between(terms.period))
+
+    def _until(self) -> int:
+        return min(self.enrichment.terms.until_ms, self.premium.terms.until_ms)
+
+    def _add(self, day: Day, credits: Millicredits) -> None:
+        place = day - self._first_day
+        if place < 0:
+            return
+        if place >= len(self._days):
+            self._days.extend([0] * (place + 2 - len(self._days)))
+        if len(self._days) > 2 * DAYS_KEPT:
+            stale = len(self._days) - DAYS_KEPT - 2
+            del self._days[:stale]
+            self._first_day += stale
+            place -= stale
+        self._days[place] += credits
+
+
+class Opening(NamedTuple):
+    """What the ledger holds of a workspace: facts, enrichment credits by day (of the days kept), all premium ones."""
+
+    facts: Facts
+    enrichment: Mapping[Day, Millicredits]
+    premium: Millicredits
+
+
+NOTHING: Final = Opening(Facts(), {}, 0)
+"""A workspace that the ledger does not know."""
+
+
+class Balances:
+    """The accounts of one unit. ``now_ms`` is the latest broker time folded."""
+
+    def __init__(self, accounts_max: int, now_ms: int) -> None:
+        self._accounts: dict[str, Account] = {}
+        self._accounts_max = accounts_max
+        self._boundaries: list[tuple[int, str]] = []
+        self.now_ms = now_ms
+        self.knows_all = False
+        """Whether every workspace that the ledger holds of this unit is in memory: then a new name is a new one."""
+        self.moved: set[Key] = set()
+        """Pools whose ``used`` has changed since their state was told."""
+        self.urgent: dict[Key, None] = {}
+        """Pools of which more has changed, in that order: told at once."""
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def __getitem__(self, name: str) -> Account:
+        return self._accounts[name]
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._accounts.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._accounts
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those that must be loaded before they can be folded; the new ones of a unit that knows all are made."""
+        absent = [name for name in names if name not in self._accounts]
+        if absent and self.knows_all:
+            self.load(dict.fromkeys(absent, NOTHING))
+            return []
+        return absent
+
+    def load(self, openings: Mapping[str, Opening]) -> None:
+        """Take accounts in, as of ``now_ms``. Those that are in memory already stay as they are."""
+        for name, opening in openings.items():
+            if name not in self._accounts:
+                account = self._accounts[name] = Account(name, opening, self.now_ms)
+                self._await(account)
+
+    def evict(self, durable: int) -> None:
+        """Let go of accounts that were touched longest ago, until the bound holds; never of one that time may move,
+        that has something to tell, or that has records beyond ``durable``, the last offset in the ledger.
+        """
+        excess = len(self._accounts) - self._accounts_max
+        if excess <= 0:
+            return
+        telling = {name for name, _ in (*self.moved, *self.urgent)}
+        idle = (a.name for a in self if a.offset <= durable and not a.waits and a.name not in telling)
+        for name in list(islice(idle, excess)):
+            del self._accounts[name]
+            self.knows_all = False
+
+    def fold(self, debits: Debits, only: Container[str] | None = None) -> list[Notice]:
+        """Fold one take's debits. All its workspaces are in memory; with ``only``, those are folded and no others."""
+        if not len(debits.offsets):
+            return []
+        latest_ms, last = int(debits.recorded_ms.max()), int(debits.offsets[-1])
+        notices: list[Notice] = []
+        drawing = np.flatnonzero(debits.credits)
+        for code, sums in _sums(debits, drawing).items():
+            name = debits.workspaces[code]
+            if only is not None and name not in only:
+                continue
+            account = self._touch(name)
+            account.offset = last
+            if account.until_ms > latest_ms and _stays_below(account, sums):
+                for pool, day, credits in sums:
+                    self._draw(account, pool, day, credits)
+            else:
+                notices += self._walk(account, debits, drawing[debits.codes[drawing] == code])
+        self.now_ms = max(self.now_ms, latest_ms)
+        return sorted(notices, key=lambda notice: notice.at_ms)
+
+    def apply(
+        self, name: str, cause: Cause | None, change: Callable[[Account], None], at_ms: int, row: int
+    ) -> list[Notice]:
+        """Fold one account event: ``change`` edits the facts, or draws. At most one notice for a pool; none without a
+        ``cause``, and no ``used`` moves unseen.
+        """
+        account = self._touch(name)
+        notices = self._advance(account, at_ms)
+        self.now_ms = max(self.now_ms, at_ms)
+        before = account.enrichment, account.premium
+        change(account)
+        account.renew(self.now_ms)
+        for old, new in zip(before, (account.enrichment, account.premium), strict=True):
+            if new.used != old.used:
+                self.moved.add((name, new.terms.pool))
+            if cause and (kind := shifted(old.state, new.state)):
+                notices.append(Notice(kind, name, new, new.passed, at_ms, cause, row))
+        if cause == Cause.PLAN:
+            self.urgent |= {(name, pool): None for pool in METERED}
+        self._settle(account)
+        return notices
+
+    def come(self, until_ms: int) -> list[Notice]:
+        """Time alone: every instant up to ``until_ms`` that an account waits for."""
+        notices: list[Notice] = []
+        while self._boundaries and self._boundaries[0][0] <= until_ms:
+            instant, name = heapq.heappop(self._boundaries)
+            account = self._accounts.get(name)
+            if account and account.awaited_ms == instant:
+                account.awaited_ms = FOREVER_MS
+                notices += self._advance(account, instant)
+                self.now_ms = max(self.now_ms, instant)
+        return notices
+
+    def _touch(self, name: str) -> Account:
+        """The account, as the most recently touched one where that matters."""
+        account = self._accounts[name]
+        if len(self._accounts) >= self._accounts_max:
+            del self._accounts[name]
+            self._accounts[name] = account
+        return account
+
+    def _walk(self, account: Account, debits: Debits, rows: Integers) -> list[Notice]:
+        """One workspace, record by record."""
+        notices: list[Notice] = []
+        for row in rows.tolist():
+            at_ms = int(debits.recorded_ms[row])
+            notices += self._advance(account, at_ms)
+            pool = POOLS[debits.pool[row] - 1]
+            used = account.standing(pool).used
+            self._draw(account, pool, int(debits.day[row]), int(debits.credits[row]))
+            after = account.standing(pool)
+            if lines := crossed(after.terms, used, after.used):
+                notices.append(Notice(kind_of(lines), account.name, after, lines, at_ms, Cause.RUN, row))
+        self._settle(account)
+        return notices
+
+    def _draw(self, account: Account, pool: Pool, day: Day, credits: Millicredits) -> None:
+        used = account.standing(pool).used
+        account.draw(pool, day, credits)
+        if account.standing(pool).used != used:
+            self.moved.add((account.name, pool))
+
+    def _advance(self, account: Account, until_ms: int) -> list[Notice]:
+        """Bring an account to an instant: what begins or takes effect on the way, in its order."""
+        notices: list[Notice] = []
+        while account.until_ms <= until_ms:
+            instant, before = account.until_ms, (account.enrichment, account.premium)
+            account.renew(instant)
+            for old, new in zip(before, (account.enrichment, account.premium), strict=True):
+                notices += notice_of_time(account.name, account.facts, old, new, instant)
+            self._settle(account)
+        return notices
+
+    def _settle(self, account: Account) -> None:
+        """What must be told at once, and the next instant to wait for."""
+        outline = account.outline()
+        for pool, old, new in zip(METERED, account.told, outline, strict=True):
+            if old != new:
+                self.urgent[account.name, pool] = None
+        account.told = outline
+        self._await(account)
+
+    def _await(self, account: Account) -> None:
+        if account.waits and account.awaited_ms != account.until_ms:
+            account.awaited_ms = account.until_ms
+            heapq.heappush(self._boundaries, (account.until_ms, account.name))
+
+
+def notice_of_time(name: str, facts: Facts, old: Standing, new: Standing, instant: int) -> list[Notice]:
+    """What an instant that comes tells of one pool, if anything."""
+    changes = facts.grants if new.terms.pool == Pool.PREMIUM else facts.plans
+    effective_now = any(change.effective_ms == instant for change in changes)
+    kind = turned(old, new, effective_now)
+    return [Notice(kind, name, new, new.passed, instant, Cause.TIME)] if kind else []
+
+
+def look_back(account: Account, from_ms: int, to_ms: int) -> list[Notice]:
+    """What time alone told between two instants, by what was known at each: for a worker that was down meanwhile."""
+    notices: list[Notice] = []
+    now_ms = from_ms
+    while True:
+        known = account.facts.known_at(now_ms)
+        old = _standings(account, known, now_ms)
+        comes = min(standing.terms.until_ms for standing in old)
+        learns = account.facts.next_arrival(now_ms)
+        if min(comes, learns) > to_ms:
+            return notices
+        if comes <= learns:
+            known = account.facts.known_at(comes)
+            for before, after in zip(old, _standings(account, known, comes), strict=True):
+                notices += notice_of_time(account.name, known, before, after, comes)
+        now_ms = min(comes, learns)
+
+
+def _standings(account: Account, facts: Facts, at_ms: int) -> tuple[Standing, Standing]:
+    enrichment = terms_of(facts, Pool.ENRICHMENT, at_ms)
+    assert enrichment.period is not None
+    return (
+        Standing(enrichment, account.used_between(enrichment.period)),
+        Standing(terms_of(facts, Pool.PREMIUM, at_ms), account.premium.used),
+    )
+
+
+def _stays_below(account: Account, sums: Sequence[tuple[Pool, Day, Millicredits]]) -> bool:
+    """Whether these debits together cross no line."""
+    drawn = dict.fromkeys(METERED, 0)
+    for pool, _, credits in sums:
+        drawn[pool] += credits
+    return all(
+        standing.used + drawn[standing.terms.pool] < standing.next_line
+        for standing in (account.enrichment, account.premium)
+    )
+
+
+def _sums(debits: Debits, drawing: Integers) -> dict[int, list[tuple[Pool, Day, Millicredits]]]:
+    """Code → its debits by pool and day."""
+    if not len(drawing):
+        return {}
+    day = debits.day[drawing]
+    first, days = int(day.min()), int(day.max() - day.min()) + 1
+    keys = (debits.codes[drawing] * len(POOLS) + debits.pool[drawing] - 1) * days + day - first
+    distinct, place = np.unique(keys, return_inverse=True)
+    totals = np.zeros(len(distinct), np.int64)
+    np.add.at(totals, place, debits.credits[drawing])
+    sums: dict[int, list[tuple[Pool, Day, Millicredits]]] = {}
+    for key, credits in zip(distinct.tolist(), totals.tolist(), strict=True):
+        group, offset = divmod(key, days)
+        code, pool = divmod(group, len(POOLS))
+        sums.setdefault(code, []).append((POOLS[pool], first + offset, credits))
+    return sums
