@@ -1,0 +1,147 @@
+"""What a notifier knows of its deliveries: what waits, for when, and what is over. Pure: no clock, no I/O.
+
+Memory is bounded by what waits (`WAITING_MAX`, about 1.5 kB each) and what is over (`OVER_MAX`, about 150 bytes each).
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from schemas.webhook import Delivery, DeliveryState
+
+IN_FLIGHT_MAX: Final = 4
+"""Attempts at one endpoint at once. Endpoints share nothing: a dead one holds up nobody else."""
+
+WAITING_MAX: Final = 50_000
+"""With so many waiting no more alerts are read; ``limit-alerts`` keeps them for 40 days."""
+
+OVER_MAX: Final = 1_000_000
+KNOWN_MS: Final = 40 * 24 * 3600 * 1000
+"""How long an ended delivery stays known: as long as ``limit-alerts`` keeps its alert."""
+
+
+class Attempt(NamedTuple):
+    """One delivery that is tried now. ``assignment`` tells whether its partition was lost in the meantime."""
+
+    partition: int
+    assignment: int
+    delivery: Delivery
+
+
+class _Turn(NamedTuple):
+    """A place in an endpoint's queue: by time, then in the order of arrival. Out of date when its assignment is."""
+
+    next_at_ms: int
+    number: int
+    partition: int
+    assignment: int
+    key: bytes
+
+
+class _Partition(NamedTuple):
+    assignment: int
+    waiting: dict[bytes, Delivery]
+    over: dict[bytes, int]
+
+
+class Deliveries:
+    """The deliveries of the partitions that this notifier owns."""
+
+    def __init__(self) -> None:
+        self._partitions: dict[int, _Partition] = {}
+        self._queues: dict[str, list[_Turn]] = {}
+        self._in_flight: dict[str, int] = {}
+        self._quiet_until_ms: dict[str, int] = {}
+        self._number = 0
+
+    def own(self, partition: int, records: Iterable[Delivery]) -> None:
+        """Begin with a partition, from its newest record of each delivery."""
+        self._number += 1
+        self._partitions[partition] = _Partition(self._number, {}, {})
+        for record in records:
+            self.put(partition, record)
+
+    def disown(self, partition: int) -> None:
+        """Forget a partition. Its attempts in flight still count at their endpoints until they are `landed`."""
+        self._partitions.pop(partition, None)
+
+    @property
+    def partitions(self) -> frozenset[int]:
+        """Those that are owned."""
+        return frozenset(self._partitions)
+
+    @property
+    def waiting(self) -> int:
+        """Deliveries that are not over, those in flight included."""
+        return sum(len(owned.waiting) for owned in self._partitions.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts that have not landed."""
+        return sum(self._in_flight.values())
+
+    def knows(self, partition: int, key: bytes) -> bool:
+        """Whether this delivery waits or is over."""
+        owned = self._partitions[partition]
+        return key in owned.waiting or key in owned.over
+
+    def put(self, partition: int, delivery: Delivery) -> None:
+        """A delivery's newest record."""
+        owned, key = self._partitions[partition], delivery.key
+        if delivery.state is not DeliveryState.WAITING:
+            owned.waiting.pop(key, None)
+            owned.over[key] = delivery.ended_at_ms
+            return
+        owned.waiting[key] = delivery
+        self._number += 1
+        turn = _Turn(delivery.next_at_ms, self._number, partition, owned.assignment, key)
+        heapq.heappush(self._queues.setdefault(delivery.endpoint, []), turn)
+
+    def take_due(self, now_ms: int) -> list[Attempt]:
+        """What is to be sent now; each counts as in flight until it is `landed`."""
+        return [attempt for endpoint in list(self._queues) for attempt in self._due_of(endpoint, now_ms)]
+
+    def _due_of(self, endpoint: str, now_ms: int) -> Iterator[Attempt]:
+        queue = self._queues[endpoint]
+        quiet = self._quiet_until_ms.get(endpoint, 0) > now_ms
+        while (
+            queue and queue[0].next_at_ms <= now_ms and self._in_flight.get(endpoint, 0) < IN_FLIGHT_MAX and not quiet
+        ):
+            turn = heapq.heappop(queue)
+            owned = self._partitions.get(turn.partition)
+            if owned and owned.assignment == turn.assignment and (delivery := owned.waiting.get(turn.key)):
+                self._in_flight[endpoint] = self._in_flight.get(endpoint, 0) + 1
+                yield Attempt(turn.partition, owned.assignment, delivery)
+        if not queue:
+            del self._queues[endpoint]
+
+    def landed(self, attempt: Attempt) -> bool:
+        """The attempt is over. Whether its outcome counts: False when its partition was given to another notifier."""
+        self._in_flight[attempt.delivery.endpoint] -= 1
+        owned = self._partitions.get(attempt.partition)
+        return owned is not None and owned.assignment == attempt.assignment
+
+    def leave_alone(self, endpoint: str, until_ms: int) -> None:
+        """Send nothing to an endpoint for a while."""
+        self._quiet_until_ms[endpoint] = max(until_ms, self._quiet_until_ms.get(endpoint, 0))
+
+    def wake(self) -> None:
+        """Forget which endpoints are left alone."""
+        self._quiet_until_ms.clear()
+
+    def forget_old(self, now_ms: int) -> list[tuple[int, bytes]]:
+        """Partition and key of what need not be known any longer, forgotten herewith: what ended 40 days ago, and the
+        eldest beyond `OVER_MAX`.
+        """
+        spare = sum(len(owned.over) for owned in self._partitions.values()) - OVER_MAX
+        forgotten: list[tuple[int, bytes]] = []
+        for partition, owned in self._partitions.items():
+            # In the order of their end, but for what an assignment loaded; that waits a little longer.
+            eldest = itertools.islice(owned.over, max(0, spare - len(forgotten)))
+            expired = itertools.takewhile(lambda entry: entry[1] <= now_ms - KNOWN_MS, owned.over.items())
+            keys = dict.fromkeys([*eldest, *(key for key, _ in expired)])
+            for key in keys:
+                del owned.over[key]
+            forgotten += [(partition, key) for key in keys]
+        return forgotten
