@@ -1,0 +1,293 @@
+"""The gate: may this workspace still spend? Answered in the process, from a copy of the topic ``limit-states``.
+
+A thread follows every partition from its beginning and keeps the newest states in memory; `Gate.check` only reads. How
+sure the copy is, is measured: once a second Kafka is asked for the ends of the topic, and when the copy has reached
+them, it is known to be complete as of the instant of the question. That covers a lost broker, a lost partition and a
+follower that cannot keep up alike; when the last such instant is too long ago, the answer is ``stale``.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from creditstream.client.decision import CONTACT_LOST_S, GateRules, Policy
+from creditstream.client.forking import abandon, survive_forks
+from creditstream.client.place import KafkaOptions, connection, found_settings
+from creditstream.client.states import StateMirror
+from schemas.catalogue import Catalogue
+from schemas.problem import Problem, Unreachable
+from streams.settings import Settings
+from streams.topics import LIMIT_STATES
+
+READY_S_MAX: Final = 30
+RETRY_S: Final = 0.5
+ASK_EVERY_S: Final = 1.0
+ANSWER_S_MAX: Final = 5.0
+REACH_S_MAX: Final = 60.0
+POLL_S: Final = 0.2
+CHUNK_RECORDS_MAX: Final = 10_000
+STOP_S_MAX: Final = 5.0
+
+_OURS: Final = {
+    # librdkafka wants a group's name even from a consumer that joins none.
+    "group.id": "creditstream-gate",
+    "enable.auto.commit": False,
+    "auto.offset.reset": "earliest",
+    # The end may lie behind the last record: compaction leaves holes. This event tells where it is.
+    "enable.partition.eof": True,
+    # By default a full queue makes the fetcher sleep for a second, and a million states wait for it.
+    "fetch.queue.backoff.ms": 5,
+    "queued.max.messages.kbytes": 16_384,
+    "log_level": 0,
+}
+_log: Final = logging.getLogger("creditstream.client")
+
+
+class Gate(GateRules):
+    """Follows the limit states from its construction to `close`, and answers `check` meanwhile.
+
+    ``on_unknown`` ("allow" or "deny") decides for a workspace without a plan or without a state, ``on_stale`` while
+    the gate is not up to date: before it is ready, and ``stale_after_s`` after it last was. Without ``settings`` Kafka
+    is looked for (`found_settings`); without a ``catalogue`` the settings' one is loaded. Problem when that fails.
+
+    A forked child answers ``stale`` until its own follower, started by the first such answer, has caught up.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        on_unknown: Policy,
+        on_stale: Policy,
+        stale_after_s: int = CONTACT_LOST_S,
+        catalogue: Catalogue | None = None,
+        kafka: KafkaOptions | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        settings = settings or found_settings()
+        super().__init__(
+            catalogue or Catalogue.load(Path(settings.catalogue_dir)),
+            on_unknown=on_unknown,
+            on_stale=on_stale,
+            stale_after_s=stale_after_s,
+            clock=clock,
+        )
+        self._topic: Final = settings.topic_prefix + LIMIT_STATES
+        self._bootstrap: Final = settings.kafka_bootstrap
+        self._config: Final = connection(settings, _OURS, kafka)
+        self._positions: dict[int, int] = {}
+        self._closed = False
+        self._starting = threading.Lock()
+        self._follower: _Follower | None = None
+        survive_forks(self)
+        self._start()
+
+    def wait_ready(self, timeout_s: int = READY_S_MAX) -> None:
+        """Return once all states that Kafka had are held. Unreachable, with the last trouble, if it takes longer."""
+        self._start()
+        follower = self._follower
+        if follower and not follower.caught_up.wait(timeout_s):
+            raise Unreachable(
+                f"the gate is not ready after {timeout_s} s",
+                f"{follower.trouble or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
+                "Check CREDITSTREAM_KAFKA_BOOTSTRAP, and that a worker has made the topic.",
+            )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has caught up once."""
+        return bool(self.fresh_ns)
+
+    def close(self) -> None:
+        """Stop following. Later checks go on with what is held, until that is stale."""
+        self._closed = True
+        if self._follower:
+            self._follower.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def after_fork(self) -> None:
+        """In the child: the states are there, the thread that kept them up to date is not."""
+        if self._follower:
+            self._follower.abandon()
+        self._follower = None
+        self._starting = threading.Lock()
+        self.fresh_ns = 0
+
+    def _on_stale_answer(self) -> None:
+        if self._follower is None and not self._closed:
+            self._start()
+
+    def _start(self) -> None:
+        # Never waited for: whoever holds it is starting the follower.
+        if self._closed or self._follower or not self._starting.acquire(blocking=False):
+            return
+        try:
+            if not self._follower:
+                self._follower = _Follower(self._config, self._topic, self._positions, self.states, self._learn_fresh)
+                self._follower.start()
+        finally:
+            self._starting.release()
+
+    def _learn_fresh(self) -> "Callable[[], None]":
+        """A question begins now; to be called when all that there was by now is held."""
+        asked = self._clock()
+
+        def learned() -> None:
+            self.fresh_ns = max(self.fresh_ns, asked)
+
+        return learned
+
+
+class _Ends:
+    """A question for the ends of all partitions, and what becomes of it."""
+
+    def __init__(self, admin: AdminClient, topic: str, partitions: int, learned: Callable[[], None]) -> None:
+        self.learned: Final = learned
+        self._asked_s: Final = time.monotonic()
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        places = {TopicPartition(topic, partition): latest for partition in range(partitions)}
+        self._futures: Final[dict[TopicPartition, Future[Any]]] = admin.list_offsets(
+            places, request_timeout=ANSWER_S_MAX
+        )
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was asked."""
+        return time.monotonic() - self._asked_s
+
+    def is_answered(self) -> bool:
+        """Whether `reached` may be asked."""
+        return all(future.done() for future in self._futures.values())
+
+    def reached(self, positions: dict[int, int]) -> bool:
+        """Whether the positions have come to these ends. KafkaException when the broker did not say."""
+        return all(
+            positions.get(place.partition, -1) >= future.result(0).offset for place, future in self._futures.items()
+        )
+
+
+class _Follower(threading.Thread):
+    """Keeps a `StateMirror` up to date with the topic, whatever happens to the connection, until told to stop."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topic: str,
+        positions: dict[int, int],
+        states: StateMirror,
+        learn_fresh: Callable[[], Callable[[], None]],
+    ) -> None:
+        super().__init__(name="creditstream-gate", daemon=True)
+        self.caught_up: Final = threading.Event()
+        self.trouble = ""
+        """The last thing that went wrong; empty once all is well."""
+        self._config, self._topic, self._positions = config, topic, positions
+        self._states, self._learn_fresh = states, learn_fresh
+        self._enough: Final = threading.Event()
+        self._handles: list[object] = []
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._enough.set()
+        if self.is_alive():
+            self.join(STOP_S_MAX)
+
+    def abandon(self) -> None:
+        """In a forked child: never touch Kafka's handles again."""
+        for handle in self._handles:
+            abandon(handle)
+
+    def run(self) -> None:
+        """Follow; begin again where it was when Kafka says no."""
+        while not self._enough.is_set():
+            try:
+                self._follow()
+            except (KafkaException, Problem) as error:
+                self._note(error)
+                self._enough.wait(RETRY_S)
+
+    def _follow(self) -> None:
+        admin = AdminClient({key: value for key, value in self._config.items() if key not in _OURS} | {"log_level": 0})
+        self._handles = [admin]
+        partitions = self._partitions(admin)
+        consumer = Consumer({**self._config, "error_cb": self._note})
+        self._handles = [admin, consumer]
+        try:
+            consumer.assign(
+                [
+                    TopicPartition(self._topic, partition, self._positions.get(partition, OFFSET_BEGINNING))
+                    for partition in range(partitions)
+                ]
+            )
+            ends = None
+            while not self._enough.is_set():
+                self._take(consumer)
+                ends = self._confirm(ends, admin, partitions)
+        finally:
+            self._handles = []
+            consumer.close()
+
+    def _partitions(self, admin: AdminClient) -> int:
+        found = admin.list_topics(self._topic, timeout=ANSWER_S_MAX).topics[self._topic]
+        if found.error is not None:
+            raise KafkaException(found.error)
+        return len(found.partitions)
+
+    def _take(self, consumer: Consumer) -> None:
+        first = consumer.poll(POLL_S)
+        if first is None:
+            return
+        # consume() waits for the whole number or the whole time, so it is only asked for what is already here.
+        for message in (first, *consumer.consume(CHUNK_RECORDS_MAX, 0)):
+            self._apply(message)
+
+    def _apply(self, message: Message) -> None:
+        partition, offset, error = message.partition(), message.offset(), message.error()
+        if error is None:
+            self._states.apply(message.key(), message.value())
+            self._positions[partition] = offset + 1  # type: ignore[index,operator]  # every record has a place
+        elif error.code() == KafkaError._PARTITION_EOF:
+            self._positions[partition] = offset  # type: ignore[index,assignment]
+        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART or error.fatal():
+            raise KafkaException(error)
+        else:
+            self._note(error)
+
+    def _confirm(self, ends: _Ends | None, admin: AdminClient, partitions: int) -> _Ends | None:
+        """Ask for the ends now and then; when they are reached, say so."""
+        if ends is None:
+            return _Ends(admin, self._topic, partitions, self._learn_fresh())
+        if not ends.is_answered():
+            return ends
+        try:
+            if ends.reached(self._positions):
+                ends.learned()
+                self.trouble = ""
+                self.caught_up.set()
+                return None if ends.age_s >= ASK_EVERY_S else ends
+        except KafkaException as error:
+            self._note(error)
+            return None if ends.age_s >= ASK_EVERY_S else ends
+        # A question stays good however long the way to its answer is, unless the topic has been made anew meanwhile.
+        return None if ends.age_s >= REACH_S_MAX else ends
+
+    def _note(self, error: object) -> None:
+        if isinstance(error, KafkaException):
+            error = error.args[0]
+        said = error.str() if isinstance(error, KafkaError) else str(error)
+        if said != self.trouble:
+            _log.warning("the gate has trouble with %s: %s", self._topic, said)
+        self.trouble = said

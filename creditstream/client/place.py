@@ -1,0 +1,40 @@
+"""Where a client finds Kafka, without being told: the environment, else a worker that runs in the home here."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from creditstream.home import Home
+from schemas.problem import Problem
+from streams.settings import Settings, read_settings, variable
+
+KafkaOptions = Mapping[str, str | int]
+"""librdkafka's properties for clusters that need more than an address: ``security.protocol``, ``sasl.*``, ``ssl.*``."""
+
+RECONNECT_MS_MAX: Final = 1000
+
+
+def found_settings() -> Settings:
+    """The settings of the environment. Without CREDITSTREAM_KAFKA_BOOTSTRAP, the Kafka of the process that holds the
+    home (``creditstream worker`` or ``demo``) is taken, where there is one. Problem when a variable is out of bounds.
+    """
+    settings = read_settings()
+    if variable("kafka_bootstrap") in os.environ:
+        return settings
+    worker = Home.at(settings.home).worker()
+    return msgspec.structs.replace(settings, kafka_bootstrap=worker.kafka_bootstrap) if worker else settings
+
+
+def connection(settings: Settings, ours: Mapping[str, Any], theirs: KafkaOptions | None) -> dict[str, Any]:
+    """librdkafka's configuration. Problem when the caller's options would change one of ours: they are the contract."""
+    taken = sorted({"bootstrap.servers", *ours} & set(theirs or ()))
+    if taken:
+        raise Problem("Kafka options refused", f"{', '.join(taken)} may not be changed", "Leave them out.")
+    return {
+        "bootstrap.servers": settings.kafka_bootstrap,
+        "reconnect.backoff.max.ms": RECONNECT_MS_MAX,
+        **(theirs or {}),
+        **ours,
+    }
