@@ -1,0 +1,149 @@
+"""Limit alerts by hand: try a receiver, see what was delivered, send one again."""
+
+import os
+import signal
+from pathlib import Path
+from uuid import UUID
+
+import rich_click as click
+
+from creditstream.cli.notifier import endpoints_option
+from creditstream.cli.options import format_option, home_option, settings_of, show_rows, utc
+from schemas.problem import Problem
+from schemas.webhook import DeliveryState, Format
+
+PORT = 8630
+DELIVERY_COLUMNS = ("state", "endpoint", "alert_id", "attempts", "when", "said")
+
+
+@click.group()
+def alerts() -> None:
+    """Limit alerts: test a receiver, see deliveries, send one again."""
+
+
+@alerts.command()
+@click.argument("url")
+@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
+@click.option("--format", "form", type=click.Choice([str(form) for form in Format]), default="standard", help="Body.")
+@click.option("--allow-private", is_flag=True, help="The URL may be plain http, or lie in a private network.")
+def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> None:
+    """Send one signed alert, marked as a test, and say what to fix.
+
+    Example: `creditstream alerts test http://127.0.0.1:8630/ --secret-env HOOK_SECRET --allow-private`
+    """
+    from creditstream.webhooks.endpoints import Address, Endpoint
+    from creditstream.webhooks.resending import send_test
+    from creditstream.webhooks.signing import parse_secret
+
+    try:
+        address = Address.parse(url, allow_private)
+    except ValueError as error:
+        raise click.UsageError(f"{url}: {error}.") from error
+    keys = () if form == Format.SLACK else (parse_secret(_secret(secret_env)),)
+    answer = send_test(Endpoint("test", address, keys, format=Format(form), allow_private=allow_private))
+    if not answer.is_success:
+        raise Problem("the test alert was not accepted", f"{answer.said}, after {answer.took_ms} ms", answer.fix)
+    click.echo(f"{answer.said} in {answer.took_ms} ms")
+
+
+def _secret(variable: str | None) -> str:
+    """The secret that the variable holds; without a variable a fresh one, shown."""
+    from creditstream.webhooks.signing import new_secret, parse_secret
+
+    if variable is None:
+        fresh = new_secret()
+        click.echo(f"secret, made up: {fresh}", err=True)
+        return fresh
+    try:
+        secret = os.environ.get(variable, "").strip()
+        parse_secret(secret)
+    except ValueError as error:
+        raise Problem(f"the secret in {variable} cannot be used", str(error), "Set it to whsec_<base64>.") from error
+    return secret
+
+
+@alerts.command()
+@click.argument("alert_id", type=click.UUID)
+@endpoints_option
+@click.option("--endpoint", metavar="NAME", help="Only to this one, whether it wants the alert or not.")
+@home_option
+def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | None) -> None:
+    """Send an alert once more, under the same id. Exit 1 when a receiver does not accept it.
+
+    Example: `creditstream alerts resend 0199b2c4-7d1e-5a30-9f00-5c2f6e0a1b22 --endpoints endpoints.toml`
+    """
+    from creditstream.webhooks.endpoints import load_endpoints
+    from creditstream.webhooks.resending import resend as send_again
+
+    known = load_endpoints(endpoints)
+    if endpoint is not None and endpoint not in known:
+        raise click.UsageError(f"{endpoints} has no endpoint {endpoint!r}; it has {', '.join(known) or 'none'}.")
+    refused = []
+    for name, answer in send_again(settings_of(home), known, alert_id, endpoint):
+        click.echo(f"{name}: {answer.said} in {answer.took_ms} ms{'' if answer.is_success else f'. {answer.fix}'}")
+        refused += [] if answer.is_success else [name]
+    if refused:
+        raise Problem("the alert was not accepted", f"by {', '.join(refused)}", "See above.")
+
+
+@alerts.command("deliveries")
+@click.option("--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only these.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many; failed ones first.")
+@home_option
+@format_option
+def list_deliveries(state: str | None, limit: int, home: str | None, form: str) -> None:
+    """What became of the alerts of the last 40 days, at each endpoint.
+
+    Example: `creditstream alerts deliveries --state failed`
+    """
+    import msgspec
+
+    from creditstream.webhooks.resending import deliveries
+    from schemas.cell_run import from_milliseconds
+
+    class Row(msgspec.Struct, frozen=True):
+        state: str
+        endpoint: str
+        alert_id: UUID
+        attempts: int
+        when: str
+        said: str
+
+    found = [delivery for delivery in deliveries(settings_of(home)) if state in (None, delivery.state)]
+    rows = [
+        Row(
+            each.state,
+            each.endpoint,
+            each.alert_id,
+            each.attempts,
+            utc(from_milliseconds(each.next_at_ms or each.ended_at_ms)),
+            each.said,
+        )
+        for each in found[:limit]
+    ]
+    show_rows(rows, form, DELIVERY_COLUMNS, "No deliveries.")
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65_535), default=PORT, help="Port on 127.0.0.1; 0: any free one.")
+@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
+def listen(port: int, secret_env: str | None) -> None:
+    """Receive alerts on this machine: verify each signature, print each alert in one line. Ctrl-C ends it.
+
+    Example: `creditstream listen --secret-env HOOK_SECRET`
+    """
+    from creditstream.webhooks.receiver import Receiver
+    from creditstream.webhooks.signing import parse_secret
+
+    def complain(line: str) -> None:
+        click.echo(line, err=True)
+
+    receiver = Receiver(parse_secret(_secret(secret_env)), port, click.echo, complain)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    complain(f"listening on {receiver.url} (an endpoint there needs allow_private = true); Ctrl-C ends it")
+    try:
+        receiver.serve()
+    except KeyboardInterrupt:
+        complain(f"stopped: {receiver.accepted} accepted, {receiver.refused} refused")
+    finally:
+        receiver.close()

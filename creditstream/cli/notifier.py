@@ -1,0 +1,39 @@
+"""The service that delivers limit alerts."""
+
+import os
+import sys
+from pathlib import Path
+
+import rich_click as click
+
+from creditstream.cli.options import F, home_option, settings_of
+
+
+def endpoints_option(command: F) -> F:
+    """``--endpoints``: the file that says who is told."""
+    return click.option(
+        "--endpoints",
+        type=click.Path(dir_okay=False, path_type=Path),
+        required=True,
+        envvar="CREDITSTREAM_WEBHOOK_ENDPOINTS",
+        help="TOML file that says who is told [CREDITSTREAM_WEBHOOK_ENDPOINTS].",
+    )(command)
+
+
+@click.command()
+@endpoints_option
+@home_option
+def notifier(endpoints: Path, home: str | None) -> None:
+    """Deliver limit alerts to webhooks and Slack: signed, retried for three days, each under one id.
+
+    SIGHUP reads the file of endpoints again. Stops on SIGTERM within 10 s, with exit code 0. Exit code 75 means: start
+    me again.
+
+    Example: `creditstream notifier --endpoints endpoints.toml`
+    """
+    from creditstream.webhooks.service import run_notifier
+
+    exit_code = run_notifier(settings_of(home), endpoints)
+    sys.stderr.flush()
+    # A thread that waits for a receiver, or for the resolver, must not hold up the end.
+    os._exit(exit_code)

@@ -1,0 +1,152 @@
+"""The outbox: the newest record of every delivery, on a compacted topic. Blocking; for one thread."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
+
+from creditstream.producing import PRODUCER_CONFIG
+from schemas.limits import LimitAlert
+from schemas.problem import Unreachable
+from schemas.webhook import Delivery
+
+SILENCE_S_MAX: Final = 30.0
+WRITE_S_MAX: Final = 30.0
+POLL_S: Final = 0.5
+CHUNK: Final = 1000
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(Delivery).decode
+_decode_alert: Final = msgspec.json.Decoder(LimitAlert).decode
+
+
+class Outbox:
+    """Reads and writes deliveries. What was `put` is safe once `flush` has returned."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self._bootstrap: Final = bootstrap
+        self._topic: Final = topic
+        self._failure: KafkaError | None = None
+        config: dict[str, Any] = {"linger.ms": 0, "delivery.timeout.ms": int(WRITE_S_MAX * 1000)}
+        self._producer = Producer({"bootstrap.servers": bootstrap, **PRODUCER_CONFIG, **config})
+
+    def put(self, partition: int, key: bytes, delivery: Delivery | None) -> None:
+        """Hand a record to the producer; None: nobody needs to know the delivery any more."""
+        value = _encode(delivery) if delivery else None
+        deadline = time.monotonic() + WRITE_S_MAX
+        while True:
+            try:
+                self._producer.produce(self._topic, value, key, partition, on_delivery=self._delivered)
+                return
+            except BufferError:
+                self._producer.poll(POLL_S)
+                if time.monotonic() > deadline:
+                    raise self._unreachable("it takes no records") from None
+
+    def flush(self) -> None:
+        """Wait until Kafka has everything. Unreachable when it does not."""
+        left = self._producer.flush(WRITE_S_MAX)
+        if left or self._failure:
+            raise self._unreachable(self._failure.str() if self._failure else "no answer")
+
+    def read(self, partitions: Iterable[int], unreadable: Callable[[str], object]) -> dict[int, dict[bytes, Delivery]]:
+        """Partition → key → newest record. ``unreadable`` is told where a record is that is none of ours."""
+        found: dict[int, dict[bytes, Delivery]] = {partition: {} for partition in partitions}
+        for message in read_to_end(self._bootstrap, self._topic, found):
+            key, value, records = message.key() or b"", message.value(), found[message.partition() or 0]
+            assert isinstance(key, bytes)
+            if value is None:
+                records.pop(key, None)
+                continue
+            try:
+                delivery = _decode(value)
+            except msgspec.MsgspecError:
+                unreadable(position_of(message))
+                continue
+            # A raw field is a view of the whole message; its copy is not.
+            records[key] = msgspec.structs.replace(delivery, alert=delivery.alert.copy())
+        return found
+
+    def _delivered(self, error: KafkaError | None, _: Message) -> None:
+        self._failure = error or self._failure
+
+    def _unreachable(self, why: str) -> Unreachable:
+        return Unreachable(f"{self._topic} on {self._bootstrap} cannot be written", why, "Start Kafka; then this.")
+
+
+def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterator[Message]:
+    """Every record of these partitions, from their beginning to what is their end when it gets there.
+
+    Unreachable when Kafka is silent for `SILENCE_S_MAX`, or refuses.
+    """
+    left = set(partitions)
+    if not left:
+        return
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": "creditstream-outbox",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "fetch.queue.backoff.ms": 5,
+            "isolation.level": "read_committed",
+            "log_level": 0,
+        }
+    )
+    try:
+        consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in left])
+        heard_at = time.monotonic()
+        while left:
+            for message in consumer.consume(CHUNK, POLL_S if len(left) == 1 else POLL_S / 10):
+                heard_at = time.monotonic()
+                error = message.error()
+                if error is None:
+                    yield message
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    left.discard(message.partition() or 0)
+                elif not error.retriable():
+                    raise KafkaException(error)
+            if time.monotonic() - heard_at > SILENCE_S_MAX:
+                raise Unreachable(f"Kafka at {bootstrap} does not answer", f"while {topic} is read", "Try again.")
+    except KafkaException as error:
+        why = error.args[0].str() if isinstance(error.args[0], KafkaError) else str(error)
+        raise Unreachable(f"{topic} on {bootstrap} cannot be read", why, "Try again.") from error
+    finally:
+        consumer.close()
+
+
+def find_alert(bootstrap: str, topic: str, partitions: Iterable[int], alert_id: UUID) -> tuple[int, bytes] | None:
+    """Partition and message of an alert that ``limit-alerts`` still has."""
+    needle = str(alert_id).encode()
+    for message in read_to_end(bootstrap, topic, partitions):
+        value = message.value()
+        if not isinstance(value, bytes) or needle not in value:
+            continue
+        alert = decode_alert(value)
+        if alert and alert.alert_id == alert_id:
+            return message.partition() or 0, value
+    return None
+
+
+def decode_alert(value: object) -> LimitAlert | None:
+    """The alert of a message; None when it is none that we know."""
+    try:
+        return _decode_alert(value) if isinstance(value, bytes | msgspec.Raw) else None
+    except msgspec.MsgspecError:
+        return None
+
+
+def position_of(message: Message) -> str:
+    """``topic[partition]@offset``."""
+    return f"{message.topic()}[{message.partition()}]@{message.offset()}"

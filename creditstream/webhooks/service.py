@@ -1,0 +1,86 @@
+"""The notifier as a process: its signals, its log, its end."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Final
+
+import structlog
+from confluent_kafka import KafkaException
+
+from creditstream.logs import configure_logs
+from creditstream.webhooks.endpoints import Endpoint, EndpointProblem, load_endpoints
+from creditstream.webhooks.notifier import Notifier
+from schemas.problem import Problem
+from streams.settings import Settings
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, require_topic
+
+STOP_S_MAX: Final = 9.0
+"""After this long a stop that hangs, since Kafka is gone, is ended by force; what was not recorded is done again."""
+
+log: Final = structlog.get_logger()
+
+
+class Signals:
+    """What the operating system wants: an end (SIGTERM, SIGINT), the file read again (SIGHUP)."""
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.reload = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, self._on_reload)
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(os.EX_TEMPFAIL))
+
+    def _on_stop(self, *_: object) -> None:
+        self.stop = True
+        signal.setitimer(signal.ITIMER_REAL, STOP_S_MAX)
+
+    def _on_reload(self, *_: object) -> None:
+        self.reload = True
+
+
+def run_notifier(settings: Settings, path: Path) -> int:
+    """Deliver until SIGTERM or SIGINT (exit code 0), or until Kafka is lost: 75 to be started again.
+
+    Problem when it cannot start. SIGHUP reads the file of endpoints again; a bad one is refused and the old one stays.
+    """
+    configure_logs(settings.log_format)
+    signals = Signals()
+    endpoints = load_endpoints(path)
+    broker = Broker(settings.kafka_bootstrap)
+    for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
+        require_topic(broker, settings.topic_prefix + name, settings)
+    notifier = Notifier(settings, endpoints)
+    log.info("notifier_started", kafka=settings.kafka_bootstrap, endpoints=sorted(endpoints), pid=os.getpid())
+    try:
+        while not signals.stop:
+            if signals.reload:
+                signals.reload = False
+                endpoints = _reloaded(path, endpoints)
+                notifier.reload(endpoints)
+            notifier.turn()
+        notifier.stop()
+        return 0
+    except (Problem, KafkaException) as lost:
+        return _ended_by(lost)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, STOP_S_MAX)
+        notifier.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ended_by(lost: Problem | KafkaException) -> int:
+    log.error("notifier_ended", why=str(lost) if isinstance(lost, Problem) else lost.args[0].str())
+    return os.EX_TEMPFAIL
+
+
+def _reloaded(path: Path, old: dict[str, Endpoint]) -> dict[str, Endpoint]:
+    """The file's endpoints; the old ones when it cannot be used."""
+    try:
+        endpoints = load_endpoints(path)
+    except EndpointProblem as problem:
+        log.warning("endpoints_refused", why=str(problem), kept=sorted(old))
+        return old
+    log.info("endpoints_loaded", endpoints=sorted(endpoints))
+    return endpoints
