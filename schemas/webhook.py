@@ -81,7 +81,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     next_at_ms: int = 0
     ended_at_ms: int = 0
     said: str = ""
-    alert: msgspec.Raw = msgspec.Raw()
+    alert: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def key(self) -> bytes:

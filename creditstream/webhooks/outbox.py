@@ -74,8 +74,10 @@ class Outbox:
             except msgspec.MsgspecError:
                 unreadable(position_of(message))
                 continue
-            # A raw field is a view of the whole message; its copy is not.
-            records[key] = msgspec.structs.replace(delivery, alert=delivery.alert.copy())
+            if isinstance(delivery.alert, msgspec.Raw):
+                # A raw field is a view of the whole message; its copy is not.
+                delivery = msgspec.structs.replace(delivery, alert=delivery.alert.copy())
+            records[key] = delivery
         return found
 
     def _delivered(self, error: KafkaError | None, _: Message) -> None:

@@ -61,7 +61,7 @@ def after(delivery: Delivery, answer: Answer, now_ms: int, chance: int) -> Deliv
     """The delivery after one more attempt that ended at ``now_ms``. ``chance`` is any non-negative number."""
     attempts = delivery.attempts + 1
     if answer.is_success:
-        return _over(delivery, DeliveryState.DELIVERED, attempts, now_ms, answer.said, msgspec.Raw())
+        return _over(delivery, DeliveryState.DELIVERED, attempts, now_ms, answer.said, msgspec.UNSET)
     if answer.is_gone or attempts == len(DELAYS_S):
         return _over(delivery, DeliveryState.FAILED, attempts, now_ms, answer.said, delivery.alert)
     delay_ms = DELAYS_S[attempts] * 1000
@@ -76,7 +76,12 @@ def give_up(delivery: Delivery, why: str, now_ms: int) -> Delivery:
 
 
 def _over(
-    delivery: Delivery, state: DeliveryState, attempts: int, now_ms: int, said: str, alert: msgspec.Raw
+    delivery: Delivery,
+    state: DeliveryState,
+    attempts: int,
+    now_ms: int,
+    said: str,
+    alert: msgspec.Raw | msgspec.UnsetType,
 ) -> Delivery:
     return msgspec.structs.replace(
         delivery, state=state, attempts=attempts, next_at_ms=0, ended_at_ms=now_ms, said=said, alert=alert

@@ -87,7 +87,9 @@ def _post(
     try:
         connection.request("POST", address.path, body, headers)
         # The status is the answer: a body that breaks off, or never ends, changes nothing.
-        return _read(connection.getresponse())
+        answer = _read(connection.getresponse())
+        # Headers that never end are cut by `abort`, and look complete.
+        return answer if not connection.is_aborted else _failure(TimeoutError(), True, answer_s_max)
     except (OSError, http.client.HTTPException) as error:
         return _failure(error, connection.is_aborted, answer_s_max)
     finally:
