@@ -5,5 +5,7 @@ Needs the base install only: no Faust, no ClickHouse, no event loop. `creditstre
 
 from creditstream.client.decision import Because, Decision
 from creditstream.client.gate import Gate
+from creditstream.client.producer import CellRunProducer
+from creditstream.client.recording import Counts, InvalidRun, RunRefused
 
-__all__ = ["Because", "Decision", "Gate"]
+__all__ = ["Because", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "RunRefused"]

@@ -105,10 +105,10 @@ class StateMirror:
 
     def _replace(self, workspace_id: str, offset: int, balance: bytes, seen: _Seen) -> None:
         row = self.rows.get(workspace_id, b"")
-        if len(row) > offset and BALANCE.unpack_from(row, offset)[0] != ABSENT:
-            if is_older(seen, _AS_OF.unpack_from(row, offset + BALANCE.size)):
-                self.overtaken += 1
-                return
+        is_held = len(row) > offset and BALANCE.unpack_from(row, offset)[0] != ABSENT
+        if is_held and is_older(seen, _AS_OF.unpack_from(row, offset + BALANCE.size)):
+            self.overtaken += 1
+            return
         self.rows[workspace_id] = _with_half(row, offset, balance + _AS_OF.pack(*seen))
 
     def _drop(self, key: bytes | None) -> None:

@@ -1,0 +1,245 @@
+"""Runs that were accepted and that Kafka has not acknowledged: where each of them is, and in which order they go.
+
+A run is in one of three places. *Waiting*: handed to librdkafka, not acknowledged. *Recalled*: was waiting, is to be
+handed over again. *Spooled*: on disk, unread. They are handed over in that order, and a new run goes directly to
+librdkafka only while nothing is recalled or unread. So first copies arrive in the order of `Outbox.put`; repetitions
+come after them, and the meter charges a run once.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from creditstream.client.recording import Counts, OnFull, RunRefused
+from creditstream.client.spool import Entry, Spool, SpoolFull, Ticket
+
+QUEUE_RUNS_MAX: Final = 10_000
+"""Runs in memory, at the most."""
+HAND_OVER_RUNS: Final = 500
+"""Runs that are read from the spool at once, under the lock that `put` needs too."""
+_SAME_ID: Final = "Record it again, under the same run id."
+_log: Final = logging.getLogger("creditstream.client")
+
+
+class _Run(NamedTuple):
+    """``entry``: where it lies in the spool; None: in memory only."""
+
+    value: bytes
+    workspace_id: str
+    entry: Entry | None
+    handed_s: float
+
+
+class Outbox:
+    """Thread-safe. ``producer`` is None while Kafka does not answer; whoever sets it calls `hand_over`."""
+
+    def __init__(self, topic: str, spool: Spool | None, on_full: OnFull, block_s_max: int, write_ahead: bool) -> None:
+        self.changed: Final = threading.Condition()
+        self.producer: Producer | None = None
+        self.trouble = ""
+        """Why runs were taken back last; empty once one was delivered."""
+        self.is_closed = False
+        self._topic, self._spool, self._on_full = topic, spool, on_full
+        self._block_s_max, self._write_ahead = block_s_max, write_ahead
+        self._waiting: dict[int, _Run] = {}
+        self._recalled: deque[_Run] = deque()
+        self._sequence = 0
+        self._failed = False
+        self._accepted = self._refused = self._delivered = self._spooled = self._adopted = 0
+
+    def put(self, value: bytes, workspace_id: str) -> Ticket | None:
+        """Accept a run; a ticket when it is in the spool and must be synced. RunRefused."""
+        with self.changed:
+            try:
+                if self.is_closed:
+                    raise RunRefused("the run was not recorded", "the producer is closed", "Record before closing it.")
+                ticket = self._put(value, workspace_id)
+            except RunRefused:
+                self._refused += 1
+                raise
+            self._accepted += 1
+            return ticket
+
+    def refuse(self, refusal: RunRefused, *, was_accepted: bool = False) -> RunRefused:
+        """Count a refusal that was found out elsewhere."""
+        with self.changed:
+            self._refused += 1
+            self._accepted -= was_accepted
+        return refusal
+
+    def hand_over(self) -> bool:
+        """Hand to librdkafka what is due and has room; whether something is left for which there is room."""
+        with self.changed:
+            while self._recalled and self._has_room:
+                run = self._recalled[0]
+                if not self._hand(run.value, run.workspace_id, run.entry):
+                    return False
+                self._recalled.popleft()
+            if self._recalled or not self._spool or not self._has_room:
+                return False
+            entries = self._spool.read(min(HAND_OVER_RUNS, QUEUE_RUNS_MAX - len(self._waiting)))
+            for place, entry in enumerate(entries):
+                if not self._hand(entry.value, entry.workspace_id, entry):
+                    self._recalled.extend(_Run(late.value, late.workspace_id, late, 0) for late in entries[place:])
+                    return False
+            return bool(self._spool.unread)
+
+    def take_back(self) -> Producer | None:
+        """Nothing is with librdkafka any more: what was goes to the front of the spool, or stays in memory where that
+        is not possible. The producer that had it, which must not deliver any more: a later copy is harmless, a later
+        first copy is not.
+        """
+        with self.changed:
+            producer, self.producer, self._failed = self.producer, None, False
+            runs = [*self._waiting.values(), *self._recalled]
+            self._waiting.clear()
+            self._recalled.clear()
+            if runs and not (self._spool and self._put_back(self._spool, runs)):
+                self._recalled.extend(runs)
+            return producer
+
+    def is_stuck(self, patience_s: float) -> bool:
+        """Whether librdkafka reported a failure, or has not delivered its oldest run for so long."""
+        with self.changed:
+            oldest = next(iter(self._waiting.values()), None)
+            if oldest and time.monotonic() - oldest.handed_s > patience_s:
+                self.trouble = self.trouble or f"no acknowledgement for {patience_s:.0f} s"
+                return True
+            return self._failed
+
+    def adopt(self) -> None:
+        """Take over the spools of dead processes. OSError."""
+        with self.changed:
+            if self._spool:
+                self._adopted += self._spool.adopt()
+
+    def wait_until_empty(self, timeout_s: float) -> int:
+        """How many runs are not delivered, once there is none or the time is over."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self._undelivered, timeout_s)
+            return self._undelivered
+
+    @property
+    def in_memory_only(self) -> int:
+        """Runs that are lost if the process ends now."""
+        with self.changed:
+            return sum(run.entry is None for run in (*self._waiting.values(), *self._recalled))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether deliveries are to be expected."""
+        return bool(self._waiting)
+
+    def counts(self) -> Counts:
+        """The counts of this moment."""
+        with self.changed:
+            return Counts(
+                accepted=self._accepted,
+                refused=self._refused,
+                delivered=self._delivered,
+                spooled=self._spooled,
+                adopted=self._adopted,
+                waiting_in_memory=len(self._waiting) + len(self._recalled),
+                waiting_in_spool=self._spool.unread if self._spool else 0,
+                spool_bytes=self._spool.size_bytes if self._spool else 0,
+            )
+
+    @property
+    def _undelivered(self) -> int:
+        return len(self._waiting) + len(self._recalled) + (self._spool.unread if self._spool else 0)
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._waiting) < QUEUE_RUNS_MAX
+
+    def _put(self, value: bytes, workspace_id: str) -> Ticket | None:
+        in_order = not self._recalled and not (self._spool and self._spool.unread) and not self._write_ahead
+        if in_order and self._has_room and self._hand(value, workspace_id, None):
+            return None
+        if self._spool:
+            return self._append(self._spool, value)
+        if len(self._waiting) + len(self._recalled) >= QUEUE_RUNS_MAX:
+            self._wait_for_room()
+        if self._recalled or not self._hand(value, workspace_id, None):
+            self._recalled.append(_Run(value, workspace_id, None, 0))
+        return None
+
+    def _wait_for_room(self) -> None:
+        def has_room() -> bool:
+            return len(self._waiting) + len(self._recalled) < QUEUE_RUNS_MAX or self.is_closed
+
+        timeout_s = self._block_s_max if self._on_full == "block" else 0
+        if not self.changed.wait_for(has_room, timeout_s) or self.is_closed:
+            why = f"{QUEUE_RUNS_MAX:,} runs wait in memory ({self.trouble or 'Kafka is slow'})"
+            raise RunRefused("the run was not recorded", why, _SAME_ID)
+
+    def _append(self, spool: Spool, value: bytes) -> Ticket:
+        try:
+            ticket = spool.append(value)
+        except SpoolFull as error:
+            why = f"the spool is full ({self.trouble or 'Kafka is slow'})"
+            raise RunRefused("the run was not recorded", why, _SAME_ID) from error
+        except OSError as error:
+            raise spool_refused(error) from error
+        self._spooled += 1
+        return ticket
+
+    def _hand(self, value: bytes, workspace_id: str, entry: Entry | None) -> bool:
+        if self.producer is None or self._failed:
+            return False
+        sequence = self._sequence = self._sequence + 1
+        try:
+            self.producer.produce(self._topic, value, workspace_id, on_delivery=partial(self._deliver, sequence))
+        except BufferError:
+            return False
+        except KafkaException as error:
+            self._fail(error.args[0])
+            return False
+        self._waiting[sequence] = _Run(value, workspace_id, entry, time.monotonic())
+        return True
+
+    def _deliver(self, sequence: int, error: KafkaError | None, _: Message) -> None:
+        """Called from `Producer.poll`."""
+        with self.changed:
+            if sequence not in self._waiting:
+                return  # was taken back
+            if error:
+                self._fail(error)
+                return
+            run = self._waiting.pop(sequence)
+            self._delivered += 1
+            self.trouble = ""
+            self.changed.notify_all()
+            if run.entry and self._spool:
+                self._spool.settle(run.entry)
+
+    def _fail(self, error: KafkaError) -> None:
+        self._failed = True
+        self.trouble = error.str()
+
+    def _put_back(self, spool: Spool, runs: Sequence[_Run]) -> bool:
+        entries = [run.entry for run in runs if run.entry]
+        if len(entries) == len(runs):
+            spool.rewind(entries)
+            return True
+        try:
+            spool.put_first([run.value for run in runs])
+        except OSError as error:
+            self.trouble = spool_refused(error).why
+            _log.error("%d runs stay in memory: %s", len(runs), self.trouble)
+            return False
+        self._spooled += len(runs) - len(entries)
+        return True
+
+
+def spool_refused(error: OSError) -> RunRefused:
+    """The refusal that a failure of the disk means."""
+    return RunRefused(
+        "the run was not recorded", f"the spool cannot be written: {error.strerror or error}", "Make room on the disk."
+    )

@@ -1,0 +1,261 @@
+"""The producer of cell runs for enrichment workers: not in the way, and nothing that it accepted is lost."""
+
+import atexit
+import logging
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from creditstream.client.forking import abandon, survive_forks
+from creditstream.client.outbox import Outbox, spool_refused
+from creditstream.client.place import KafkaOptions, connection, found_settings
+from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_value
+from creditstream.client.spool import Spool, prepare_root
+from creditstream.home import Home
+from creditstream.producing import PRODUCER_CONFIG
+from schemas.cell_run import CellRun
+from schemas.problem import Problem, Unreachable
+from streams.settings import Settings
+from streams.topics import cell_runs_topic
+
+MEMORY_S_MAX: Final = 5
+SPOOL_MB_MAX: Final = 256
+BLOCK_S_MAX: Final = 30
+FLUSH_S_MAX: Final = 10
+PROBE_S_MAX: Final = 1.0
+RETRY_S: Final = 0.25
+ADOPT_EVERY_S: Final = 10.0
+BUSY_POLL_S: Final = 0.02
+IDLE_S: Final = 0.5
+STOP_S_MAX: Final = 5.0
+
+_OURS: Final = {
+    **PRODUCER_CONFIG,
+    # librdkafka never gives a run up by itself: the one behind it could still go through, and come in first.
+    "message.timeout.ms": 0,
+    "queue.buffering.max.kbytes": 64 * 1024,
+    "log_level": 0,
+}
+_log: Final = logging.getLogger("creditstream.client")
+
+
+class CellRunProducer:
+    """Records cell runs, from any thread, until `close`.
+
+    **What accepted means.** When `record` returns, the run is in memory, in the queue of the Kafka client, or synced to
+    the spool on disk. Memory is the usual place, for the 20 ms or so until Kafka acknowledges; a run that is not
+    acknowledged within ``memory_s_max``, or for which memory has no room, is moved to the spool. An ordinary end of the
+    process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing` child, which must
+    `close`) sends what it can in 10 s and leaves the rest in the spool. So only a ``kill -9``, or a lost machine, loses
+    runs, and only those in memory: 10,000 at the most, and `counts` says how many. With ``write_ahead`` there are none:
+    every run is synced to the spool before it is sent, at the price of an fsync, shared by threads that record at once.
+
+    **Order.** First copies of a workspace's runs arrive in the order in which they were recorded by this process.
+    After an outage Kafka may have some twice, which the meter does not charge twice.
+
+    ``on_full`` says what `record` does when memory is full: "spool" (the default; it waits for the disk, never for
+    Kafka), "block" for up to ``block_s_max``, or "raise". Without "spool" nothing is written to disk, and an outage
+    longer than the end of the process loses runs; `close` says how many. ``spool`` is the directory, by default that of
+    the home; each process has its own below it, and takes over what dead ones left. Problem when it cannot be used.
+
+    A forked child has a connection and a spool of its own; what its parent accepted stays with the parent.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        on_full: OnFull = "spool",
+        write_ahead: bool = False,
+        spool: Path | None = None,
+        spool_mb_max: int = SPOOL_MB_MAX,
+        memory_s_max: int = MEMORY_S_MAX,
+        block_s_max: int = BLOCK_S_MAX,
+        kafka: KafkaOptions | None = None,
+    ) -> None:
+        if write_ahead and on_full != "spool":
+            raise Problem("nothing can be written ahead", f"on_full is {on_full!r}", 'Leave it at "spool".')
+        self._settings: Final = settings or found_settings()
+        self._config: Final = connection(self._settings, _OURS, kafka)
+        self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
+        self._bytes_max: Final = spool_mb_max * 1024 * 1024
+        self._memory_s_max: Final = memory_s_max
+        self._on_full: Final[OnFull] = on_full
+        self._options: Final = (block_s_max, write_ahead)
+        self._candidate: Producer | None = None
+        self._prepare()
+        if self._spool:
+            prepare_root(self._directory)
+            self._adopt()
+        survive_forks(self)
+        atexit.register(self._at_exit)
+        self._start()
+
+    def record(self, run: CellRun) -> None:
+        """Accept a run (see the class). RunRefused when it was not accepted; InvalidRun when it never can be.
+
+        Takes some microseconds; while the spool is used, one fsync. With "block", up to ``block_s_max``.
+        """
+        try:
+            value = valid_value(run)
+        except InvalidRun as refusal:
+            raise self._outbox.refuse(refusal) from refusal.__cause__
+        if self._thread is None:
+            self._start()
+        ticket = self._outbox.put(value, run.workspace_id)
+        if not self._wake.is_set():
+            self._wake.set()
+        if ticket:
+            try:
+                ticket.segment.sync(ticket.length)
+            except OSError as error:
+                # It may be sent all the same: harmless, and better than to say that it is safe.
+                raise self._outbox.refuse(spool_refused(error), was_accepted=True) from error
+
+    def flush(self, timeout_s: float = FLUSH_S_MAX) -> int:
+        """Wait until Kafka has everything, spool included; how many runs it has not when the time is over."""
+        self._wake.set()
+        return self._outbox.wait_until_empty(timeout_s)
+
+    def counts(self) -> Counts:
+        """What became of the runs so far."""
+        return self._outbox.counts()
+
+    @property
+    def trouble(self) -> str:
+        """Why runs are waiting; empty while all is well."""
+        return self._outbox.trouble
+
+    def close(self, timeout_s: float = FLUSH_S_MAX) -> None:
+        """Send what can be sent, leave the rest to the spool, and end. Unreachable, with their number, when runs are
+        lost: without a spool, or when it cannot be written either.
+        """
+        if self._outbox.is_closed:
+            return
+        self._outbox.is_closed = True
+        if self._thread:
+            self.flush(timeout_s)
+            self._enough.set()
+            self._wake.set()
+            self._thread.join(STOP_S_MAX)
+        atexit.unregister(self._at_exit)
+        _dispose(self._outbox.take_back())
+        lost = self._outbox.in_memory_only
+        if self._spool:
+            self._spool.close()
+        if lost:
+            raise Unreachable(
+                f"{lost:,} accepted runs are lost",
+                self.trouble or f"no answer from {self._settings.kafka_bootstrap}",
+                "Record them again, under the same run ids.",
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def after_fork(self) -> None:
+        """In the child: begin anew, at the first run."""
+        abandon(self._outbox.producer)
+        abandon(self._candidate)
+        self._candidate = None
+        was_closed = self._outbox.is_closed
+        if self._spool:
+            self._spool.after_fork()
+        self._prepare()
+        self._outbox.is_closed = was_closed
+
+    def _prepare(self) -> None:
+        self._spool: Spool | None = Spool(self._directory, self._bytes_max) if self._on_full == "spool" else None
+        self._outbox = Outbox(cell_runs_topic(self._settings), self._spool, self._on_full, *self._options)
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._wake = threading.Event()
+        self._enough = threading.Event()
+        self._adopted_s = time.monotonic()
+
+    def _adopt(self) -> None:
+        try:
+            self._outbox.adopt()
+        except OSError as error:
+            raise Problem(
+                f"the spool {self._directory} cannot be read", error.strerror or str(error), "Check its files."
+            ) from error
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                # The first is not asked for an answer: the first run must not wait for one either.
+                self._outbox.producer = self._open()
+                self._thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
+                self._thread.start()
+
+    def _open(self) -> Producer:
+        try:
+            return Producer(self._config)
+        except KafkaException as error:
+            raise Problem("Kafka options refused", error.args[0].str(), "Correct `kafka=`.") from error
+
+    def _work(self) -> None:
+        while not self._enough.is_set():
+            try:
+                self._step()
+            except (OSError, KafkaException) as error:
+                self._note(error)
+                self._enough.wait(RETRY_S)
+
+    def _step(self) -> None:
+        """One turn of the thread: connect, hand over, collect deliveries, take back, adopt, sleep."""
+        outbox = self._outbox
+        if outbox.producer is None:
+            outbox.producer = self._connected()
+        has_more = outbox.hand_over()
+        if outbox.producer:
+            outbox.producer.poll(BUSY_POLL_S if outbox.is_busy and not has_more else 0)
+        if outbox.is_stuck(self._memory_s_max):
+            _log.warning("Kafka does not take cell runs: %s", outbox.trouble)
+            _dispose(outbox.take_back())
+        if time.monotonic() - self._adopted_s > ADOPT_EVERY_S:
+            self._adopted_s = time.monotonic()
+            outbox.adopt()
+        if not has_more and not outbox.is_busy:
+            self._wake.wait(IDLE_S)
+            self._wake.clear()
+
+    def _connected(self) -> Producer | None:
+        """A producer whose broker knows the topic. KafkaException when there is none, or not yet."""
+        self._candidate = self._candidate or self._open()
+        topic = cell_runs_topic(self._settings)
+        found = self._candidate.list_topics(topic, timeout=PROBE_S_MAX).topics[topic]
+        if found.error is not None:
+            raise KafkaException(found.error)
+        producer, self._candidate = self._candidate, None
+        return producer
+
+    def _note(self, error: OSError | KafkaException) -> None:
+        reason = error.args[0] if isinstance(error, KafkaException) else error
+        said = reason.str() if isinstance(reason, KafkaError) else str(reason)
+        if said != self._outbox.trouble:
+            _log.warning("cell runs are waiting: %s", said)
+        self._outbox.trouble = said
+
+    def _at_exit(self) -> None:
+        try:
+            self.close()
+        except Problem as problem:
+            _log.error("%s", problem)
+
+
+def _dispose(producer: Producer | None) -> None:
+    """Have it send nothing more. Its reports are collected, for they hold memory, and heeded by nobody."""
+    if producer is not None:
+        with suppress(KafkaException):
+            producer.purge()
+        producer.poll(0)

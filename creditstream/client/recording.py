@@ -1,0 +1,55 @@
+"""What recording a cell run means, for the producer and for its double in tests."""
+
+from typing import Literal
+
+import msgspec
+
+from schemas.cell_run import MAX_EVENT_BYTES, CellRun
+from schemas.codec import decode_run, encode_run, name_field
+from schemas.problem import Problem
+
+OnFull = Literal["spool", "block", "raise"]
+"""What becomes of a run that Kafka cannot take now, and for which memory has no room."""
+
+
+class RunRefused(Problem):
+    """A run that was not accepted. It may be recorded again under the same run id: a copy is never charged twice."""
+
+
+class InvalidRun(RunRefused):
+    """A run that would become a dead letter; recording it again cannot help."""
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the runs of this process so far, and what waits now."""
+
+    accepted: int = 0
+    """`record` returned."""
+    refused: int = 0
+    """`record` raised."""
+    delivered: int = 0
+    """Acknowledged by Kafka, adopted ones and repetitions too."""
+    spooled: int = 0
+    """Written to the spool."""
+    adopted: int = 0
+    """Found in the spools of dead processes."""
+    waiting_in_memory: int = 0
+    """Handed to librdkafka and not acknowledged. Those that are not in the spool as well are lost by a ``kill -9``."""
+    waiting_in_spool: int = 0
+    """On disk, and not yet handed over."""
+    spool_bytes: int = 0
+
+
+def valid_value(run: CellRun) -> bytes:
+    """The run as its Kafka value. InvalidRun, naming the field, for what the meter would not accept.
+
+    The meter's own decoder decides. Whether a run is too old or lies in the future is for the broker's clock to say.
+    """
+    try:
+        value = encode_run(run)
+        decode_run(value)
+    except (msgspec.MsgspecError, TypeError, ValueError) as error:
+        raise InvalidRun("the run was not recorded", name_field(str(error)), "Correct the worker.") from error
+    if len(value) > MAX_EVENT_BYTES:
+        raise InvalidRun("the run was not recorded", f"it is {len(value):,} bytes as JSON", "Shorten its fields.")
+    return value
