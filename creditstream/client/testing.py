@@ -14,7 +14,7 @@ from typing import Final, Self
 import msgspec
 
 from creditstream.client.decision import GateRules, Policy
-from creditstream.client.recording import Counts, InvalidRun, RunRefused, valid_value
+from creditstream.client.recording import Counts, RunRefused, valid_value
 from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import CellRun
 from schemas.credits import parse_credits
@@ -36,7 +36,7 @@ class MemoryProducer:
         self._lock: Final = threading.Lock()
 
     def record(self, run: CellRun) -> None:
-        """Keep the run. RunRefused, InvalidRun."""
+        """Keep the run. RunRefused when not."""
         with self._lock:
             try:
                 valid_value(run)
@@ -44,7 +44,7 @@ class MemoryProducer:
                     raise RunRefused("the run was not recorded", "the producer is closed", "Record before closing it.")
                 if self.refuse_with:
                     raise self.refuse_with
-            except (RunRefused, InvalidRun):
+            except RunRefused:
                 self._refused += 1
                 raise
             self.runs.append(run)
@@ -100,7 +100,9 @@ class MemoryGate(GateRules):
         next_allowance: str | None = None,
     ) -> None:
         """This workspace has so many credits left in the pool, as decimal text, until ``period_end``."""
-        state = State.OK if parse_credits(remaining) > 0 else State.EXHAUSTED
+        if (millicredits := parse_credits(remaining)) < 0:
+            raise ValueError(f"{remaining} credits cannot remain")
+        state = State.OK if millicredits else State.EXHAUSTED
         self._publish(workspace_id, pool, state, remaining, period_end, next_allowance)
 
     def set_unknown_plan(self, workspace_id: str) -> None:

@@ -1,0 +1,121 @@
+"""Topics, limit states and cell runs by hand: what the tests of the client share."""
+
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, date, datetime
+from itertools import count
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+from confluent_kafka import Consumer, TopicPartition
+
+from creditstream.producing import open_producer
+from schemas.cell_run import CellRun, Outcome
+from schemas.codec import decode_run
+from schemas.ledger import Pool
+from schemas.limits import AsOf, LimitState, State, state_key
+from streams.settings import Settings, read_settings
+from streams.topics import CELL_RUNS, LIMIT_STATES, Broker, ensure_topic
+
+WAIT_S_MAX: Final = 60.0
+POLL_S: Final = 0.02
+_PREFIXES: Final = count(1)
+
+
+def fresh_settings(bootstrap: str, *topics: str, partitions: int = 2, **fields: Any) -> Settings:
+    """Settings with a prefix that nobody else uses; these topics exist."""
+    prefix = f"client-{time.time_ns()}-{next(_PREFIXES)}-"
+    settings = read_settings({}, kafka_bootstrap=bootstrap, topic_prefix=prefix, partitions=partitions, **fields)
+    make_topics(settings, *topics)
+    return settings
+
+
+def make_topics(settings: Settings, *topics: str) -> None:
+    """Have these topics under the settings' prefix."""
+    for topic in topics:
+        ensure_topic(Broker(settings.kafka_bootstrap), settings.topic_prefix + topic, settings)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Return once the condition holds. AssertionError when it does not in `WAIT_S_MAX`."""
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not condition():
+        assert time.monotonic() < deadline, f"not {what} within {WAIT_S_MAX:.0f} s"
+        time.sleep(POLL_S)
+
+
+def limit_state(workspace_id: str = "ws_1", remaining: str = "10", seen: int = 1, **fields: Any) -> LimitState:
+    """A state of the enrichment pool; ``seen``: how many cell runs the meter had folded."""
+    plain = {
+        "pool": Pool.ENRICHMENT,
+        "state": State.OK,
+        "used": "0",
+        "allowance": remaining,
+        "overage": "0",
+        "as_of": as_of(seen),
+        "period_start": date(2026, 1, 15),
+    }
+    return LimitState(workspace_id=workspace_id, remaining=remaining, **plain | fields)
+
+
+def as_of(seen: int, log: str = "log") -> AsOf:
+    """Up to where the meter had folded."""
+    return AsOf(log=log, cell_runs=seen, account_events=0, at=datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def record_of(state: LimitState) -> tuple[bytes, bytes]:
+    """Key and value of a limit state."""
+    return state_key(state.workspace_id, state.pool), msgspec.json.encode(state)
+
+
+def publish(settings: Settings, records: Iterable[tuple[bytes, bytes | None]]) -> None:
+    """Write records to ``limit-states``; Kafka has them when this returns."""
+    producer = open_producer(settings.kafka_bootstrap)
+    for key, value in records:
+        producer.produce(settings.topic_prefix + LIMIT_STATES, value, key)
+        producer.poll(0)
+    assert producer.flush(WAIT_S_MAX) == 0
+
+
+def a_run(number: int, workspace_id: str = "ws_1", **fields: Any) -> CellRun:
+    """Run ``number`` of a workspace; its row is named after it."""
+    plain = {
+        "run_id": UUID(int=number + (1 << 64)),
+        "table_id": "tbl_1",
+        "column_id": "col_1",
+        "row_id": f"row_{number}",
+        "action": "enrich_person",
+        "outcome": Outcome.DATA,
+        "ran_at": datetime(2026, 8, 1, tzinfo=UTC),
+    }
+    return CellRun(workspace_id=workspace_id, **plain | fields)
+
+
+def recorded(settings: Settings) -> dict[int, list[CellRun]]:
+    """Partition → all that ``cell-runs`` holds there now, in Kafka's order."""
+    topic = settings.topic_prefix + CELL_RUNS
+    ranges = Broker(settings.kafka_bootstrap).log_ranges(topic, range(settings.partitions))
+    consumer = Consumer({"bootstrap.servers": settings.kafka_bootstrap, "group.id": "client-tests", "log_level": 0})
+    runs: dict[int, list[CellRun]] = {}
+    try:
+        for partition, found in ranges.items():
+            consumer.assign([TopicPartition(topic, partition, found.start)])
+            runs[partition] = []
+            while len(runs[partition]) < found.end - found.start:
+                message = consumer.poll(WAIT_S_MAX)
+                assert message is not None
+                assert not message.error()
+                runs[partition].append(decode_run(message.value()))
+    finally:
+        consumer.close()
+    return runs
+
+
+def first_copies(settings: Settings) -> dict[str, list[int]]:
+    """Workspace → the numbers of its runs, in the order in which their first copies lie in Kafka."""
+    found: dict[str, dict[int, None]] = {}
+    for runs in recorded(settings).values():
+        for run in runs:
+            found.setdefault(run.workspace_id, {}).setdefault(run.run_id.int - (1 << 64))
+    return {workspace_id: list(numbers) for workspace_id, numbers in found.items()}
