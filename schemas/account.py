@@ -4,14 +4,18 @@ Like cell runs they are immutable, keyed by ``workspace_id``, and idempotent, by
 ignored.
 """
 
+from datetime import UTC, datetime
 from typing import Annotated
 from uuid import UUID
 
 import msgspec
 from msgspec import Meta
 
-from schemas.cell_run import EARLIEST_RAN_AT, LATEST_RAN_AT, Identifier, Instant, Label
+from schemas.cell_run import EARLIEST_RAN_AT, Identifier, Instant, Label
 from schemas.credits import MAX_MILLICREDITS, parse_credits
+
+LATEST_EFFECTIVE_AT = datetime(2100, 1, 1, tzinfo=UTC)
+"""A later ``effective_at`` is ``malformed``: the ledger's days end in 2149, and nobody plans so far."""
 
 Credits = Annotated[
     str,
@@ -28,11 +32,11 @@ class _AccountEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class _Effective(_AccountEvent, frozen=True, kw_only=True, omit_defaults=True):
-    effective_at: Annotated[Instant, Meta(description="from when on it holds, past or future; 2020 or later")]
+    effective_at: Annotated[Instant, Meta(description="from when on it holds, past or future; from 2020 to 2099")]
 
     def __post_init__(self) -> None:
-        if not EARLIEST_RAN_AT <= self.effective_at <= LATEST_RAN_AT:
-            raise ValueError("`effective_at` lies before 2020 or after the year 9999")
+        if not EARLIEST_RAN_AT <= self.effective_at < LATEST_EFFECTIVE_AT:
+            raise ValueError("`effective_at` lies before 2020 or after 2099")
 
 
 class PlanChanged(_Effective, frozen=True, kw_only=True, omit_defaults=True, tag="plan_changed"):

@@ -43,7 +43,21 @@ LEDGER_SCHEMA: Final = pa.schema(
         ("batch_month", pa.uint32()),
     ]
 )
-"""What a batch carries; ``mark_read_at`` is added by each attempt to insert it."""
+"""What a batch of cell runs carries; ``mark_read_at`` is added by each attempt to insert it."""
+
+ACCOUNT_SCHEMA: Final = pa.schema(
+    [
+        *LEDGER_SCHEMA,
+        ("event_id", pa.binary(16)),
+        ("effective_at", pa.timestamp("ms", "UTC")),
+        ("plan", pa.string()),
+        ("allowance", pa.decimal128(18, 3)),
+        ("restart_period", pa.bool_()),
+        ("thresholds", pa.list_(pa.uint8())),
+        ("remaining_below", pa.decimal128(18, 3)),
+    ]
+)
+"""What a batch of account events carries: the same, and what only they say."""
 
 
 def instants(milliseconds: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:

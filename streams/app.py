@@ -1,4 +1,4 @@
-"""The Faust application: one agent, the batch transport, and the hooks by which partitions come and go.
+"""The Faust application: two agents, the batch transport, and the hooks by which partitions come and go.
 
 ``creditstream worker`` runs it; so does ``faust -A streams.app worker``, without the read API.
 """
@@ -14,13 +14,14 @@ import structlog
 from faust.tables.manager import TableManager
 from faust.types import TP
 
+from schemas.problem import Problem
 from sinks.ledger import ForeignMark
+from streams.batches import BATCH_BYTES_MAX, Event
 from streams.lenient import read_any_header
 from streams.meter import Meter
 from streams.settings import Settings, read_settings
-from streams.topics import cell_runs_topic
+from streams.topics import account_events_topic, cell_runs_topic
 from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
-from streams.unit import BATCH_BYTES_MAX, Event
 
 SESSION_TIMEOUT_S: Final = 10.0
 GC_THRESHOLDS: Final = (200_000, 20, 100)
@@ -52,6 +53,7 @@ class MeterApp(faust.App):
             await asyncio.to_thread(self.meter.open)
         self.meter.on_fatal = self.on_fatal
         self.meter.hold = self._hold
+        self.meter.is_at_end = self._is_at_end
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()
         gc.freeze()
@@ -71,7 +73,14 @@ class MeterApp(faust.App):
         await self.crash(error)
 
     def _hold(self, partition: int) -> None:
-        self.chunks.hold(TP(self.meter.topic.name, partition))
+        for topic in (self.meter.topic, self.meter.event_topic):
+            self.chunks.hold(TP(topic.name, partition))
+
+    def _is_at_end(self, partition: int, last: tuple[int, int]) -> bool:
+        topics = self.meter.topic, self.meter.event_topic
+        return all(
+            self.chunks.is_at_end(TP(topic.name, partition), offset) for topic, offset in zip(topics, last, strict=True)
+        )
 
     @property
     def chunks(self) -> Consumer:
@@ -81,19 +90,27 @@ class MeterApp(faust.App):
     async def load_units(self) -> None:
         """After an assignment, before the first fetch: read the marks and the state behind them."""
         await self.meter.release()
-        assigned = {tp.partition for tp in self.consumer.assignment() if tp.topic == self.meter.topic.name}
+        runs, events = self._assigned(self.meter.topic.name), self._assigned(self.meter.event_topic.name)
+        if runs != events:
+            raise Problem(
+                "the two topics are not assigned together",
+                f"cell runs {sorted(runs)}, account events {sorted(events)}",
+                "Give every worker of the group the same version and topics.",
+            )
         self.chunks.held.clear()
-        resume = await self.meter.assign(assigned)
-        cast(Transport, self.transport).resume_at = {
-            TP(self.meter.topic.name, p): offset for p, offset in resume.items()
-        }
+        resume, begins = await self.meter.assign(runs, self.conf.id)
+        cast(Transport, self.transport).resume_at = {TP(*place): offset for place, offset in resume.items()}
+        if begins:
+            await self.chunks.commit_start({TP(*place): offset for place, offset in begins.items()})
+
+    def _assigned(self, topic: str) -> set[int]:
+        return {tp.partition for tp in self.consumer.assignment() if tp.topic == topic}
 
 
 def create_app(settings: Settings) -> MeterApp:
     """The application for these settings. Nothing is connected before it starts."""
     deliver_plain_records()
     read_any_header()
-    name = cell_runs_topic(settings)
     app = MeterApp(
         f"{settings.topic_prefix}creditstream",
         **_faust_settings(settings),
@@ -107,19 +124,29 @@ def create_app(settings: Settings) -> MeterApp:
         bytes_inflight_max=BATCH_BYTES_MAX * 5 // 2,
     )
     app.transport.on_drain = app.meter.drain
-    topic = app.topic(name, key_serializer="raw", value_serializer="raw")
+    runs = app.topic(cell_runs_topic(settings), key_serializer="raw", value_serializer="raw")
+    events = app.topic(account_events_topic(settings), key_serializer="raw", value_serializer="raw")
 
-    @app.agent(topic)
+    @app.agent(runs)
     async def meter_cell_runs(stream: Any) -> None:
         """Hand each chunk to its unit; the logic is there."""
-        async for event in stream.noack().events():
-            unit = app.meter.units.get(event.message.partition)
-            # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
-            if unit and event.message.generation_id == app.consumer_generation_id:
-                unit.receive(Event(event.value, functools.partial(stream.ack, event)))
+        await _hand_over(app, stream, of_account=False)
+
+    @app.agent(events)
+    async def meter_account_events(stream: Any) -> None:
+        """Likewise."""
+        await _hand_over(app, stream, of_account=True)
 
     app.on_rebalance_complete.connect(lambda *_, **__: app.load_units())
     return app
+
+
+async def _hand_over(app: MeterApp, stream: Any, of_account: bool) -> None:
+    async for event in stream.noack().events():
+        unit = app.meter.units.get(event.message.partition)
+        # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
+        if unit and event.message.generation_id == app.consumer_generation_id:
+            unit.receive(Event(event.value, functools.partial(stream.ack, event), of_account))
 
 
 def _faust_settings(settings: Settings) -> dict[str, Any]:

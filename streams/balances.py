@@ -43,6 +43,10 @@ class Debits(NamedTuple):
     recorded_ms: Integers
     offsets: Integers
 
+    def drawing(self) -> list[str]:
+        """The workspaces that draw anything."""
+        return [self.workspaces[code] for code in np.unique(self.codes[self.credits != 0])]
+
 
 class Notice(NamedTuple):
     """One alert as the fold knows it. ``row``: which record of the take or chunk caused it; -1: time alone did."""
@@ -101,6 +105,10 @@ class Account:
         """Enrichment credits dated within a period that lies in the days kept."""
         start = max(0, period.start - self._first_day)
         return sum(self._days[start : max(0, period.end - self._first_day)])
+
+    def used_on(self, day: Day) -> Millicredits:
+        """Enrichment credits dated on a day."""
+        return self.used_between(Period(day, day + 1))
 
     def draw(self, pool: Pool, day: Day, credits: Millicredits) -> None:
         """Add a debit, or by a negative one take it back; on a closed period's day that moves no standing."""
@@ -178,6 +186,10 @@ class Balances:
 
     def __contains__(self, name: str) -> bool:
         return name in self._accounts
+
+    def begin(self, at_ms: int) -> None:
+        """The first record of a unit whose ledger is empty: before it there was no time."""
+        self.now_ms = self.now_ms or at_ms
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those that must be loaded before they can be folded; the new ones of a unit that knows all are made."""

@@ -302,6 +302,17 @@ def _refuse_untimely(runs: Runs) -> None:
         )
 
 
+REDRIVE_HEADER: Final = "creditstream-redrive-of"
+"""Names the dead letter (its position) that a record is sent again for."""
+
+
+def redrive_of(headers: Sequence[tuple[str, bytes]]) -> str:
+    """The position of the dead letter that this record is the redrive of; empty for all others."""
+    return next(
+        ((value or b"").decode(errors="replace")[:200] for name, value in headers if name == REDRIVE_HEADER), ""
+    )
+
+
 def headers_text(headers: Sequence[tuple[str, bytes]]) -> str:
     """Kafka headers as JSON, values as text with escapes, for a dead letter's ``raw_headers``."""
     if not headers:

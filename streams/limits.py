@@ -57,7 +57,7 @@ class Facts(NamedTuple):
 
     def next_arrival(self, after_ms: int) -> int:
         """When the next of them was recorded; `FOREVER_MS` when none was."""
-        arrivals = [fact.arrival[0] for fact in (*self.plans, *self.grants)]
+        arrivals = [change.arrival[0] for change in self.plans] + [grant.arrival[0] for grant in self.grants]
         arrivals += [self.thresholds.arrival[0]] if self.thresholds else []
         return min([arrival for arrival in arrivals if arrival > after_ms], default=FOREVER_MS)
 

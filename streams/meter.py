@@ -1,15 +1,15 @@
 """The meter: what one worker process holds, and how partitions come to it and leave it.
 
 `Meter.open` connects and refuses whatever could charge wrongly. `Meter.assign` loads each partition's state from the
-ledger and says where to read on; `Meter.release` lets go. Blocking calls run in three threads: one writes, one reads
-for the units, one answers people.
+ledger and says where to read on; `Meter.release` lets go. Blocking calls run in threads of their own: one writes to the
+ledger, one reads it for the units, one for courtesies, one answers people, one waits for Kafka's deliveries.
 """
 
 import asyncio
 import functools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -17,21 +17,37 @@ from typing import Any, Final
 import structlog
 
 from schemas.catalogue import Catalogue
+from schemas.limits import LimitAlert, TopColumn
+from schemas.plan import PlanLists
 from schemas.problem import Problem
-from sinks import queries
-from sinks.clickhouse import DatabaseError, connect
-from sinks.ledger import TOKEN_WINDOW_S, Chain, Incident, Ledger, Mark
+from sinks import accounts, queries
+from sinks.clickhouse import connect
+from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
-from streams.duplicates import Identity, Original, RunFilter
+from streams import account_events
+from streams.assignment import CLOCK_GRACE_MS, REDRIVE_EVERY_S, Kept, Loader, Place, answer
+from streams.balances import Opening
+from streams.batches import Batching
+from streams.duplicates import Identity, Original
+from streams.follower import Follower, Heard
+from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.settings import Settings
-from streams.topics import Broker, LogRange, Topic, cell_runs_topic, require_topic
-from streams.unit import Batching, Lanes, Unit
+from streams.topics import (
+    LIMIT_ALERTS,
+    LIMIT_STATES,
+    Broker,
+    Topic,
+    account_events_topic,
+    cell_runs_topic,
+    require_topic,
+)
+from streams.unit import Lanes, Unit
+from streams.voice import Outlets, Question
 
-EXACT_DAYS: Final = 30
-"""Runs recorded within these days are in the filter's exact tier; older ones in its Bloom filter."""
-OLDER_KEYS_AT_ONCE: Final = 100_000
-"""Keys that go into the Bloom filter between two breaths of the event loop."""
+Offsets = dict[tuple[str, int], int]
+"""(topic, partition) → offset."""
+THREADS: Final = ("writer", "reader", "answers", "courtesies", "deliveries")
 
 log: Final = structlog.get_logger()
 
@@ -44,55 +60,78 @@ class Meter:
         self.units: dict[int, Unit] = {}
         self.written: Counter[str] = Counter()
         """Rows by kind and reason since the start."""
+        self.told: Counter[str] = Counter()
+        """Alerts by kind, and states, since the start."""
         self.started_at: Final = time.time()
         self.on_fatal = on_fatal
         self.hold: Callable[[int], None] = lambda partition: None
         """Told of a partition whose unit has an incident: it is fetched no more."""
+        self.is_at_end: Callable[[int, tuple[int, int]], bool] = lambda partition, last: False
+        """Whether Kafka has nothing in a partition of both topics behind these offsets."""
         self.is_open = False
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
         self.trouble = ""
         """What the ledger said last, while it does not take what it is given."""
-        self._writer = ThreadPoolExecutor(1, "ledger-writer")
-        self._reader = ThreadPoolExecutor(1, "ledger-reader")
-        self._answerer = ThreadPoolExecutor(1, "ledger-answers")
+        self._pools = {name: ThreadPoolExecutor(1, f"meter-{name}") for name in THREADS}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._loading: set[asyncio.Task[None]] = set()
-        self._kept: dict[Chain, tuple[int, RunFilter]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._kept: dict[Chain, Kept] = {}
 
     def open(self) -> None:
-        """Connect and check. Blocking. Problem when topic, ledger or catalogue do not fit."""
+        """Connect and check. Blocking. Problem when topics, ledger, catalogue or plan lists do not fit."""
         settings = self.settings
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
+        self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
         url = ledger_url(settings)
-        self._write_client = connect(url, settings.ledger_password)
+        self._clients = {name: connect(url, settings.ledger_password) for name in THREADS[:4]}
         if url.startswith("chdb:"):
-            migrate(self._write_client)
+            migrate(self._clients["writer"])
         else:
-            require_migrated(self._write_client)
-        self._look_up_client = connect(url, settings.ledger_password)
-        self._answer_client = connect(url, settings.ledger_password)
-        queries.pin_catalogue(self._write_client, self.catalogue)
+            require_migrated(self._clients["writer"])
+        queries.pin_catalogue(self._clients["writer"], self.catalogue)
         self.broker = Broker(settings.kafka_bootstrap)
         self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
+        self.event_topic: Topic = require_topic(self.broker, account_events_topic(settings), settings)
+        for name in (LIMIT_ALERTS, LIMIT_STATES):
+            require_topic(self.broker, settings.topic_prefix + name, settings)
         self._require_token_window()
-        self.ledger = Ledger(self._write_client, settings.epoch, self._on_trouble)
-        self.lanes = Lanes(
-            ledger=self.ledger,
+        self.publisher = Publisher(settings)
+        self.lanes = self._lanes()
+        self._loader = Loader(
+            settings, self.lanes, self._outlets(), self._look_up, self.publisher.send, self._on_trouble
+        )
+        self.is_open = True
+
+    def _lanes(self) -> Lanes:
+        settings = self.settings
+        return Lanes(
+            ledger=Ledger(self._clients["writer"], settings.epoch, self._on_trouble),
             rating=RatingTable(self.catalogue),
+            plans=self.plans,
             partitions=settings.partitions,
             batching=Batching(settings.batch_rows_max, settings.linger_ms / 1000),
             find_runs=self._find_runs,
-            in_writer=functools.partial(_in_thread, self._writer),
+            find_known=self._find_known,
+            find_openings=self._find_openings,
+            in_writer=functools.partial(_in_thread, self._pools["writer"]),
             written=self.written,
             on_incident=self._on_incident,
         )
-        self.is_open = True
+
+    def _outlets(self) -> Outlets:
+        return Outlets(
+            publish=self.publisher.publish,
+            flush=lambda: _in_thread(self._pools["deliveries"], self.publisher.flush),
+            find_top_columns=self._find_top_columns,
+            note_alerts=self._note_alerts,
+            told=lambda name, number: self.told.update({name: number}),
+        )
 
     def _require_token_window(self) -> None:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
         needed = self.settings.partitions * 2 * TOKEN_WINDOW_S * 1000 // self.settings.linger_ms
-        window = queries.token_window(self._write_client)
+        window = queries.token_window(self._clients["writer"])
         if window < needed:
             raise Problem(
                 "the ledger's token window is too small",
@@ -100,85 +139,95 @@ class Meter:
                 f"ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = {needed}.",
             )
 
-    async def assign(self, partitions: set[int]) -> dict[int, int]:
-        """Load the state of these partitions: partition → offset to read from. Units with an incident are held.
+    async def assign(self, partitions: set[int], group: str) -> tuple[Offsets, Offsets]:
+        """Load the state of these partitions: where each is read from, and where ``group``, whose commits say what has
+        been told, begins that has committed nothing yet. Units with an incident are held.
 
-        Problem when the topic was deleted and made again under this process: its rows would continue the old one's.
+        Problem when a topic was deleted and made again under this process: its rows would continue the old one's.
         """
-        ranges = await _in_thread(self._reader, self.broker.log_ranges, self.topic.name, partitions)
-        await _in_thread(self._reader, self._require_same_topic)
-        resume: dict[int, int] = {}
+        topics = self.topic, self.event_topic
+        for topic in topics:
+            await _in_thread(self._pools["reader"], self._require_same_topic, topic)
+        logs = [await _in_thread(self._pools["reader"], self.broker.log_ranges, t.name, partitions) for t in topics]
+        committed = await _in_thread(
+            self._pools["reader"], self.broker.committed, group, [(t.name, p) for t in topics for p in partitions]
+        )
+        await self._follow(partitions)
+        resume: Offsets = {}
         for partition in sorted(partitions):
-            unit = await self._load(partition, ranges[partition])
-            self.units[partition] = unit
-            resume[partition] = max(unit.mark.next, ranges[partition].start)
-            if unit.incident:
-                self._on_incident(unit, unit.incident)
-            else:
-                self._start(unit)
+            place = Place(
+                (Chain(topics[0].name, topics[0].id, partition), Chain(topics[1].name, topics[1].id, partition)),
+                (logs[0][partition], logs[1][partition]),
+                (committed[topics[0].name, partition], committed[topics[1].name, partition]),
+            )
+            unit = await self._load(place)
+            resume[topics[0].name, partition] = max(unit.mark.next, logs[0][partition].start)
+            resume[topics[1].name, partition] = max(unit.event_mark.next, logs[1][partition].start)
         self._kept.clear()
         self.assigned = True
-        return resume
+        fresh = {place for place, offset in committed.items() if offset is None and self._is_empty(place)}
+        return resume, {place: offset for place, offset in resume.items() if place in fresh}
 
-    def _require_same_topic(self) -> None:
-        found = self.broker.topic(self.topic.name)
-        if found and found.id != self.topic.id:
+    def _is_empty(self, place: tuple[str, int]) -> bool:
+        unit = self.units[place[1]]
+        return not (unit.mark if place[0] == self.topic.name else unit.event_mark).rows
+
+    async def _load(self, place: Place) -> Unit:
+        chain = place.chains[0]
+        unit = await self._loader.load(place, self._kept.get(chain), self._in_background)
+        self.units[chain.partition] = unit
+        unit.is_at_end = lambda: self.is_at_end(chain.partition, unit.read)
+        unit.clock_ms = lambda: time.time_ns() // 1_000_000 - CLOCK_GRACE_MS
+        log.info(
+            "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
+            behind=place.logs[0].end - unit.mark.next, accounts=len(unit.balances),
+        )  # fmt: skip
+        if unit.incident:
+            self._on_incident(unit, unit.incident)
+        else:
+            self._start(unit)
+        return unit
+
+    def _require_same_topic(self, topic: Topic) -> None:
+        found = self.broker.topic(topic.name)
+        if found and found.id != topic.id:
             raise Problem(
-                f"topic {self.topic.name} was made again",
-                f"its id is {found.id}, this process meters {self.topic.id}",
+                f"topic {topic.name} was made again",
+                f"its id is {found.id}, this process meters {topic.id}",
                 "Restart: the new one is metered from its first offset.",
             )
 
-    async def _load(self, partition: int, log_range: LogRange) -> Unit:
-        chain = Chain(self.topic.name, self.topic.id, partition)
-        mark = await self._read_mark(chain)
-        kept_at, run_filter = self._kept.get(chain, (None, None))
-        if run_filter is None or kept_at != mark.last:
-            run_filter = await self._load_filter(chain)
-        unit = Unit(mark, chain, run_filter, self.lanes)
-        unit.incident = examine(mark, chain, log_range, self.settings.retention_gap)
-        log.info("assigned", chain=str(chain), mark=mark.last, log_end=log_range.end, behind=log_range.end - mark.next)
-        return unit
+    async def _follow(self, partitions: set[int]) -> None:
+        """Hear what others say on `limit-states` from now on."""
+        name = self.settings.topic_prefix + LIMIT_STATES
+        ends = await _in_thread(self._pools["reader"], self.broker.log_ranges, name, partitions)
+        if not hasattr(self, "_follower"):
+            self._follower = Follower(self.settings, self._hear(asyncio.get_running_loop()))
+        self._follower.follow({partition: found.end for partition, found in ends.items()})
 
-    async def _read_mark(self, chain: Chain) -> Mark:
-        closing = asyncio.get_running_loop().time() + 60
-        while True:
-            try:
-                mark: Mark = await _in_thread(self._writer, self.ledger.mark, chain)
-                return mark
-            except DatabaseError as error:
-                if asyncio.get_running_loop().time() > closing:
-                    raise
-                self._on_trouble(f"{chain}: {error}")
-                await asyncio.sleep(1)
+    def _hear(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, list[Heard]], None]:
+        def in_loop(partition: int, states: list[Heard]) -> None:
+            if unit := self.units.get(partition):
+                answer(unit, states)
 
-    async def _load_filter(self, chain: Chain) -> RunFilter:
-        run_filter = RunFilter(self.settings.duplicate_filter_mb_max * 1024 * 1024 // self.settings.partitions)
-        since = time.time() - EXACT_DAYS * 86_400
-        run_filter.add(await self._look_up(queries.recent_run_keys, chain, since))
-        loading = asyncio.create_task(self._load_older(run_filter, chain, since))
-        self._loading.add(loading)
-        loading.add_done_callback(self._loaded)
-        return run_filter
+        return lambda partition, states: _unless_closed(loop, in_loop, partition, states)
 
-    async def _load_older(self, run_filter: RunFilter, chain: Chain, since: float) -> None:
-        """The Bloom tier, month by month; meanwhile every run is a candidate."""
-        for month in await self._look_up(queries.months_before, chain, since):
-            keys = await self._look_up(queries.older_run_keys, chain, since, month)
-            for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
-                run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
-                await asyncio.sleep(0)
-        run_filter.is_complete = True
-
-    def _loaded(self, loading: asyncio.Task[None]) -> None:
-        self._loading.discard(loading)
-        if not loading.cancelled() and (error := loading.exception()):
-            self._fail(error)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
 
     def _start(self, unit: Unit) -> None:
         task = asyncio.create_task(unit.run(), name=f"unit {unit.chain}")
         task.add_done_callback(self._ended)
         self._tasks[unit.chain.partition] = task
+        self._in_background(self._redrive(unit))
+
+    async def _redrive(self, unit: Unit) -> None:
+        while True:
+            await asyncio.sleep(REDRIVE_EVERY_S)
+            await self._loader.redrive(unit)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
@@ -194,14 +243,14 @@ class Meter:
         """Stop all units. What they have not written is read again by the next owner."""
         for unit in self.units.values():
             unit.close()
-        tasks = [*self._tasks.values(), *self._loading]
+        tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _in_thread(self._writer, lambda: None)
+        await _in_thread(self._pools["writer"], lambda: None)
         for unit in self.units.values():
-            if unit.run_filter.is_complete and not unit.rows_unwritten and not unit.incident:
-                self._kept[unit.chain] = unit.mark.last, unit.run_filter
+            if unit.is_settled and unit.run_filter.is_complete and not unit.incident:
+                self._kept[unit.chain] = Kept(unit.folded, unit.run_filter, unit.balances)
         self.units.clear()
         self._tasks.clear()
 
@@ -212,23 +261,48 @@ class Meter:
 
     def close(self) -> None:
         """Let go of threads and connections, after `release`."""
-        self._writer.shutdown()
-        self._reader.shutdown()
-        self._answerer.shutdown()
-        for client in (self._write_client, self._look_up_client, self._answer_client) if self.is_open else ():
-            client.close()
+        if hasattr(self, "_follower"):
+            self._follower.close()
+        for pool in self._pools.values():
+            pool.shutdown()
+        if self.is_open:
+            self.publisher.close()
+            for client in self._clients.values():
+                client.close()
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer people: ``question(client, *args)`` in a thread of its own, which no unit waits for."""
-        return await _in_thread(self._answerer, question, self._answer_client, *args)
+        return await self._ask("answers", question, *args)
 
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer a unit, in the reader's thread."""
-        return await _in_thread(self._reader, question, self._look_up_client, *args)
+        return await self._ask("reader", question, *args)
+
+    async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
+        return await _in_thread(self._pools[thread], question, self._clients[thread], *args)
 
     async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
         rows = await self._look_up(queries.find_runs, identities)
         return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
+
+    async def _find_openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
+        return await self._loader.openings(names, now_ms)
+
+    async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
+        events: Mapping[Any, Any] = {}
+        runs: list[Any] = []
+        if identities := account_events.event_identities(chunk):
+            events = await self._look_up(accounts.known_events, identities)
+        if identities := account_events.run_identities(chunk):
+            runs = await self._look_up(accounts.runs_to_reverse, identities)
+        return account_events.known_of(events, runs)
+
+    async def _find_top_columns(self, question: Question) -> tuple[TopColumn, ...]:
+        columns: tuple[TopColumn, ...] = await self._ask("courtesies", accounts.top_columns, *question)
+        return columns
+
+    async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
+        await _in_thread(self._pools["writer"], accounts.note_alerts, self._clients["writer"], alerts)
 
     def _on_trouble(self, what: str) -> None:
         self.trouble = what
@@ -241,30 +315,6 @@ class Meter:
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
 
 
-def examine(mark: Mark, chain: Chain, log_range: LogRange, retention_gap: str) -> Incident | None:
-    """The audit at assignment: what an operator must look at before this partition may go on."""
-    if not mark.is_whole:
-        return Incident(
-            f"{chain}: the ledger has a hole",
-            f"offsets {mark.first} to {mark.last} have {mark.rows} rows that stand for {mark.gaps} offsets",
-            "Restore the missing part, or see docs/operations.md.",
-        )
-    if mark.next > log_range.end:
-        return Incident(
-            f"{chain}: the ledger is ahead of Kafka",
-            f"the mark is at {mark.last}, Kafka's log ends before {log_range.end}",
-            "Kafka lost data: restore it, or see docs/operations.md.",
-        )
-    lost = log_range.start - mark.next
-    if mark.rows and lost > 0 and retention_gap == "stop":
-        return Incident(
-            f"{chain}: Kafka dropped {lost:,} events before they were read",
-            f"the mark is at {mark.last}, Kafka's log starts at {log_range.start}",
-            "Set CREDITSTREAM_RETENTION_GAP=continue to go on without them; the gap stays visible.",
-        )
-    return None
-
-
 def ledger_url(settings: Settings) -> str:
     """Where the ledger is: the setting, else chDB in the home."""
     return settings.ledger_url or f"chdb://{Path(settings.home).resolve() / 'ledger'}"
@@ -272,3 +322,8 @@ def ledger_url(settings: Settings) -> str:
 
 async def _in_thread(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+
+def _unless_closed(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *args)

@@ -47,7 +47,7 @@ def rate(action: Action, outcome: Outcome, own_api_key: bool) -> Debit:
             return Debit(Reason.CHARGED, action.pool, action.price)
 
 
-class Debits(msgspec.Struct, frozen=True):
+class RatedRuns(msgspec.Struct, frozen=True):
     """The ledger's numbers of kind, reason and pool, millicredits and catalogue version, one row a run."""
 
     kind: Numbers
@@ -67,7 +67,7 @@ class RatingTable:
 
     def rate(
         self, actions: pa.Array, outcome: Numbers, own_api_key: npt.NDArray[np.bool_], ran_ms: npt.NDArray[np.int64]
-    ) -> Debits:
+    ) -> RatedRuns:
         """Debits of all rows. ``outcome`` holds the ledger's numbers (1 data, 2 no_data, 3 error; 0 blank)."""
         encoded = actions.dictionary_encode()
         names: list[str] = encoded.dictionary.to_pylist()
@@ -76,7 +76,7 @@ class RatingTable:
         distinct, place = np.unique(codes, return_inverse=True)
         answers = np.array([self._answer(int(code), names) for code in distinct], np.int64).reshape(-1, 5)
         rows = answers[place]
-        return Debits(
+        return RatedRuns(
             kind=rows[:, 0].astype(np.int8),
             reason=rows[:, 1].astype(np.int8),
             pool=rows[:, 2].astype(np.int8),

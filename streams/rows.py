@@ -16,9 +16,12 @@ import pyarrow as pa
 from schemas.ledger import KINDS, OUTCOMES, REASONS, Kind, Pool, Reason, number_of
 from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import Chain
+from streams.balances import Debits
 from streams.duplicates import Candidate, Identity, Original, Verdict
-from streams.intake import Record, Refusal, Runs, headers_text
-from streams.rating import Debits, RatingTable
+from streams.intake import Record, Refusal, Runs, headers_text, redrive_of
+from streams.messages import Source
+from streams.periods import DAY_MS
+from streams.rating import RatedRuns, RatingTable
 
 _RUN: Final = number_of(Kind.RUN)
 _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
@@ -34,7 +37,7 @@ class Take(msgspec.Struct, frozen=True, eq=False):
     records: list[Record]
     """As they came, for the bytes of dead letters; emptied once the rows are made."""
     runs: Runs
-    debits: Debits
+    debits: RatedRuns
     details: dict[int, str]
     """Row → what a person should know about it: duplicates and dead letters only."""
 
@@ -131,6 +134,27 @@ def _overrule(take: Take, row: int, verdict: Verdict) -> None:
     take.details[row] = verdict.detail
 
 
+def drawn(take: Take) -> Debits:
+    """What the take's rows draw, for the fold of balances."""
+    names = take.runs.columns["workspace_id"].dictionary_encode()
+    debits = take.debits
+    return Debits(
+        workspaces=names.dictionary.to_pylist(),
+        codes=names.indices.to_numpy().astype(np.int64),
+        pool=debits.pool,
+        credits=debits.credits,
+        day=take.runs.ran_ms // DAY_MS,
+        recorded_ms=take.runs.recorded_ms,
+        offsets=take.runs.offsets,
+    )
+
+
+def source_of(take: Take, row: int) -> Source:
+    """A record of the take, as an alert names the one that caused it."""
+    text = {name: take.runs.columns[name][row].as_py() for name in ("run_id", "table_id", "column_id", "action")}
+    return Source(take.chain, int(take.runs.offsets[row]), **text | {"run_id": UUID(bytes=text["run_id"])})
+
+
 def ledger_rows(take: Take) -> pa.Table:
     """The take as rows of the ledger, without ``batch_month``: that is the batch's, not the take's."""
     runs, debits, length = take.runs, take.debits, len(take.records)
@@ -153,7 +177,7 @@ def ledger_rows(take: Take) -> pa.Table:
         "reason": pa.array(debits.reason),
         "catalogue": pa.array(debits.catalogue),
         **_sparse_columns(take, dead),
-        "redrive_of": constant("", length, pa.string()),
+        "redrive_of": _redrives(take.records),
     }
     return pa.table([arrays[field.name] for field in _TAKE_SCHEMA], schema=_TAKE_SCHEMA)
 
@@ -183,6 +207,13 @@ def _sparse_columns(take: Take, dead: npt.NDArray[np.bool_]) -> dict[str, pa.Arr
         values["raw_key"][row] = record.key or b""
         values["raw_headers"][row] = headers_text(record.headers)
     return {name: pa.array(column, LEDGER_SCHEMA.field(name).type) for name, column in values.items()}
+
+
+def _redrives(records: Sequence[Record]) -> pa.Array:
+    """The dead letters that these records are sent again for; nearly always none."""
+    if not any(record.headers for record in records):
+        return constant("", len(records), pa.string())
+    return pa.array([redrive_of(record.headers) for record in records], pa.string())
 
 
 def counts(take: Take) -> dict[str, int]:

@@ -122,6 +122,16 @@ class Broker:
         finally:
             consumer.close()
 
+    def committed(self, group: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int | None]:
+        """What a group has committed of each (topic, partition): the next offset, None where nothing."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": group, "log_level": 0})
+        try:
+            asked = [TopicPartition(topic, partition) for topic, partition in places]
+            found = self._call(consumer.committed, asked, timeout=ANSWER_TIMEOUT_S) if asked else []
+            return {(place.topic, place.partition): place.offset if place.offset >= 0 else None for place in found}
+        finally:
+            consumer.close()
+
     def _answer(self, futures: Mapping[Any, Any]) -> dict[Any, Any]:
         return {key: self._call(future.result, timeout=ANSWER_TIMEOUT_S) for key, future in futures.items()}
 

@@ -14,6 +14,7 @@ The overridden methods are private names of pinned versions; ``tests/test_transp
 """
 
 import asyncio
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
@@ -34,6 +35,10 @@ delays a busy one by as much."""
 CHUNK_RECORDS_MAX: Final = 2000
 DRAIN_S_MAX: Final = 8.0
 """How long a stop or a rebalance waits for chunks in flight; what is not written then is read again."""
+
+
+END_AGE_MS_MAX: Final = 5_000
+"""An older answer of the broker does not tell where its log ends."""
 
 
 class Chunk(list[Any]):
@@ -126,6 +131,24 @@ class Consumer(driver.Consumer):
         for offset in done:
             del sent[offset]
         return done[-1] + 1 if done else None
+
+    def is_at_end(self, tp: TP, last: int) -> bool:
+        """Whether Kafka has no record of this partition after ``last``, by a fetch of the last seconds. Behind the
+        last record may lie markers of transactions: then the fetch position tells, once nothing is in flight.
+        """
+        thread = cast(Any, self._thread)
+        consumer = thread and thread._consumer
+        if not consumer or tp not in consumer.assignment():
+            return False
+        state = consumer._subscription.subscription.assignment.state_value(tp)
+        if state.highwater is None or time.time() * 1000 - (state.timestamp or 0) > END_AGE_MS_MAX:
+            return False
+        idle = not self._records_inflight[tp] and state.has_valid_position and state.position >= state.highwater
+        return last + 1 >= state.highwater or idle
+
+    async def commit_start(self, offsets: Mapping[TP, int]) -> None:
+        """Commit where a group begins that has never committed: what follows then counts as not seen by it."""
+        await self._commit(offsets)
 
     def hold(self, tp: TP) -> None:
         """Fetch this partition no more, and do not wait for its chunks in flight: nobody will acknowledge them."""

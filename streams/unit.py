@@ -1,72 +1,85 @@
-"""A unit: one Kafka partition with one state, one writer and one sequence. The only place where order exists.
+"""A unit: partition n of both topics with one state, one writer and one sequence. The only place where order exists.
 
-Order of effects, over everything that waits for a unit, 1 to 40,000 rows:
+Order of effects for cell runs, over everything that waits for a unit, 1 to 40,000 rows:
 
 1. decode and rate the records (`streams.rows`)
 2. settle copies: filter, then rows on their way, then one look-up in the ledger
-3. rows into the open batch
-4. insert, when the batch is full or has lingered (`sinks.ledger`, protocol P1)
-5. read the mark back
-6. acknowledge the chunks; the Kafka commit follows, and only informs
+3. fold into the balances (`streams.balances`)
+4. alerts, and states that changed, are handed to the producer
+5. rows into the open batch
+6. insert, when the batch is full or has lingered (`sinks.ledger`, protocol P1)
+7. read the mark back
+8. states whose ``used`` moved are handed over, too; the producer is flushed
+9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
-A crash between any two of these replays to the same ledger: what the ledger does not have is read again, and what it
-has is not. While one batch is inserted the next is prepared; every queue between them is bounded.
+A chunk of account events is a barrier: the open batch is written and read back, the chunk is rated against the ledger,
+inserted at once, read back, and then folded. So a reversal sees durable rows only.
+
+A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
+the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
+the next is prepared; every queue between them is bounded.
 """
 
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
-import pyarrow as pa
 import structlog
 
-from schemas.cell_run import from_milliseconds
-from schemas.ledger import Kind
+from schemas.ledger import ACCOUNT_KINDS, Kind
+from schemas.plan import PlanLists
 from schemas.problem import Problem
-from sinks.ledger import Batch, Chain, Incident, Ledger, Mark
+from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark
+from streams import account_events
+from streams.balances import Balances, Notice
+from streams.batches import Batching, Event, OpenBatch, batch_month, chunk_bytes
 from streams.duplicates import Identity, Original, RunFilter, settle
 from streams.intake import read_chunk
+from streams.messages import Source
 from streams.rating import RatingTable
-from streams.rows import Take, apply_verdicts, candidates, counts, ledger_rows, originals, rate_take
-
-BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
-"""Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
+from streams.rows import (
+    Take,
+    apply_verdicts,
+    candidates,
+    counts,
+    drawn,
+    ledger_rows,
+    originals,
+    rate_take,
+    source_of,
+)  # fmt: skip
+from streams.voice import Voice
 
 TAKE_ROWS_MAX: Final = 10_000
 BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""
 GATHER_S: Final = 0.02
 """How long more chunks of a backlog are waited for."""
+STATES_EVERY_S: Final = 1.0
+"""States whose ``used`` moved are told at most once in this time, and with them chunks are acknowledged."""
+TICK_S: Final = 0.25
+"""How often a unit looks at the clock."""
 
 log: Final = structlog.get_logger()
 
 
-class Event(msgspec.Struct, frozen=True, eq=False):
-    """One chunk that was delivered, and how to say that it is done."""
-
-    chunk: Any
-    acknowledge: Callable[[], Any]
-
-
-class Batching(msgspec.Struct, frozen=True):
-    """When a batch is written: at ``rows_max`` rows, or ``linger_s`` seconds after its first."""
-
-    rows_max: int
-    linger_s: float
-
-
 class Lanes(msgspec.Struct, frozen=True):
-    """What a unit shares with the others: the ledger, its threads, and the catalogue's rating table."""
+    """What a unit shares with the others: the ledger, its threads, the catalogue's rating table, the plan lists."""
 
     ledger: Ledger
     rating: RatingTable
+    plans: PlanLists
     partitions: int
     batching: Batching
     find_runs: Callable[[list[Identity]], Any]
     """Awaitable: identity → the ledger's debit, for those that it has."""
+    find_known: Callable[[Sequence[account_events.Received]], Any]
+    """Awaitable: what the ledger knows of a chunk of account events."""
+    find_openings: Callable[[Sequence[str], int], Any]
+    """Awaitable: workspaces, and the instant in Unix ms as of which → their `Opening`."""
     in_writer: Callable[..., Any]
     """Awaitable: run a blocking call in the writer's thread."""
     written: Counter[str]
@@ -77,24 +90,66 @@ class Lanes(msgspec.Struct, frozen=True):
 class Unit:
     """One assigned partition, from its first chunk to the last mark."""
 
-    def __init__(self, mark: Mark, chain: Chain, run_filter: RunFilter, lanes: Lanes) -> None:
-        self.chain: Final = chain
-        self.mark = mark
+    def __init__(
+        self,
+        marks: tuple[Mark, Mark],
+        chains: tuple[Chain, Chain],
+        run_filter: RunFilter,
+        balances: Balances,
+        voice: Voice,
+        lanes: Lanes,
+    ) -> None:
+        self.chain, self.event_chain = chains
+        self.mark, self.event_mark = marks
         self.run_filter: Final = run_filter
+        self.balances: Final = balances
+        self.voice: Final = voice
         self.incident: Problem | None = None
         self._lanes = lanes
-        self._position = mark.last
+        self._position = self._folded = self.mark.last
         self._waiting: asyncio.Queue[Event] = asyncio.Queue()
-        self._open = OpenBatch(mark.last)
+        self._pushed_back: Event | None = None
+        self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
+        self._written: list[Event] = []
+        self._settling = asyncio.Lock()
+        self._settled_at = 0.0
         self._draining = False
+        self._is_tick_due = False
         self._closing = threading.Event()
+        self.chores: list[Callable[[Unit], Any]] = []
+        """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
+        self.is_at_end: Callable[[], bool] = lambda: False
+        """Whether Kafka has nothing more for this unit: only then may the clock speak."""
+        self.clock_ms: Callable[[], int] = lambda: 0
+        """Unix milliseconds by which every record that the broker dated earlier has been seen, once at the end."""
 
     @property
     def rows_unwritten(self) -> int:
         """Rows that are rated and not yet read back from the ledger."""
         return sum(len(take.runs.offsets) for take in self._unwritten)
+
+    @property
+    def read(self) -> tuple[int, int]:
+        """The last offset of each chain that it has taken in."""
+        return self._position, self.event_mark.last
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether what it has folded is in the ledger, and everybody who should know has been told."""
+        telling = self.balances.moved or self.balances.urgent or self.voice.has_unflushed
+        return not telling and self._folded == self.mark.last
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits that it has been given."""
+        return self._waiting.empty() and self._pushed_back is None
+
+    @property
+    def folded(self) -> tuple[int, int]:
+        """The last offset of each chain that its balances hold."""
+        return self._folded, self.event_mark.last
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
@@ -111,6 +166,7 @@ class Unit:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._meter())
                 tasks.create_task(self._write())
+                tasks.create_task(self._tick())
         except* Incident as group:
             incident = group.exceptions[0]
             assert isinstance(incident, Incident)
@@ -122,16 +178,25 @@ class Unit:
         self._closing.set()
 
     async def _meter(self) -> None:
-        """Steps 1 to 3, for whatever waits."""
+        """The sequence: whatever waits, and between two takes the clock."""
         while True:
             events = await self._take()
-            chunks = [chunk for event in events if (chunk := self._unread(event))]
-            if chunks:
-                await self._rate(chunks)
-            self._open.events.extend(event for event in events if event is not _NUDGE)
-            if self._is_time_to_seal():
-                await self._sealed.put(self._open)
-                self._open = OpenBatch(self._position)
+            if events and events[0].of_account:
+                await self._take_account_events(events[0])
+            else:
+                await self._take_runs(events)
+            if self._is_tick_due:
+                self._is_tick_due = False
+                await self._look_at_the_clock()
+
+    async def _take_runs(self, events: list[Event]) -> None:
+        """Steps 1 to 5."""
+        chunks = [chunk for event in events if (chunk := self._unread(event))]
+        if chunks:
+            await self._rate(chunks)
+        self._open.events.extend(event for event in events if event is not _NUDGE)
+        if self._is_time_to_seal():
+            await self._seal()
 
     def _is_time_to_seal(self) -> bool:
         """A full batch goes, if need be after a wait; one that has only lingered goes when the writer is free: under a
@@ -141,8 +206,13 @@ class Unit:
         due = self._open.is_due(batching) or (self._draining and bool(self._open.events))
         return self._open.is_full(batching) or (due and not self._sealed.full())
 
+    async def _seal(self) -> None:
+        await self._sealed.put(self._open)
+        self._open = OpenBatch(self._position)
+
     async def _take(self) -> list[Event]:
-        """What waits, up to a full batch; nothing when the open batch has lingered enough.
+        """What waits, up to a full batch; nothing when the open batch has lingered enough. A chunk of account events
+        comes alone.
 
         A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
         """
@@ -153,8 +223,15 @@ class Unit:
         try:
             async with asyncio.timeout_at(deadline) as waiting:
                 while rows < room and not (events and self._waiting.empty() and len(events[-1].chunk) < BACKLOG_CHUNK):
-                    events.append(await self._waiting.get())
-                    rows += len(events[-1].chunk)
+                    event = self._pushed_back or await self._waiting.get()
+                    self._pushed_back = None
+                    if event.of_account:
+                        if not events:
+                            return [event]
+                        self._pushed_back = event
+                        break
+                    events.append(event)
+                    rows += len(event.chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
             pass
@@ -162,10 +239,11 @@ class Unit:
 
     def _unread(self, event: Event) -> Any:
         """The chunk without what this unit has had before, as after a seek that came twice."""
+        last = self.event_mark.last if event.of_account else self._position
         chunk = event.chunk
-        if chunk and chunk[0].offset <= self._position:
-            chunk = [record for record in chunk if record.offset > self._position]
-        if chunk:
+        if chunk and chunk[0].offset <= last:
+            chunk = [record for record in chunk if record.offset > last]
+        if chunk and not event.of_account:
             self._position = chunk[-1].offset
         return chunk
 
@@ -178,6 +256,7 @@ class Unit:
         take = rate_take(self.chain, after, chunks, parts, lanes.rating)
         await self._settle_copies(take)
         self.run_filter.add(take.new_run_keys())
+        await self._fold(take)
         self._unwritten.append(take)
         self._open.add(take, ledger_rows(take), sum(chunk_bytes(chunk) for chunk in chunks))
         for records in (take.records, *chunks):
@@ -199,8 +278,58 @@ class Unit:
             known |= await self._lanes.find_runs(list(unknown))
         apply_verdicts(take, settle(found, known))
 
+    async def _fold(self, take: Take) -> None:
+        """Steps 3 and 4."""
+        debits = drawn(take)
+        self.balances.begin(int(debits.recorded_ms[0]))
+        await self.load(debits.drawing())
+        notices = self.balances.fold(debits)
+        self._folded = take.last
+        self._tell(notices, lambda notice: source_of(take, notice.row))
+        self.balances.evict(self.mark.last)
+
+    async def load(self, names: Sequence[str]) -> None:
+        """Bring accounts into memory. One that is not there has no rows above the mark, since such are not evicted: so
+        what the ledger holds of it is all there is, whatever is being inserted meanwhile.
+        """
+        while missing := self.balances.missing(names):
+            self.balances.load(await self._lanes.find_openings(missing, self.balances.now_ms))
+
+    def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
+        self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
+
+    async def _take_account_events(self, event: Event) -> None:
+        """The barrier: everything before is durable, then this chunk is, then it is folded."""
+        chunk = self._unread(event)
+        if chunk:
+            await self._seal()
+            await self._sealed.join()
+            await self._write_account_events(chunk)
+        self._written.append(event)
+        await self._settle()
+
+    async def _write_account_events(self, chunk: Any) -> None:
+        lanes = self._lanes
+        received = account_events.receive(chunk, self.event_chain.partition, lanes.partitions)
+        known = await lanes.find_known(received)
+        rows = account_events.rate_events(received, lambda r: f"{self.event_chain}@{r.offset}", known, lanes.plans)
+        told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
+        self.balances.begin(chunk[0].timestamp)
+        await self.load([row.workspace_id for row in told])
+        month = batch_month(chunk[0].timestamp)
+        table = account_events.account_rows(self.event_chain, self.event_mark.last, rows, month)
+        batch = Batch(self.event_chain, self.event_mark.last, chunk[-1].offset, table)
+        # Both marks are read again: mark_read_at then orders the rows of both chains as they were folded.
+        stale = msgspec.structs.replace(self.event_mark, age_from=TOO_OLD)
+        self.event_mark = await lanes.in_writer(lanes.ledger.append, batch, stale, self._closing)
+        self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)
+        self._count(Counter(f"{row.kind}/{row.reason}" for row in rows), self.event_chain)
+        for row in told:
+            notices = account_events.fold_event(self.balances, row)
+            self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
+
     async def _write(self) -> None:
-        """Steps 4 to 6, batch after batch."""
+        """Steps 6 to 9, batch after batch."""
         while True:
             batch = await self._sealed.get()
             self._waiting.put_nowait(_NUDGE)  # a lingering batch may be sealed now
@@ -208,67 +337,46 @@ class Unit:
                 self.mark = await self._lanes.in_writer(
                     self._lanes.ledger.append, batch.close(self.chain), self.mark, self._closing
                 )
-            written: Counter[str] = Counter()
             for take in batch.takes:
                 self._unwritten.remove(take)
-                written.update(counts(take))
-            self._lanes.written.update(written)
-            if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
-                log.warning("dead_letters", chain=str(self.chain), mark=self.mark.last, **letters)
-            for event in batch.events:
+                self._count(Counter(counts(take)), self.chain)
+            self._written += batch.events
+            now = asyncio.get_running_loop().time()
+            if self._draining or batch.is_full(self._lanes.batching) or now - self._settled_at >= STATES_EVERY_S:
+                await self._settle()
+            self._sealed.task_done()
+
+    def _count(self, written: Counter[str], chain: Chain) -> None:
+        self._lanes.written.update(written)
+        if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
+            log.warning("dead_letters", chain=str(chain), mark=self.folded, **letters)
+
+    async def _settle(self) -> None:
+        """Steps 8 and 9, for every chunk whose rows are in the ledger."""
+        async with self._settling:
+            self._settled_at = asyncio.get_running_loop().time()
+            events, self._written = self._written, []
+            self.voice.tell_moved(self.balances, self.folded)
+            await self.voice.flush()
+            for event in events:
                 await event.acknowledge()
 
+    async def _tick(self) -> None:
+        """The clock's part: what waits for time alone, and chunks that wait for their states."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._is_tick_due = True
+            self._waiting.put_nowait(_NUDGE)
+            waits = self._written or self.balances.moved or self.voice.has_unflushed
+            if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
+                await self._settle()
 
-class OpenBatch:
-    """Rows that are gathered for one insert."""
-
-    def __init__(self, after: int) -> None:
-        self.after: Final = after
-        self.last = after
-        self.rows = 0
-        self.takes: list[Take] = []
-        self.events: list[Event] = []
-        self._tables: list[pa.Table] = []
-        self._bytes = 0
-        self._since = 0.0
-
-    def add(self, take: Take, rows: pa.Table, nbytes: int) -> None:
-        """Append the rows of one take; ``nbytes`` as they were in Kafka."""
-        if not self.takes:
-            self._since = asyncio.get_running_loop().time()
-        self.takes.append(take)
-        self._tables.append(rows)
-        self.rows += len(rows)
-        self.last = take.last
-        self._bytes += nbytes
-
-    def deadline(self, batching: Batching) -> float | None:
-        """Loop time at which it has lingered enough; None while it is empty."""
-        return self._since + batching.linger_s if self.takes else None
-
-    def is_due(self, batching: Batching) -> bool:
-        """Full, or old enough, or nothing but records that were known already."""
-        if not self.takes:
-            return bool(self.events)
-        return self.is_full(batching) or asyncio.get_running_loop().time() >= self._since + batching.linger_s
-
-    def is_full(self, batching: Batching) -> bool:
-        """No further row fits."""
-        return self.rows >= batching.rows_max or self._bytes >= BATCH_BYTES_MAX
-
-    def close(self, chain: Chain) -> Batch:
-        """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of
-        the same place must meet the same deduplication log.
-        """
-        first = from_milliseconds(int(self.takes[0].runs.recorded_ms[0]))
-        rows = pa.concat_tables(self._tables)
-        month = pa.repeat(pa.scalar(first.year * 100 + first.month, pa.uint32()), len(rows))
-        return Batch(chain, self.after, self.last, rows.append_column("batch_month", month))
-
-
-def chunk_bytes(chunk: Any) -> int:
-    """Bytes of the values as Kafka held them."""
-    return getattr(chunk, "nbytes", 0) or sum(len(record.value or b"") for record in chunk)
+    async def _look_at_the_clock(self) -> None:
+        chores, self.chores = self.chores, []
+        for chore in chores:
+            await chore(self)
+        if self.is_idle and self.is_at_end():
+            self._tell(self.balances.come(self.clock_ms()), lambda _: Source(self.chain, -1))
 
 
 async def _nothing() -> None:

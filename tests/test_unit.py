@@ -14,7 +14,8 @@ from sinks import queries
 from sinks.ledger import ForeignMark, Incident, Ledger
 from streams.duplicates import Identity, Original, RunFilter
 from streams.rating import RatingTable
-from streams.unit import Batching, Event, Lanes, Unit
+from streams.batches import Batching, Event
+from streams.unit import Lanes, Unit
 from tests.ledger_rows import Chain, assert_books_close
 from tests.records import EXAMPLES, Record, event, run_id
 

@@ -1,0 +1,290 @@
+"""What the fold of balances asks of the ledger, and the alerts that it writes beside it.
+
+All questions name workspaces, or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the
+``usage`` projection answers for one partition of a topic without a column for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import date
+from decimal import Decimal
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import pyarrow as pa
+from clickhouse_connect.driver.client import Client
+
+from schemas.credits import Millicredits, format_credits
+from schemas.ledger import Kind
+from schemas.limits import LimitAlert, TopColumn
+from sinks.ledger import Chain
+
+TOP_COLUMNS: Final = 3
+EPOCH: Final = date(1970, 1, 1)
+"""In place of the days of a pool without a period."""
+MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
+_OF_PARTITION: Final = "bitAnd(kafkaMurmurHash(workspace_id), 0x7FFFFFFF) % {partitions:UInt32} = {partition:UInt16}"
+_DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
+_EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
+
+
+class AccountRow(NamedTuple):
+    """One account event as its ledger row says it; instants in Unix ms, credits in millicredits.
+
+    ``allowance``: of a plan's period, or what was granted. ``remaining_below`` -1: none. ``credits``, ``pool`` and
+    ``day`` (since 1970-01-01) are a reversal's.
+    """
+
+    workspace_id: str
+    kind: Kind
+    recorded_ms: int
+    offset: int
+    effective_ms: int
+    plan: str
+    allowance: Millicredits
+    restart_period: bool
+    thresholds: tuple[int, ...]
+    remaining_below: Millicredits
+    pool: str
+    credits: Millicredits
+    day: int
+
+
+_ACCOUNT_ROW: Final = (
+    "workspace_id, toString(kind), toUnixTimestamp64Milli(recorded_at), kafka_offset, "
+    "toUnixTimestamp64Milli(effective_at), toString(plan), toInt64(allowance * 1000), restart_period, thresholds, "
+    "toInt64(remaining_below * 1000), toString(pool), toInt64(credits * 1000), toInt32(toUInt16(day))"
+)
+
+
+def _account_rows(found: Iterable[Sequence[Any]]) -> list[AccountRow]:
+    rows = []
+    for name, kind, recorded, offset, effective, plan, allowance, restart, thresholds, below, *rest in found:
+        limits = (tuple(thresholds), -1 if below < 0 else below)
+        rows.append(AccountRow(name, Kind(kind), recorded, offset, effective, plan, allowance, restart, *limits, *rest))
+    return rows
+
+
+def facts_of(client: Client, workspaces: Sequence[str]) -> list[AccountRow]:
+    """Every plan, grant and threshold of these workspaces, over all topic ids."""
+    found = client.query(
+        f"SELECT {_ACCOUNT_ROW} FROM ledger WHERE workspace_id IN {{names:Array(String)}} "
+        "AND kind IN ('plan', 'grant', 'limits')",
+        parameters={"names": list(workspaces)},
+    )
+    return _account_rows(found.result_rows)
+
+
+def draws_of(client: Client, workspaces: Sequence[str], since: date) -> list[tuple[str, str, int, Millicredits]]:
+    """(workspace, pool, day since 1970-01-01, credits): enrichment by day from ``since`` on, premium in one sum."""
+    found = client.query(
+        "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {_DRAWS} "
+        "AND (pool = 'premium' OR day >= {since:Date}) GROUP BY workspace_id, pool, number",
+        parameters={"names": list(workspaces), "since": since},
+    )
+    return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]
+
+
+def workspaces_of(client: Client, partition: int, partitions: int, limit: int) -> list[str]:
+    """Workspaces of a partition that have drawn anything, or have a plan: those with the newest days first."""
+    found = client.query(
+        f"SELECT workspace_id FROM ledger WHERE {_OF_PARTITION} AND kind != 'dead_letter' AND workspace_id != '' "
+        "GROUP BY workspace_id ORDER BY max(day) DESC LIMIT {limit:UInt32}",
+        parameters={"partition": partition, "partitions": partitions, "limit": limit},
+    )
+    return [name for (name,) in found.result_rows]
+
+
+def restless(client: Client, partition: int, partitions: int, since: date, from_ms: int) -> list[str]:
+    """Workspaces of a partition that time alone may move: a superset, found by one look at plans and sums.
+
+    Whoever drew since then (more than a period before ``from_ms``) as much as its lowest line under any of its plans,
+    and whoever has a plan or a grant that takes effect after ``from_ms``.
+    """
+    found = client.query(_RESTLESS, parameters={
+        "partition": partition, "partitions": partitions, "since": since, "from": from_ms,
+    })  # fmt: skip
+    return [name for (name,) in found.result_rows]
+
+
+_RESTLESS: Final = f"""
+SELECT workspace_id
+FROM (
+    SELECT workspace_id, countIf(kind = 'plan') AS plans, countIf(kind = 'limits') AS own, max(effective_at) AS latest,
+           minIf(least(toInt64(allowance * 1000) * if(empty(thresholds), 50, toInt64(arrayMin(thresholds))),
+                       toInt64((allowance - greatest(remaining_below, 0)) * 1000) * 100), kind = 'plan') AS lowest
+    FROM ledger
+    WHERE kind IN ('plan', 'grant', 'limits') AND {_OF_PARTITION}
+    GROUP BY workspace_id
+) AS accounts
+LEFT JOIN (
+    SELECT workspace_id, toInt64(sum(credits) * 1000) * 100 AS drawn
+    FROM ledger
+    WHERE kind IN ('run', 'reversal') AND pool = 'enrichment' AND day >= {{since:Date}} AND {_OF_PARTITION}
+    GROUP BY workspace_id
+) AS sums USING (workspace_id)
+WHERE latest > fromUnixTimestamp64Milli({{from:Int64}}, 'UTC')
+   OR plans > 0 AND (drawn >= lowest OR own > 0 AND drawn > 0)
+"""
+"""Sums in percents of millicredits: integers."""
+
+
+class RunToReverse(NamedTuple):
+    """A run's debit, as a reversal needs it."""
+
+    workspace_id: str
+    run_id: UUID
+    table_id: str
+    column_id: str
+    row_id: str
+    action: str
+    pool: str
+    credits: Millicredits
+    ran_ms: int
+    catalogue: int
+    reversed_at: str
+    """Where its reversal lies in Kafka; empty: it stands."""
+
+
+def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> list[RunToReverse]:
+    """The debits under these (workspace id, run id), each with its reversal if there is one."""
+    wanted = sorted(set(identities))
+    found = client.query(
+        "SELECT workspace_id, run_id, anyIf(table_id, kind = 'run'), anyIf(column_id, kind = 'run'), "
+        "anyIf(row_id, kind = 'run'), anyIf(action, kind = 'run'), toString(anyIf(pool, kind = 'run')), "
+        "toInt64(anyIf(credits, kind = 'run') * 1000), anyIf(toUnixTimestamp64Milli(ran_at), kind = 'run'), "
+        "anyIf(catalogue, kind = 'run'), anyIf(concat(topic, '[', toString(kafka_partition), ']@', "
+        "toString(kafka_offset)), kind = 'reversal') FROM ledger WHERE kind IN ('run', 'reversal') "
+        "AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s GROUP BY workspace_id, run_id "
+        "HAVING countIf(kind = 'run') > 0",
+        parameters={
+            "workspaces": sorted({workspace for workspace, _ in wanted}),
+            "runs": sorted(str(run) for _, run in wanted),
+        },
+    )
+    return [RunToReverse(*row) for row in found.result_rows if (row[0], row[1]) in set(wanted)]
+
+
+def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict[tuple[str, UUID], tuple[Any, ...]]:
+    """Account events in the ledger under these (workspace id, event id): what a copy must match, and the position."""
+    wanted = set(identities)
+    found = client.query(
+        f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_ROW} FROM ledger "
+        f"WHERE {_EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(events)s",
+        parameters={
+            "workspaces": sorted({workspace for workspace, _ in wanted}),
+            "events": sorted(str(event) for _, event in wanted),
+        },
+    )
+    known = {}
+    for event_id, run_id, actor, topic, partition, *row in found.result_rows:
+        (account_row,) = _account_rows([row])
+        if (account_row.workspace_id, event_id) in wanted:
+            position = f"{topic}[{partition}]@{account_row.offset}"
+            known[account_row.workspace_id, event_id] = (position, run_id, actor, account_row)
+    return known
+
+
+class Tail(NamedTuple):
+    """Rows of a unit that Kafka's commit has not seen: their alerts may not have left."""
+
+    debits: pa.Table
+    """`DEBIT_COLUMNS` of the run chain, in Kafka's order."""
+    events: list[tuple[int, AccountRow]]
+    """(mark_read_at in Unix ms, row) of the account chain, in Kafka's order."""
+
+
+DEBIT_COLUMNS: Final = (
+    "workspace_id", "pool", "credits", "day", "recorded_ms", "kafka_offset", "run_id", "table_id", "column_id",
+    "action", "read_ms",
+)  # fmt: skip
+
+
+def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_after: int) -> Tail:
+    """The rows of both chains after these offsets."""
+    debits = client.query_arrow(
+        "SELECT toString(workspace_id) AS workspace_id, toInt8(pool) AS pool, toInt64(credits * 1000) AS credits, "
+        "toInt64(toUInt16(day)) AS day, toUnixTimestamp64Milli(recorded_at) AS recorded_ms, "
+        "toInt64(kafka_offset) AS kafka_offset, toString(run_id) AS run_id, toString(table_id) AS table_id, "
+        "toString(column_id) AS column_id, toString(action) AS action, toUnixTimestamp64Milli(mark_read_at) AS read_ms "
+        f"FROM ledger WHERE {MARKED} AND kafka_offset > {{after:Int64}} AND kind = 'run' AND credits != 0 "
+        "ORDER BY kafka_offset",
+        parameters=_after(runs, runs_after),
+        use_strings=True,
+    )
+    found = client.query(
+        f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_ROW} FROM ledger WHERE {MARKED} "
+        f"AND kafka_offset > {{after:Int64}} AND {_EVENTS} ORDER BY kafka_offset",
+        parameters=_after(events, events_after),
+    ).result_rows
+    rows = _account_rows([row[1:] for row in found])
+    return Tail(debits, [(int(read[0]), row) for read, row in zip(found, rows, strict=True)])
+
+
+def last_recorded_ms(client: Client, chain: Chain, up_to: int) -> int:
+    """The broker's time of a chain's newest row up to an offset; 0 when there is none."""
+    ((found,),) = client.query(
+        "SELECT toUnixTimestamp64Milli(max(recorded_at)) FROM ledger "
+        f"WHERE {MARKED} AND kafka_offset <= {{after:Int64}}",
+        parameters=_after(chain, up_to),
+    ).result_rows
+    return max(0, int(found))
+
+
+def _after(chain: Chain, offset: int) -> dict[str, Any]:
+    return {"topic_id": chain.topic_id, "partition": chain.partition, "after": offset}
+
+
+def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, bytes, bytes]]:
+    """(position, key, value) of reversals that were set aside as ``unknown_run`` and whose run is there by now."""
+    found = client.query(
+        "SELECT position, raw_key, raw FROM ("
+        "SELECT concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position, raw_key, raw, "
+        f"workspace_id, run_id, kafka_offset FROM ledger WHERE {MARKED} AND kind = 'dead_letter' "
+        "AND reason = 'unknown_run') AS letters "
+        f"WHERE position NOT IN (SELECT redrive_of FROM ledger WHERE {MARKED} AND redrive_of != '') "
+        "AND (workspace_id, run_id) IN (SELECT workspace_id, run_id FROM ledger WHERE kind = 'run' AND run_id IN "
+        f"(SELECT run_id FROM ledger WHERE {MARKED} AND kind = 'dead_letter' AND reason = 'unknown_run')) "
+        "ORDER BY kafka_offset LIMIT {limit:UInt32}",
+        parameters=_after(chain, 0) | {"limit": limit},
+        column_formats={"raw": "bytes", "raw_key": "bytes"},
+    )
+    return [(position, bytes(key), bytes(value)) for position, key, value in found.result_rows]
+
+
+def top_columns(
+    client: Client, workspace_id: str, pool: str, start: date | None, end: date | None
+) -> tuple[TopColumn, ...]:
+    """The columns that drew most of a pool in the UTC days [start, end), most first; None: of all time."""
+    found = client.query(
+        "SELECT table_id, column_id, action, sum(credits) AS drawn FROM ledger WHERE workspace_id = {name:String} "
+        "AND kind IN ('run', 'reversal') AND pool = {pool:String} AND day >= {start:Date} AND day < {end:Date} "
+        f"GROUP BY table_id, column_id, action HAVING drawn > 0 ORDER BY drawn DESC, column_id LIMIT {TOP_COLUMNS}",
+        parameters={
+            "name": workspace_id, "pool": pool, "start": start or date(2020, 1, 1), "end": end or date(2149, 1, 1),
+        },
+    )  # fmt: skip
+    return tuple(
+        TopColumn(table_id=table, column_id=column, action=action, credits=format_credits(int(drawn.scaleb(3))))
+        for table, column, action, drawn in found.result_rows
+    )
+
+
+def note_alerts(client: Client, alerts: Sequence[LimitAlert]) -> None:
+    """Write down what was published, for the view ``alerts``. Raises what the database raises."""
+    client.insert(
+        "published_alerts",
+        [
+            [
+                alert.alert_id, alert.workspace_id, str(alert.pool), str(alert.kind), str(alert.state),
+                Decimal(alert.used), Decimal(alert.allowance), list(alert.thresholds),
+                Decimal(alert.remaining_below or -1), alert.period_start or EPOCH, alert.period_end or EPOCH,
+                alert.plan, str(alert.cause), alert.at, alert.position, alert.run_id or UUID(int=0), alert.seeded,
+            ]
+            for alert in alerts
+        ],
+        column_names=[
+            "alert_id", "workspace_id", "pool", "kind", "state", "used", "allowance", "thresholds", "remaining_below",
+            "period_start", "period_end", "plan", "cause", "at", "position", "run_id", "seeded",
+        ],
+    )  # fmt: skip

@@ -1,0 +1,364 @@
+"""Account events: from records to ledger rows and into balances. Pure: no I/O, no clock.
+
+A chunk of account events is rare and small; it is rated event by event, against what the ledger knows (`Known`), which
+its unit has asked for after everything before it was durable. Each record becomes exactly one row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
+from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
+from schemas.codec import decode_account_event, name_field
+from schemas.credits import parse_credits
+from schemas.ledger import Kind, Pool, Reason, number_of
+from schemas.limits import Cause
+from schemas.plan import PlanLists
+from sinks.accounts import AccountRow, RunToReverse
+from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
+from sinks.ledger import Chain
+from streams.balances import Account, Balances, Notice, Opening
+from streams.intake import Record, Refusal, headers_text, partition_of, redrive_of
+from streams.limits import Facts, Grant, Thresholds
+from streams.periods import PlanChange, day_of, history
+
+Identity = tuple[str, UUID]
+_NIL: Final = UUID(int=0)
+_EPOCH_MS: Final = 0
+
+
+class Received(NamedTuple):
+    """One record and what it is: an account event, or why it is none."""
+
+    record: Record
+    event: AccountEvent | Refusal
+
+
+class Known(NamedTuple):
+    """What the ledger holds of a chunk's ids."""
+
+    events: Mapping[Identity, tuple[str, tuple[object, ...]]]
+    """(workspace, event id) → position, and what a copy must match (`substance`)."""
+    runs: Mapping[Identity, RunToReverse]
+
+
+def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
+    """From the ledger's answers (`sinks.accounts.known_events`, `runs_to_reverse`)."""
+    substances = {
+        identity: (position, substance_of(row, run_id, actor))
+        for identity, (position, run_id, actor, row) in events.items()
+    }
+    return Known(substances, {(run.workspace_id, run.run_id): run for run in runs})
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One ledger row of the account chain, in plain values; instants in Unix ms, credits in millicredits."""
+
+    record: Record
+    kind: Kind
+    reason: Reason
+    workspace_id: str = ""
+    event_id: UUID = _NIL
+    run: RunToReverse | None = None
+    run_id: UUID = _NIL
+    effective_ms: int = _EPOCH_MS
+    ran_ms: int
+    actor: str = ""
+    pool: Pool = Pool.NONE
+    credits: int = 0
+    plan: str = ""
+    allowance: int = 0
+    restart_period: bool = False
+    thresholds: tuple[int, ...] = ()
+    remaining_below: int = -1
+    detail: str = ""
+
+
+def receive(records: Sequence[Record], partition: int, partitions: int) -> list[Received]:
+    """Decode and check, in the published order: ``too_large``, ``malformed``, ``misrouted``."""
+    return [Received(record, _decode(record, partition, partitions)) for record in records]
+
+
+def _decode(record: Record, partition: int, partitions: int) -> AccountEvent | Refusal:
+    if record.value is None:
+        return Refusal(Reason.MALFORMED, "the record has no value")
+    if len(record.value) > MAX_EVENT_BYTES:
+        return Refusal(Reason.TOO_LARGE, f"{len(record.value):,} bytes, at most {MAX_EVENT_BYTES:,}")
+    try:
+        event = decode_account_event(record.value)
+    except msgspec.DecodeError as error:
+        return Refusal(Reason.MALFORMED, name_field(str(error)))
+    home = partition_of(event.workspace_id, partitions)
+    if record.key != event.workspace_id.encode():
+        return Refusal(Reason.MISROUTED, f"the Kafka key is not the workspace_id {event.workspace_id!r}")
+    if home != partition:
+        return Refusal(Reason.MISROUTED, f"partition {partition}, but the key's murmur2 hash gives {home}")
+    return event
+
+
+def event_identities(chunk: Iterable[Received]) -> list[Identity]:
+    """The ids under which the ledger may know these events."""
+    events = [received.event for received in chunk if not isinstance(received.event, Refusal)]
+    return [(event.workspace_id, event.event_id) for event in events]
+
+
+def run_identities(chunk: Iterable[Received]) -> list[Identity]:
+    """The runs that these events reverse."""
+    return [(it.event.workspace_id, it.event.run_id) for it in chunk if isinstance(it.event, RunReversed)]
+
+
+def rate_events(chunk: Sequence[Received], position: Any, known: Known, plans: PlanLists) -> list[Row]:
+    """Rows of a chunk, in its order. ``position`` (record → text) says where a record lies in Kafka.
+
+    An event id that is known is a duplicate, or a dead letter where it says something else; a run is reversed once,
+    under whatever event ids; what names an unknown run or plan is set aside.
+    """
+    standing = dict(known.events)
+    reversed_at = {identity: run.reversed_at for identity, run in known.runs.items() if run.reversed_at}
+    rows: list[Row] = []
+    for received in chunk:
+        record, event = received
+        if isinstance(event, Refusal):
+            rows.append(_set_aside(record, event))
+            continue
+        identity = event.workspace_id, event.event_id
+        if first := standing.get(identity):
+            rows.append(_copy(record, event, *first))
+            continue
+        row = _fresh(record, event, known, reversed_at, plans)
+        if row.kind not in (Kind.DEAD_LETTER, Kind.DUPLICATE):
+            standing[identity] = position(record), substance(event)
+            if isinstance(event, RunReversed):
+                reversed_at[event.workspace_id, event.run_id] = position(record)
+        rows.append(row)
+    return rows
+
+
+def substance(event: AccountEvent) -> tuple[object, ...]:
+    """What a copy must say as well: every field that we know, times in milliseconds."""
+    actor = event.actor or ""
+    match event:
+        case PlanChanged():
+            return (Kind.PLAN, actor, event.plan, to_milliseconds(event.effective_at), event.restart_period)
+        case PremiumGranted():
+            return (Kind.GRANT, actor, parse_credits(event.credits), to_milliseconds(event.effective_at))
+        case RunReversed():
+            return (Kind.REVERSAL, actor, event.run_id)
+        case LimitsChanged():
+            return (Kind.LIMITS, actor, _percents(event), _below(event))
+
+
+def substance_of(row: AccountRow, run_id: UUID, actor: str) -> tuple[object, ...]:
+    """The same of an event that is in the ledger."""
+    match row.kind:
+        case Kind.PLAN:
+            return (row.kind, actor, row.plan, row.effective_ms, row.restart_period)
+        case Kind.GRANT:
+            return (row.kind, actor, row.allowance, row.effective_ms)
+        case Kind.REVERSAL:
+            return (row.kind, actor, run_id)
+    return (row.kind, actor, row.thresholds, row.remaining_below)
+
+
+def _percents(event: LimitsChanged) -> tuple[int, ...]:
+    """100 is always there; a list that was not given falls back to the plan's."""
+    return () if event.thresholds is None else tuple(sorted({100, *event.thresholds}))
+
+
+def _below(event: LimitsChanged) -> int:
+    return -1 if event.remaining_below is None else parse_credits(event.remaining_below)
+
+
+def _fresh(
+    record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[Identity, str], plans: PlanLists
+) -> Row:
+    plain: dict[str, Any] = {"record": record, "workspace_id": event.workspace_id, "event_id": event.event_id}
+    plain["actor"] = event.actor or ""
+    match event:
+        case PlanChanged():
+            return _plan(event, plain, plans)
+        case PremiumGranted():
+            at = to_milliseconds(event.effective_at)
+            granted: dict[str, Any] = {"effective_ms": at, "ran_ms": at, "allowance": parse_credits(event.credits)}
+            return Row(kind=Kind.GRANT, reason=Reason.PREMIUM_GRANTED, pool=Pool.PREMIUM, **plain, **granted)
+        case LimitsChanged():
+            limits: dict[str, Any] = {"thresholds": _percents(event), "remaining_below": _below(event)}
+            return Row(kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, **plain, **limits)
+        case RunReversed():
+            return _reversal(event, plain, known.runs.get((event.workspace_id, event.run_id)), reversed_at)
+
+
+def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
+    at = to_milliseconds(event.effective_at)
+    plan = plans.find(event.plan, at)
+    if plan is None:
+        refusal = Refusal(Reason.UNKNOWN_PLAN, f"plan {event.plan!r} stands in no plan list")
+        return _set_aside(plain["record"], refusal, event)
+    return Row(
+        kind=Kind.PLAN, reason=Reason.PLAN_CHANGED, pool=Pool.ENRICHMENT, effective_ms=at, ran_ms=at, plan=plan.id,
+        allowance=plan.allowance, restart_period=event.restart_period, thresholds=plan.thresholds,
+        remaining_below=-1 if plan.remaining_below is None else plan.remaining_below, **plain,
+    )  # fmt: skip
+
+
+def _reversal(
+    event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[Identity, str]
+) -> Row:
+    if run is None:
+        return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, f"no run {event.run_id} in the ledger"), event)
+    plain |= {"run": run, "run_id": run.run_id, "ran_ms": run.ran_ms}
+    if before := reversed_at.get((event.workspace_id, event.run_id)):
+        return Row(kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, detail=f"the run was reversed at {before}", **plain)
+    return Row(
+        kind=Kind.REVERSAL, reason=Reason.REVERSED, pool=Pool(run.pool), credits=-run.credits,
+        detail="what the run drew is given back", **plain,
+    )  # fmt: skip
+
+
+def _copy(record: Record, event: AccountEvent, position: str, first: tuple[object, ...]) -> Row:
+    if first != substance(event):
+        detail = f"differs from the event at {position}, which stands"
+        return _set_aside(record, Refusal(Reason.CONFLICTING_DUPLICATE, detail), event)
+    return Row(
+        record=record, kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, workspace_id=event.workspace_id,
+        event_id=event.event_id, run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
+        actor=event.actor or "", ran_ms=record.timestamp, detail=f"a copy of the event at {position}",
+    )  # fmt: skip
+
+
+def _set_aside(record: Record, refusal: Refusal, event: AccountEvent | None = None) -> Row:
+    return Row(
+        record=record, kind=Kind.DEAD_LETTER, reason=refusal.reason, detail=refusal.detail, ran_ms=record.timestamp,
+        workspace_id=event.workspace_id if event else "", event_id=event.event_id if event else _NIL,
+        run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
+        actor=(event.actor or "") if event else "",
+    )  # fmt: skip
+
+
+def account_rows(chain: Chain, after: int, rows: Sequence[Row], batch_month: int) -> pa.Table:
+    """The chunk as rows of the ledger."""
+    runs = [row.run for row in rows]
+    offsets = np.array([row.record.offset for row in rows], np.int64)
+    gaps = np.diff(offsets, prepend=after if after >= 0 else offsets[0] - 1)
+    dead = [row.kind == Kind.DEAD_LETTER for row in rows]
+    columns: dict[str, Any] = {
+        "topic": [chain.topic] * len(rows),
+        "topic_id": [chain.topic_id] * len(rows),
+        "kafka_partition": [chain.partition] * len(rows),
+        "kafka_offset": offsets,
+        "offset_gap": gaps,
+        "recorded_at": instants([row.record.timestamp for row in rows]),
+        "kind": [number_of(row.kind) for row in rows],
+        "run_id": [row.run_id.bytes for row in rows],
+        **{
+            name: [getattr(run, name) if run else "" for run in runs]
+            for name in ("table_id", "column_id", "row_id", "action")
+        },
+        "workspace_id": [row.workspace_id for row in rows],
+        "outcome": [0] * len(rows),
+        "own_api_key": [False] * len(rows),
+        "ran_at": instants([row.ran_ms for row in rows]),
+        "triggered_by": [""] * len(rows),
+        "actor": [row.actor for row in rows],
+        "pool": [number_of(row.pool) for row in rows],
+        "credits": decimals(np.array([row.credits for row in rows], np.int64)),
+        "reason": [number_of(row.reason) for row in rows],
+        "catalogue": [run.catalogue if run else 0 for run in runs],
+        "detail": [row.detail for row in rows],
+        "raw": [row.record.value or b"" if is_dead else b"" for row, is_dead in zip(rows, dead, strict=True)],
+        "raw_key": [row.record.key or b"" if is_dead else b"" for row, is_dead in zip(rows, dead, strict=True)],
+        "raw_headers": [
+            headers_text(row.record.headers) if is_dead else "" for row, is_dead in zip(rows, dead, strict=True)
+        ],
+        "redrive_of": [redrive_of(row.record.headers) for row in rows],
+        "batch_month": [batch_month] * len(rows),
+        **_account_columns(rows),
+    }
+    return pa.table([_column(columns[field.name], field.type) for field in ACCOUNT_SCHEMA], schema=ACCOUNT_SCHEMA)
+
+
+def _account_columns(rows: Sequence[Row]) -> dict[str, Any]:
+    below = np.array([-1000 if row.remaining_below < 0 else row.remaining_below for row in rows], np.int64)
+    return {
+        "event_id": [row.event_id.bytes for row in rows],
+        "effective_at": instants([row.effective_ms for row in rows]),
+        "plan": [row.plan for row in rows],
+        "allowance": decimals(np.array([row.allowance for row in rows], np.int64)),
+        "restart_period": [row.restart_period for row in rows],
+        "thresholds": [list(row.thresholds) for row in rows],
+        "remaining_below": decimals(below),
+    }
+
+
+def _column(values: Any, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values, kind)
+
+
+# Into balances.
+
+
+def account_row(row: Row) -> AccountRow:
+    """A row as the ledger would give it back."""
+    return AccountRow(
+        row.workspace_id, row.kind, row.record.timestamp, row.record.offset, row.effective_ms, row.plan, row.allowance,
+        row.restart_period, row.thresholds, row.remaining_below, str(row.pool), row.credits, day_of(row.ran_ms),
+    )  # fmt: skip
+
+
+_CAUSES: Final = {Kind.PLAN: Cause.PLAN, Kind.GRANT: Cause.GRANT, Kind.REVERSAL: Cause.REVERSAL}
+
+
+def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
+    """Fold one event that is in the ledger. Its account is loaded. A closed period's reversal moves nothing."""
+
+    def change(account: Account) -> None:
+        if row.kind == Kind.REVERSAL:
+            account.draw(Pool(row.pool), row.day, row.credits)
+        else:
+            account.facts = with_event(account.facts, row)
+
+    if row.kind == Kind.REVERSAL and row.pool == Pool.NONE:
+        return []
+    return balances.apply(row.workspace_id, _CAUSES.get(row.kind), change, row.recorded_ms, row.offset)
+
+
+def with_event(facts: Facts, row: AccountRow) -> Facts:
+    """What is known of a workspace, and one plan, grant or threshold more."""
+    arrival = row.recorded_ms, row.offset
+    below = None if row.remaining_below < 0 else row.remaining_below
+    match row.kind:
+        case Kind.PLAN:
+            change = PlanChange(
+                row.effective_ms, arrival, row.plan, row.allowance, row.restart_period, row.thresholds, below
+            )
+            return facts._replace(plans=history((*facts.plans, change)))
+        case Kind.GRANT:
+            return facts._replace(grants=(*facts.grants, Grant(row.effective_ms, arrival, row.allowance)))
+        case Kind.LIMITS:
+            newest = facts.thresholds
+            if newest and newest.arrival > arrival:
+                return facts
+            return facts._replace(thresholds=Thresholds(arrival, row.thresholds, below))
+    return facts
+
+
+def openings(
+    names: Iterable[str], events: Iterable[AccountRow], draws: Iterable[tuple[str, str, int, int]]
+) -> dict[str, Opening]:
+    """What the ledger holds of these workspaces, from its rows (`sinks.accounts.facts_of`, `draws_of`)."""
+    facts = dict.fromkeys(names, Facts())
+    for row in sorted(events, key=lambda row: (row.recorded_ms, row.offset)):
+        facts[row.workspace_id] = with_event(facts[row.workspace_id], row)
+    days: dict[str, dict[int, int]] = {name: {} for name in facts}
+    premium = dict.fromkeys(facts, 0)
+    for name, pool, day, credits in draws:
+        if pool == Pool.PREMIUM:
+            premium[name] += credits
+        else:
+            days[name][day] = days[name].get(day, 0) + credits
+    return {name: Opening(facts[name], days[name], premium[name]) for name in facts}

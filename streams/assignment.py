@@ -1,0 +1,227 @@
+"""From an assignment to a unit that may go on: marks, the duplicate filter, balances, and what is told at the start."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from schemas.ledger import Pool
+from sinks import accounts, queries
+from sinks.clickhouse import DatabaseError
+from sinks.ledger import Chain, Incident, Mark
+from streams import recovery
+from streams.account_events import openings
+from streams.balances import Balances, Opening
+from streams.duplicates import RunFilter
+from streams.follower import Heard
+from streams.intake import REDRIVE_HEADER
+from streams.settings import Settings
+from streams.topics import ACCOUNT_EVENTS, LogRange
+from streams.unit import Lanes, Unit
+from streams.voice import Outlets, Voice
+
+EXACT_DAYS: Final = 30
+"""Runs recorded within these days are in the filter's exact tier; older ones in its Bloom filter."""
+OLDER_KEYS_AT_ONCE: Final = 100_000
+"""Keys that go into the Bloom filter between two breaths of the event loop."""
+MARK_S_MAX: Final = 60
+REDRIVE_EVERY_S: Final = 60.0
+REDRIVEN_AT_ONCE: Final = 1_000
+CLOCK_GRACE_MS: Final = 1_000
+"""The worker's clock speaks of an instant this much later: the broker's may be behind."""
+
+log: Final = structlog.get_logger()
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Partition n of both topics as Kafka has it; the commits are next offsets, None: none."""
+
+    chains: tuple[Chain, Chain]
+    logs: tuple[LogRange, LogRange]
+    committed: tuple[int | None, int | None]
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What a unit had in memory when it was released with nothing on its way, and where both chains stood."""
+
+    at: tuple[int, int]
+    run_filter: RunFilter
+    balances: Balances
+
+
+Background = Callable[[Coroutine[Any, Any, None]], Any]
+
+
+class Loader:
+    """Loads units. Every wait is for the ledger; ``look_up`` asks it in the reader's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lanes: Lanes,
+        outlets: Outlets,
+        look_up: Callable[..., Awaitable[Any]],
+        send: Callable[..., None],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self._settings, self._lanes, self._outlets = settings, lanes, outlets
+        self._look_up, self._send, self._on_trouble = look_up, send, on_trouble
+        self._lives = 0
+
+    async def load(self, place: Place, kept: "Kept | None", background: Background) -> Unit:
+        """The unit of a place. ``kept``: what an assignment before has left, good if the marks are still its.
+        ``background`` runs what need not be waited for.
+        """
+        marks = await self._read_mark(place.chains[0]), await self._read_mark(place.chains[1])
+        incidents = [
+            found
+            for mark, chain, log_range in zip(marks, place.chains, place.logs, strict=True)
+            if (found := examine(mark, chain, log_range, self._settings.retention_gap))
+        ]
+        self._lives += 1
+        voice = Voice(place.chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
+        at = marks[0].last, marks[1].last
+        if kept and kept.at == at:
+            unit = Unit(marks, place.chains, kept.run_filter, kept.balances, voice, self._lanes)
+            unit.incident = next(iter(incidents), None)
+            return unit
+        run_filter = await self._load_filter(place.chains[0], background)
+        balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
+        unit = Unit(marks, place.chains, run_filter, balances, voice, self._lanes)
+        if incidents:
+            unit.incident = incidents[0]
+            return unit
+        start = recovery.starting_point(at, place.committed)
+        await self._recover(unit, start)
+        background(self._look_back(unit, start.is_seeded and marks[0].rows + marks[1].rows > 0))
+        return unit
+
+    async def openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
+        """What the ledger holds of these workspaces."""
+        events = await self._look_up(accounts.facts_of, names)
+        draws = await self._look_up(accounts.draws_of, names, recovery.first_day(now_ms))
+        return openings(names, events, draws)
+
+    async def redrive(self, unit: Unit) -> None:
+        """Send reversals again that were set aside because their run had not arrived, and now has."""
+        chain = unit.event_chain
+        for position, key, value in await self._look_up(accounts.redrivable, chain, REDRIVEN_AT_ONCE):
+            self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, position.encode())])
+            log.info("redriven", position=position)
+
+    async def _read_mark(self, chain: Chain) -> Mark:
+        closing = asyncio.get_running_loop().time() + MARK_S_MAX
+        while True:
+            try:
+                mark: Mark = await self._lanes.in_writer(self._lanes.ledger.mark, chain)
+                return mark
+            except DatabaseError as error:
+                if asyncio.get_running_loop().time() > closing:
+                    raise
+                self._on_trouble(f"{chain}: {error}")
+                await asyncio.sleep(1)
+
+    async def _load_filter(self, chain: Chain, background: Background) -> RunFilter:
+        run_filter = RunFilter(self._settings.duplicate_filter_mb_max * 1024 * 1024 // self._settings.partitions)
+        since = time.time() - EXACT_DAYS * 86_400
+        run_filter.add(await self._look_up(queries.recent_run_keys, chain, since))
+        background(self._load_older(run_filter, chain, since))
+        return run_filter
+
+    async def _load_older(self, run_filter: RunFilter, chain: Chain, since: float) -> None:
+        """The Bloom tier, month by month; meanwhile every run is a candidate."""
+        for month in await self._look_up(queries.months_before, chain, since):
+            keys = await self._look_up(queries.older_run_keys, chain, since, month)
+            for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
+                run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
+                await asyncio.sleep(0)
+        run_filter.is_complete = True
+
+    async def _recover(self, unit: Unit, start: recovery.Start) -> None:
+        """Fold again what the commit has not seen, then load who was active last."""
+        balances, chains = unit.balances, (unit.chain, unit.event_chain)
+        after = start.runs_after, start.events_after
+        for chain, offset in zip(chains, after, strict=True):
+            balances.now_ms = max(balances.now_ms, await self._look_up(accounts.last_recorded_ms, chain, offset))
+        tail = await self._look_up(accounts.tail_of, chains[0], after[0], chains[1], after[1])
+        if names := recovery.names_of(tail):
+            balances.begin(recovery.first_ms(tail))
+            events = await self._look_up(accounts.facts_of, names)
+            draws = await self._look_up(accounts.draws_of, names, recovery.first_day(balances.now_ms))
+            balances.load(openings(names, *recovery.without(tail, events, draws)))
+            told = recovery.refold(balances, tail, chains)
+            unit.voice.tell(balances, unit.folded, told)
+            log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
+        partition, partitions = unit.chain.partition, self._settings.partitions
+        preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // partitions)
+        active = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded)
+        for part in recovery.in_parts(active):
+            await unit.load(part)
+        balances.knows_all = len(active) < preloaded
+
+    async def _look_back(self, unit: Unit, is_seeding: bool) -> None:
+        """In the background: find whom time alone may move, and let the unit load them in its sequence."""
+        started_ms = unit.balances.now_ms
+        partition, partitions = unit.chain.partition, self._settings.partitions
+        since = recovery.first_day(started_ms - recovery.LOOK_BACK_MS)
+        from_ms = started_ms - recovery.LOOK_BACK_MS
+        names = await self._look_up(accounts.restless, partition, partitions, since, from_ms)
+
+        def load(part: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
+            async def chore(unit: Unit) -> None:
+                await unit.load(part)
+                told = recovery.time_alone(unit.balances, part, started_ms)
+                unit.voice.tell(unit.balances, unit.folded, told)
+                if is_seeding:
+                    recovery.seed(unit.balances, unit.voice, unit.folded, part)
+
+            return chore
+
+        unit.chores += [load(part) for part in recovery.in_parts(names)]
+
+
+def answer(unit: Unit, states: Sequence[Heard]) -> None:
+    """Another owner's states on the topic: those that are older than what this unit knows are answered."""
+    stale = [
+        (state.workspace_id, Pool(state.pool))
+        for state in states
+        if state.owner != unit.voice.owner and state.as_of.is_older_than(unit.voice.as_of(unit.balances, unit.folded))
+    ]
+    if not stale:
+        return
+
+    async def chore(unit: Unit) -> None:
+        await unit.load([name for name, _ in stale])
+        unit.balances.urgent |= dict.fromkeys(stale)
+        unit.voice.tell(unit.balances, unit.folded, [])
+        log.info("stale_states_answered", chain=str(unit.chain), states=len(stale))
+
+    unit.chores.append(chore)
+
+
+def examine(mark: Mark, chain: Chain, log_range: LogRange, retention_gap: str) -> Incident | None:
+    """The audit at assignment: what an operator must look at before this partition may go on."""
+    if not mark.is_whole:
+        return Incident(
+            f"{chain}: the ledger has a hole",
+            f"offsets {mark.first} to {mark.last} have {mark.rows} rows that stand for {mark.gaps} offsets",
+            "Restore the missing part, or see docs/operations.md.",
+        )
+    if mark.next > log_range.end:
+        return Incident(
+            f"{chain}: the ledger is ahead of Kafka",
+            f"the mark is at {mark.last}, Kafka's log ends before {log_range.end}",
+            "Kafka lost data: restore it, or see docs/operations.md.",
+        )
+    lost = log_range.start - mark.next
+    if mark.rows and lost > 0 and retention_gap == "stop":
+        return Incident(
+            f"{chain}: Kafka dropped {lost:,} events before they were read",
+            f"the mark is at {mark.last}, Kafka's log starts at {log_range.start}",
+            "Set CREDITSTREAM_RETENTION_GAP=continue to go on without them; the gap stays visible.",
+        )
+    return None

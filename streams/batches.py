@@ -1,0 +1,91 @@
+"""What a unit gathers for one insert of cell runs, and when it is written."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+import pyarrow as pa
+
+from schemas.cell_run import from_milliseconds
+from sinks.ledger import Batch, Chain
+from streams.rows import Take
+
+BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
+"""Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
+
+
+class Event(msgspec.Struct, frozen=True, eq=False):
+    """One chunk that was delivered, and how to say that it is done. ``of_account``: account events, not cell runs."""
+
+    chunk: Any
+    acknowledge: Callable[[], Any]
+    of_account: bool = False
+
+
+class Batching(msgspec.Struct, frozen=True):
+    """When a batch is written: at ``rows_max`` rows, or ``linger_s`` seconds after its first."""
+
+    rows_max: int
+    linger_s: float
+
+
+class OpenBatch:
+    """Rows that are gathered for one insert."""
+
+    def __init__(self, after: int) -> None:
+        self.after: Final = after
+        self.last = after
+        self.rows = 0
+        self.takes: list[Take] = []
+        self.events: list[Event] = []
+        self._tables: list[pa.Table] = []
+        self._bytes = 0
+        self._since = 0.0
+
+    def add(self, take: Take, rows: pa.Table, nbytes: int) -> None:
+        """Append the rows of one take; ``nbytes`` as they were in Kafka."""
+        if not self.takes:
+            self._since = asyncio.get_running_loop().time()
+        self.takes.append(take)
+        self._tables.append(rows)
+        self.rows += len(rows)
+        self.last = take.last
+        self._bytes += nbytes
+
+    def deadline(self, batching: Batching) -> float | None:
+        """Loop time at which it has lingered enough; None while it is empty."""
+        return self._since + batching.linger_s if self.takes else None
+
+    def is_due(self, batching: Batching) -> bool:
+        """Whether it has lingered enough."""
+        deadline = self.deadline(batching)
+        return deadline is not None and asyncio.get_running_loop().time() >= deadline
+
+    def is_full(self, batching: Batching) -> bool:
+        """No further row fits."""
+        return self.rows >= batching.rows_max or self._bytes >= BATCH_BYTES_MAX
+
+    def close(self, chain: Chain) -> Batch:
+        """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of
+        the same place must meet the same deduplication log.
+        """
+        rows = pa.concat_tables(self._tables)
+        month = batch_month(int(self.takes[0].runs.recorded_ms[0]))
+        return Batch(
+            chain,
+            self.after,
+            self.last,
+            rows.append_column("batch_month", pa.repeat(pa.scalar(month, pa.uint32()), len(rows))),
+        )
+
+
+def batch_month(recorded_ms: int) -> int:
+    """The ClickHouse partition of a batch, from the broker's time of its first record: ``202611``."""
+    first = from_milliseconds(recorded_ms)
+    return first.year * 100 + first.month
+
+
+def chunk_bytes(chunk: Any) -> int:
+    """Bytes of the values as Kafka held them."""
+    return getattr(chunk, "nbytes", 0) or sum(len(record.value or b"") for record in chunk)

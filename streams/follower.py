@@ -1,0 +1,83 @@
+"""Follows `limit-states` for the units of this worker: nothing fences a topic, so a worker that was paused, lost its
+partitions and wakes may still publish what it knew. The owner sees that and answers with what is so now.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+from schemas.limits import AsOf
+from streams.settings import Settings
+from streams.topics import LIMIT_STATES
+
+POLL_S: Final = 0.2
+MESSAGES_AT_ONCE: Final = 500
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """What of a state on the topic tells whether it is stale."""
+
+    workspace_id: str
+    pool: str
+    owner: str
+    as_of: AsOf
+
+
+_decode: Final = msgspec.json.Decoder(Heard).decode
+
+
+class Follower:
+    """One thread per worker. ``hear`` (partition, states of other owners) is called in that thread."""
+
+    def __init__(self, settings: Settings, hear: Callable[[int, list[Heard]], None]) -> None:
+        self._topic = settings.topic_prefix + LIMIT_STATES
+        self._hear = hear
+        self._closing = threading.Event()
+        self._wanted: dict[int, int] | None = None
+        self._consumer = Consumer(
+            {
+                "bootstrap.servers": settings.kafka_bootstrap,
+                "group.id": f"{settings.topic_prefix}creditstream-states",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "latest",
+                "fetch.queue.backoff.ms": 5,
+                "queued.max.messages.kbytes": 4096,
+                "log_level": 0,
+            }
+        )
+        self._thread = threading.Thread(target=self._follow, name="states-follower", daemon=True)
+        self._thread.start()
+
+    def follow(self, starts: Mapping[int, int]) -> None:
+        """From now on these partitions, each from this offset on."""
+        self._wanted = dict(starts)
+
+    def close(self) -> None:
+        """Stop."""
+        self._closing.set()
+        self._thread.join()
+        self._consumer.close()
+
+    def _follow(self) -> None:
+        followed: dict[int, int] | None = None
+        while not self._closing.is_set():
+            if (wanted := self._wanted) is not followed:
+                followed = wanted
+                self._consumer.assign([TopicPartition(self._topic, p, at) for p, at in (wanted or {}).items()])
+            if not followed:
+                self._closing.wait(POLL_S)
+                continue
+            heard: dict[int, list[Heard]] = {}
+            for message in self._consumer.consume(MESSAGES_AT_ONCE, POLL_S):
+                error, value = message.error(), message.value()
+                if isinstance(error, KafkaError) or not value:
+                    continue
+                try:
+                    heard.setdefault(message.partition() or 0, []).append(_decode(value))
+                except msgspec.DecodeError:
+                    continue  # not a state of ours: nothing to answer
+            for partition, states in heard.items():
+                self._hear(partition, states)

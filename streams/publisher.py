@@ -1,0 +1,86 @@
+"""Hands messages to Kafka without waiting, and says when Kafka has them.
+
+One idempotent producer for all units of a worker, with a thread of its own that hears of deliveries. A message that
+Kafka does not take within `DELIVERY_S_MAX` is fatal: its chunk is then never acknowledged, and the next process folds
+it again to the same alert.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+from confluent_kafka import KafkaError, Message, Producer
+
+from schemas.problem import Unreachable
+from streams.settings import Settings
+
+DELIVERY_S_MAX: Final = 60
+QUEUE_MESSAGES_MAX: Final = 200_000
+POLL_S: Final = 0.05
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class Publisher:
+    """Blocking only in `flush`, and in `publish` while `QUEUE_MESSAGES_MAX` messages wait for a slow broker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._prefix = settings.topic_prefix
+        self._bootstrap = settings.kafka_bootstrap
+        self._failure = ""
+        self._closing = threading.Event()
+        self._producer = Producer(
+            {
+                "bootstrap.servers": settings.kafka_bootstrap,
+                "enable.idempotence": True,
+                "linger.ms": 1,
+                "compression.type": "lz4",
+                "message.timeout.ms": DELIVERY_S_MAX * 1000,
+                "queue.buffering.max.messages": QUEUE_MESSAGES_MAX,
+                "log_level": 2,
+            }
+        )
+        self._thread = threading.Thread(target=self._listen, name="publisher", daemon=True)
+        self._thread.start()
+
+    def publish(self, topic: str, partition: int, key: bytes, message: msgspec.Struct) -> None:
+        """Hand over one message, as JSON, for a partition: that of its workspace, as in every topic."""
+        self.send(topic, partition, key, _encode(message))
+
+    def send(
+        self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> None:
+        """Hand over bytes as they are."""
+        while True:
+            try:
+                self._producer.produce(
+                    self._prefix + topic, value, key, partition, headers=list(headers), on_delivery=self._delivered
+                )
+                return
+            except BufferError:
+                time.sleep(POLL_S)
+
+    def flush(self) -> None:
+        """Return once Kafka has everything that was handed over. Unreachable when it does not take it."""
+        left = self._producer.flush(DELIVERY_S_MAX)
+        if left or self._failure:
+            raise Unreachable(
+                f"Kafka at {self._bootstrap} does not take alerts and states",
+                self._failure or f"{left:,} wait for an answer",
+                "See the broker's log; the worker folds them again when it starts.",
+            )
+
+    def close(self) -> None:
+        """Stop listening; what was not flushed may be lost."""
+        self._closing.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        while not self._closing.is_set():
+            self._producer.poll(POLL_S)
+
+    def _delivered(self, error: KafkaError | None, _: Message | Any) -> None:
+        if error:
+            self._failure = error.str()

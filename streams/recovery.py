@@ -1,0 +1,153 @@
+"""How a unit's balances come back: from the ledger, never from Kafka's own idea of what was done.
+
+1. Rows that Kafka's commit has not seen, (committed, mark], are in the ledger, but their alerts may not have left: they
+   are folded once more, from the balances without them, in the order in which they were written.
+2. The workspaces that were active last are loaded, a bounded number; all others when a record asks for them.
+3. In the background: what time alone has told in the last 48 h, and who waits for an instant to come.
+
+Without a commit, or with too many rows behind it, there is no history to fold again: then the states and what stands
+crossed are told, marked ``seeded``.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import numpy as np
+
+from schemas.ledger import Kind, Pool, number_of
+from sinks.accounts import AccountRow, Tail
+from sinks.ledger import Chain
+from streams.account_events import fold_event
+from streams.balances import DAYS_KEPT, METERED, NOT_OK, Balances, Debits, Notice, look_back
+from streams.messages import Source, seeded_alert
+from streams.periods import day_of, to_date
+from streams.voice import Voice
+
+TAIL_ROWS_MAX: Final = 1_000_000
+"""More rows than this behind the commit are not folded again."""
+PRELOADED_MAX: Final = 5_000
+"""Workspaces of a unit that are loaded at its assignment."""
+LOADED_AT_ONCE: Final = 2_000
+LOOK_BACK_MS: Final = 48 * 60 * 60 * 1000
+
+
+class Start(NamedTuple):
+    """From where a unit's balances are recovered. ``is_seeded``: no history is folded again."""
+
+    runs_after: int
+    events_after: int
+    is_seeded: bool
+
+
+def starting_point(marks: tuple[int, int], committed: tuple[int | None, int | None]) -> Start:
+    """What Kafka's commits (next offsets, None: none) and the ledger's marks say together."""
+    after = [mark if commit is None else commit - 1 for mark, commit in zip(marks, committed, strict=True)]
+    is_seeded = any(
+        (commit is None and mark >= 0) or last > mark or mark - last > TAIL_ROWS_MAX
+        for commit, mark, last in zip(committed, marks, after, strict=True)
+    )
+    runs, events = marks if is_seeded else after
+    return Start(runs, events, is_seeded)
+
+
+def names_of(tail: Tail) -> list[str]:
+    """The workspaces that the tail is about."""
+    return sorted({*tail.debits.column("workspace_id").to_pylist(), *(row.workspace_id for _, row in tail.events)})
+
+
+def first_ms(tail: Tail) -> int:
+    """The broker's time of its first record."""
+    recorded: list[int] = tail.debits.column("recorded_ms").to_pylist()[:1]
+    return min(recorded + [row.recorded_ms for _, row in tail.events[:1]])
+
+
+def without(
+    tail: Tail, events: Sequence[AccountRow], draws: Sequence[tuple[str, str, int, int]]
+) -> tuple[list[AccountRow], list[tuple[str, str, int, int]]]:
+    """What the ledger holds of the tail's workspaces (`facts_of`, `draws_of`), without the tail itself."""
+    taken = {(row.kind, row.offset) for _, row in tail.events}
+    earlier = [row for row in events if (row.kind, row.offset) not in taken]
+    debits = tail.debits.select(["workspace_id", "pool", "credits", "day"]).to_pydict()
+    undone = [
+        (name, Pool.PREMIUM if pool == _PREMIUM else Pool.ENRICHMENT, 0 if pool == _PREMIUM else day, -credits)
+        for name, pool, credits, day in zip(*debits.values(), strict=True)
+    ]
+    undone += [
+        (row.workspace_id, Pool(row.pool), 0 if row.pool == Pool.PREMIUM else row.day, -row.credits)
+        for _, row in tail.events
+        if row.kind == Kind.REVERSAL
+    ]
+    return earlier, [*draws, *undone]
+
+
+_PREMIUM: Final = number_of(Pool.PREMIUM)
+
+
+def refold(balances: Balances, tail: Tail, chains: tuple[Chain, Chain]) -> list[tuple[Notice, Source | None]]:
+    """Fold the tail in the order in which it was written: by the instants at which its batches' marks were read."""
+    notices: list[tuple[Notice, Source | None]] = []
+    table = tail.debits
+    read_ms = table.column("read_ms").to_numpy()
+    first = 0
+    for at_ms, event in [*tail.events, (None, None)]:
+        last = len(table) if at_ms is None else int(np.searchsorted(read_ms, at_ms, side="right"))
+        if last > first:
+            part = table.slice(first, last - first)
+            notices += [(notice, _source(part, notice, chains[0])) for notice in balances.fold(_debits(part))]
+            first = last
+        if event is not None:
+            found = fold_event(balances, event)
+            notices += [(n, Source(chains[1], n.row) if n.row >= 0 else None) for n in found]
+    return notices
+
+
+def _debits(table: Any) -> Debits:
+    names = table.column("workspace_id").combine_chunks().dictionary_encode()
+    columns = {name: table.column(name).to_numpy() for name in ("pool", "credits", "day", "recorded_ms")}
+    return Debits(
+        workspaces=names.dictionary.to_pylist(),
+        codes=names.indices.to_numpy().astype(np.int64),
+        offsets=table.column("kafka_offset").to_numpy(),
+        **columns,
+    )
+
+
+def _source(table: Any, notice: Notice, chain: Chain) -> Source | None:
+    if notice.row < 0:
+        return None
+    record = {name: table.column(name)[notice.row].as_py() for name in ("run_id", "table_id", "column_id", "action")}
+    offset = table.column("kafka_offset")[notice.row].as_py()
+    return Source(chain, offset, **record | {"run_id": UUID(record["run_id"])})
+
+
+def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Sequence[str]) -> None:
+    """Tell states, and what stands crossed, of workspaces that are not ``ok``: they notify nobody."""
+    alerts = []
+    for name in names:
+        account = balances[name]
+        for pool in METERED:
+            if account.standing(pool).state in NOT_OK and account.standing(pool).passed:
+                alerts.append(seeded_alert(account, pool, balances.now_ms))
+            balances.urgent[name, pool] = None
+    if alerts:
+        voice.publish_alerts(alerts)
+    voice.tell(balances, folded, [])
+
+
+def time_alone(balances: Balances, names: Sequence[str], started_ms: int) -> list[tuple[Notice, Source | None]]:
+    """What instants of the 48 h before ``started_ms`` told of these workspaces, for a worker that was not there."""
+    return [
+        (notice, None) for name in names for notice in look_back(balances[name], started_ms - LOOK_BACK_MS, started_ms)
+    ]
+
+
+def in_parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """At most `LOADED_AT_ONCE` at once."""
+    for start in range(0, len(names), LOADED_AT_ONCE):
+        yield names[start : start + LOADED_AT_ONCE]
+
+
+def first_day(now_ms: int) -> Any:
+    """The first day whose debits an account holds, as of an instant."""
+    return to_date(max(0, day_of(now_ms) - DAYS_KEPT))

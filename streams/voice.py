@@ -1,0 +1,139 @@
+"""A unit's voice: hands alerts and states to the producer in the order of the fold, and knows when Kafka has them.
+
+States leave at once. Alerts wait at most `COURTESY_S_MAX` for the columns that drew most, which is a courtesy: it may
+be a second old, and an alert that cannot have it leaves without. Published alerts are also noted in the ledger's
+database, for the view ``alerts``; before Kafka's commit, so none is missing there, and after a crash one may be noted
+twice.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from schemas.cell_run import from_milliseconds
+from schemas.ledger import Pool
+from schemas.limits import AsOf, LimitAlert, TopColumn, state_key
+from sinks.ledger import Chain
+from streams.balances import Account, Balances, Key, Notice
+from streams.messages import Source, alert_of, runs_out_on, state_of
+from streams.topics import LIMIT_ALERTS, LIMIT_STATES
+
+COURTESY_S_MAX: Final = 0.05
+COURTESY_AGE_S_MAX: Final = 1.0
+COURTESY_ALERTS_MAX: Final = 20
+"""With more alerts at once than this, none waits for its columns."""
+Question = tuple[str, str, Any, Any]
+"""(workspace, pool, first day, day after the last one; None: premium, of all time)."""
+
+log: Final = structlog.get_logger()
+
+
+class Outlets(msgspec.Struct, frozen=True):
+    """Where a voice goes, shared by all units of a worker."""
+
+    publish: Callable[[str, int, bytes, msgspec.Struct], None]
+    """Hand one message over: topic, partition, key, message."""
+    flush: Callable[[], Any]
+    """Awaitable: Kafka has everything that was handed over."""
+    find_top_columns: Callable[[Question], Any]
+    """Awaitable: the columns that drew most."""
+    note_alerts: Callable[[Sequence[LimitAlert]], Any]
+    """Awaitable: they stand in the database."""
+    told: Callable[[str, int], None]
+    """Count alerts (by kind) and states."""
+
+
+class Voice:
+    """Of one unit. ``owner`` names the unit's life; states carry it."""
+
+    def __init__(self, chains: tuple[Chain, Chain], owner: str, outlets: Outlets) -> None:
+        self._partition = chains[0].partition
+        self._log = "+".join(chain.topic_id for chain in chains)
+        self.owner: Final = owner
+        self._outlets = outlets
+        self._pending: asyncio.Task[None] | None = None
+        self._unnoted: list[LimitAlert] = []
+        self._courtesies: dict[Question, tuple[float, tuple[TopColumn, ...]]] = {}
+        self.has_unflushed = False
+
+    def as_of(self, balances: Balances, folded: tuple[int, int]) -> AsOf:
+        """What the unit's states rest on now."""
+        runs, events = folded
+        return AsOf(log=self._log, cell_runs=runs, account_events=events, at=from_milliseconds(balances.now_ms))
+
+    def tell(self, balances: Balances, folded: tuple[int, int], told: Sequence[tuple[Notice, Source | None]]) -> None:
+        """Hand over the alerts of a fold, and the states that changed by it."""
+        alerts = [
+            alert_of(notice, source, runs_out_on(balances[notice.workspace_id], notice.at_ms)
+                     if notice.standing.terms.pool == Pool.ENRICHMENT else None)
+            for notice, source in told
+        ]  # fmt: skip
+        if alerts:
+            self.publish_alerts(alerts)
+        keys = list(balances.urgent)
+        balances.urgent.clear()
+        self._publish_states(balances, folded, keys)
+
+    def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
+        """Hand over the states of which only ``used`` has moved."""
+        self._publish_states(balances, folded, list(balances.moved))
+
+    def publish_alerts(self, alerts: Sequence[LimitAlert]) -> None:
+        """Hand alerts over, behind those that still wait for their columns."""
+        self.has_unflushed = True
+        self._pending = asyncio.create_task(self._publish(alerts, self._pending))
+
+    async def flush(self) -> None:
+        """Return once Kafka has everything, and the database every alert. Raises what went wrong with any of it."""
+        if not self.has_unflushed:
+            return
+        self.has_unflushed = False
+        if self._pending:
+            await self._pending
+        alerts, self._unnoted = self._unnoted, []
+        if alerts:
+            await self._outlets.note_alerts(alerts)
+        await self._outlets.flush()
+
+    def _publish_states(self, balances: Balances, folded: tuple[int, int], keys: Sequence[Key]) -> None:
+        if not keys:
+            return
+        as_of = self.as_of(balances, folded)
+        for name, pool in keys:
+            balances.moved.discard((name, pool))
+            if name in balances:
+                self._publish_state(balances[name], pool, as_of)
+        self.has_unflushed = True
+        self._outlets.told("states", len(keys))
+
+    def _publish_state(self, account: Account, pool: Pool, as_of: AsOf) -> None:
+        state = state_of(account, pool, as_of, self.owner)
+        self._outlets.publish(LIMIT_STATES, self._partition, state_key(account.name, pool), state)
+
+    async def _publish(self, alerts: Sequence[LimitAlert], before: "asyncio.Task[None] | None") -> None:
+        if len(alerts) <= COURTESY_ALERTS_MAX:
+            alerts = await asyncio.gather(*(self._with_columns(alert) for alert in alerts))
+        if before:
+            await before
+        for alert in alerts:
+            self._outlets.publish(LIMIT_ALERTS, self._partition, alert.workspace_id.encode(), alert)
+            self._outlets.told(alert.kind, 1)
+        self._unnoted += alerts
+
+    async def _with_columns(self, alert: LimitAlert) -> LimitAlert:
+        question = alert.workspace_id, str(alert.pool), alert.period_start, alert.period_end
+        now = asyncio.get_running_loop().time()
+        asked_at, columns = self._courtesies.get(question, (0.0, ()))
+        if now - asked_at > COURTESY_AGE_S_MAX:
+            try:
+                async with asyncio.timeout(COURTESY_S_MAX):
+                    columns = await self._outlets.find_top_columns(question)
+            except TimeoutError:
+                return alert
+            if len(self._courtesies) > COURTESY_ALERTS_MAX:
+                self._courtesies.clear()
+            self._courtesies[question] = now, columns
+        return msgspec.structs.replace(alert, top_columns=columns)
