@@ -24,6 +24,12 @@ from streams.periods import DAY_MS, Day, Period, day_of
 DAYS_KEPT: Final = 40
 """Days before "now" whose debits an account holds: a billing period has at most 31."""
 METERED: Final = (Pool.ENRICHMENT, Pool.PREMIUM)
+_MOVED: Final = {
+    (True, True): frozenset(METERED),
+    (True, False): frozenset({Pool.ENRICHMENT}),
+    (False, True): frozenset({Pool.PREMIUM}),
+    (False, False): frozenset[Pool](),
+}
 NOT_OK: Final = (State.WARNING, State.EXHAUSTED)
 
 Integers = npt.NDArray[np.int64]
@@ -64,7 +70,8 @@ class Account:
     """One workspace as of a moment. Made by `Balances.load`."""
 
     __slots__ = (
-        "_days", "_first_day", "awaited_ms", "enrichment", "facts", "name", "offset", "premium", "told", "until_ms",
+        "_days", "_enrichment", "_first_day", "_next_lines", "_premium", "_used", "_used_premium", "awaited_ms",
+        "facts", "name", "offset", "told", "until_ms",
     )  # fmt: skip
 
     def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
@@ -73,16 +80,27 @@ class Account:
         self._days = array("q", bytes(8 * (DAYS_KEPT + 2)))
         for day, credits in opening.enrichment.items():
             self._add(day, credits)
-        self.premium = Standing(terms_of(self.facts, Pool.PREMIUM, now_ms), opening.premium)
-        self.enrichment = self._standing(now_ms)
-        self.until_ms = self._until()
+        self._used: Millicredits = 0
+        self._used_premium = opening.premium
+        self.until_ms = 0
         """The next instant at which something changes by time alone."""
+        self.renew(now_ms)
         self.awaited_ms = FOREVER_MS
         """The instant for which it stands in the heap of boundaries."""
         self.offset = -1
         """The last offset of the run chain that was folded into it."""
         self.told = self.outline()
         """What `limit-states` knows of it, without ``used``."""
+
+    @property
+    def enrichment(self) -> Standing:
+        """Where the enrichment pool stands."""
+        return Standing(self._enrichment, self._used)
+
+    @property
+    def premium(self) -> Standing:
+        """Where the premium pool stands."""
+        return Standing(self._premium, self._used_premium)
 
     def standing(self, pool: Pool) -> Standing:
         """Of one pool."""
@@ -91,9 +109,13 @@ class Account:
     @property
     def waits(self) -> bool:
         """Whether time alone may have something to tell: it is not `ok`, or something is to take effect."""
-        terms = self.enrichment.terms
-        assert terms.period is not None
-        return self.enrichment.state in NOT_OK or self.until_ms < terms.period.end * DAY_MS
+        return self.enrichment.state in NOT_OK or self.until_ms < self.period.end * DAY_MS
+
+    @property
+    def period(self) -> Period:
+        """The running billing period."""
+        assert self._enrichment.period is not None
+        return self._enrichment.period
 
     def outline(self) -> tuple[tuple[object, ...], ...]:
         """What of each pool is told at once when it changes: state, lines passed, and everything of its terms."""
@@ -113,26 +135,43 @@ class Account:
     def draw(self, pool: Pool, day: Day, credits: Millicredits) -> None:
         """Add a debit, or by a negative one take it back; on a closed period's day that moves no standing."""
         if pool == Pool.PREMIUM:
-            self.premium = self.premium._replace(used=self.premium.used + credits)
-            return
-        self._add(day, credits)
-        period = self.enrichment.terms.period
-        if period and day in period:
-            self.enrichment = self.enrichment._replace(used=self.enrichment.used + credits)
+            self._used_premium += credits
+        else:
+            self._add(day, credits)
+            if day in self.period:
+                self._used += credits
+
+    def draw_below(self, sums: Sequence[tuple[Pool, Day, Millicredits]]) -> frozenset[Pool] | None:
+        """Add many debits at once, unless together they would reach a line: then None, and nothing is added. Else the
+        pools whose ``used`` has moved.
+        """
+        start, end = self.period
+        used, premium = self._used, self._used_premium
+        for pool, day, credits in sums:
+            if pool is Pool.PREMIUM:
+                premium += credits
+            elif start <= day < end:
+                used += credits
+        if used >= self._next_lines[0] or premium >= self._next_lines[1]:
+            return None
+        for pool, day, credits in sums:
+            if pool is Pool.ENRICHMENT:
+                self._add(day, credits)
+        moved = _MOVED[used != self._used, premium != self._used_premium]
+        self._used, self._used_premium = used, premium
+        return moved
 
     def renew(self, now_ms: int) -> None:
         """Compute the terms afresh: an account event came, or an instant."""
-        self.premium = self.premium._replace(terms=terms_of(self.facts, Pool.PREMIUM, now_ms))
-        self.enrichment = self._standing(now_ms)
-        self.until_ms = self._until()
+        self._premium = terms_of(self.facts, Pool.PREMIUM, now_ms)
+        self._enrichment = terms_of(self.facts, Pool.ENRICHMENT, now_ms)
+        self._used = self.used_between(self.period)
+        self.until_ms = min(self._enrichment.until_ms, self._premium.until_ms)
+        self.aim()
 
-    def _standing(self, now_ms: int) -> Standing:
-        terms = terms_of(self.facts, Pool.ENRICHMENT, now_ms)
-        assert terms.period is not None
-        return Standing(terms, self.used_between(terms.period))
-
-    def _until(self) -> int:
-        return min(self.enrichment.terms.until_ms, self.premium.terms.until_ms)
+    def aim(self) -> None:
+        """Look up the next lines, after a balance has crossed one or fallen."""
+        self._next_lines = self.enrichment.next_line, self.premium.next_line
 
     def _add(self, day: Day, credits: Millicredits) -> None:
         place = day - self._first_day
@@ -232,11 +271,11 @@ class Balances:
                 continue
             account = self._touch(name)
             account.offset = last
-            if account.until_ms > latest_ms and _stays_below(account, sums):
-                for pool, day, credits in sums:
-                    self._draw(account, pool, day, credits)
-            else:
+            moved = account.draw_below(sums) if account.until_ms > latest_ms else None
+            if moved is None:
                 notices += self._walk(account, debits, drawing[debits.codes[drawing] == code])
+            else:
+                self.moved.update([(name, pool) for pool in moved])
         self.now_ms = max(self.now_ms, latest_ms)
         return sorted(notices, key=lambda notice: notice.at_ms)
 
@@ -294,6 +333,7 @@ class Balances:
             after = account.standing(pool)
             if lines := crossed(after.terms, used, after.used):
                 notices.append(Notice(kind_of(lines), account.name, after, lines, at_ms, Cause.RUN, row))
+        account.aim()
         self._settle(account)
         return notices
 
@@ -361,17 +401,6 @@ def _standings(account: Account, facts: Facts, at_ms: int) -> tuple[Standing, St
     return (
         Standing(enrichment, account.used_between(enrichment.period)),
         Standing(terms_of(facts, Pool.PREMIUM, at_ms), account.premium.used),
-    )
-
-
-def _stays_below(account: Account, sums: Sequence[tuple[Pool, Day, Millicredits]]) -> bool:
-    """Whether these debits together cross no line."""
-    drawn = dict.fromkeys(METERED, 0)
-    for pool, _, credits in sums:
-        drawn[pool] += credits
-    return all(
-        standing.used + drawn[standing.terms.pool] < standing.next_line
-        for standing in (account.enrichment, account.premium)
     )
 
 

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from calendar import monthrange
 from collections.abc import Iterable, Sequence
 from datetime import date
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from schemas.credits import Millicredits
@@ -57,6 +58,7 @@ def to_day(when: date) -> Day:
     return when.toordinal() - _EPOCH_ORDINAL
 
 
+@lru_cache(maxsize=65_536)
 def add_months(day: Day, months: int) -> Day:
     """The same day of the month so many months later, clamped to that month's last day: 31 Jan, 28 Feb, 31 Mar."""
     start = to_date(day)
