@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime
+from functools import cache
 from itertools import count
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from creditstream.producing import open_producer
 from schemas.cell_run import CellRun, Outcome
@@ -71,11 +72,17 @@ def record_of(state: LimitState) -> tuple[bytes, bytes]:
 
 def publish(settings: Settings, records: Iterable[tuple[bytes, bytes | None]]) -> None:
     """Write records to ``limit-states``; Kafka has them when this returns."""
-    producer = open_producer(settings.kafka_bootstrap)
+    producer = _producer(settings.kafka_bootstrap)
     for key, value in records:
         producer.produce(settings.topic_prefix + LIMIT_STATES, value, key)
         producer.poll(0)
     assert producer.flush(WAIT_S_MAX) == 0
+
+
+@cache
+def _producer(bootstrap: str) -> Producer:
+    """One for all tests: an idempotent producer takes half a second to begin."""
+    return open_producer(bootstrap)
 
 
 def a_run(number: int, workspace_id: str = "ws_1", **fields: Any) -> CellRun:

@@ -29,6 +29,7 @@ from streams.topics import LIMIT_STATES
 
 READY_S_MAX: Final = 30
 RETRY_S: Final = 0.5
+PROBE_S_MAX: Final = 1.0
 ASK_EVERY_S: Final = 1.0
 ANSWER_S_MAX: Final = 5.0
 REACH_S_MAX: Final = 60.0
@@ -241,7 +242,7 @@ class _Follower(threading.Thread):
             consumer.close()
 
     def _partitions(self, admin: AdminClient) -> int:
-        found = admin.list_topics(self._topic, timeout=ANSWER_S_MAX).topics[self._topic]
+        found = admin.list_topics(self._topic, timeout=PROBE_S_MAX).topics[self._topic]
         if found.error is not None:
             raise KafkaException(found.error)
         return len(found.partitions)

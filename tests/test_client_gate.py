@@ -1,0 +1,169 @@
+"""The gate on a real Kafka: when it is ready, what it follows, what it says when it cannot know."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+
+from creditstream.client import Because, Gate
+from creditstream.client.place import found_settings
+from creditstream.home import Endpoints, Home
+from schemas.ledger import Pool
+from schemas.limits import state_key
+from schemas.problem import Problem, Unreachable
+from streams.settings import Settings, read_settings
+from streams.topics import CELL_RUNS, LIMIT_STATES
+from tests.client_kafka import fresh_settings, limit_state, make_topics, publish, record_of, wait_until
+
+ROOT: Final = Path(__file__).parent.parent
+NOWHERE: Final = read_settings({}, kafka_bootstrap="127.0.0.1:1")
+
+FORKS = """
+import os, sys, time
+import msgspec
+from creditstream.client import Because, Gate
+from streams.settings import Settings
+gate = Gate(msgspec.json.decode(sys.argv[1], type=Settings), on_unknown="deny", on_stale="deny", stale_after_s=600)
+gate.wait_ready(60)
+assert gate.check("ws_1", "enrich_person"), gate.check("ws_1", "enrich_person")
+child = os.fork()
+if child == 0:
+    answer = gate.check("ws_1", "enrich_person")
+    assert answer.reason == Because.STALE, answer
+    gate.wait_ready(60)
+    assert gate.check("ws_1", "enrich_person").reason == Because.ENOUGH
+    print("child", flush=True)
+    sys.exit(0)
+assert gate.check("ws_1", "enrich_person")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert gate.check("ws_1", "enrich_person")
+gate.close()
+print("parent")
+"""
+
+
+def open_gate(settings: Settings, stale_after_s: int = 600) -> Gate:
+    """A gate that denies whatever it does not know."""
+    return Gate(settings, on_unknown="deny", on_stale="deny", stale_after_s=stale_after_s)
+
+
+def test_it_is_ready_once_it_holds_all_partitions(kafka: str) -> None:
+    """After `wait_ready` every state that was there is held, of every partition, the newest of each workspace."""
+    settings = fresh_settings(kafka, LIMIT_STATES, partitions=4)
+    old = (record_of(limit_state(f"ws_{number}", "7", 1)) for number in range(300))
+    new = (record_of(limit_state(f"ws_{number}", str(number), 2)) for number in range(300))
+    publish(settings, [*old, *new, (state_key("ws_5", Pool.ENRICHMENT), None)])
+    with open_gate(settings) as gate:
+        gate.wait_ready()
+        assert gate.is_ready
+        left = [gate.check(f"ws_{number}", "enrich_person").remaining for number in range(300)]
+        assert left == [None if number == 5 else str(number) for number in range(300)]
+
+
+def test_an_empty_topic_is_ready_too(kafka: str) -> None:
+    """Where there is no state yet, nothing is stale: every workspace is unknown."""
+    with open_gate(fresh_settings(kafka, LIMIT_STATES)) as gate:
+        gate.wait_ready()
+        assert gate.check("ws_1", "enrich_person").reason == Because.UNKNOWN_WORKSPACE
+
+
+def test_it_follows_while_others_ask(kafka: str) -> None:
+    """Threads that check without end see each workspace's balance only fall, as it was published."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    wrong: list[int] = []
+    enough = threading.Event()
+    with open_gate(settings) as gate:
+        gate.wait_ready()
+        publish(settings, [record_of(limit_state(remaining="500", seen=0))])
+        wait_until(lambda: gate.check("ws_1", "enrich_person"), "followed")
+
+        def ask() -> None:
+            last = 500_000
+            while not enough.is_set():
+                found = gate.check("ws_1", "enrich_person").remaining_millicredits
+                if not 0 <= found <= last:
+                    wrong.append(found)
+                last = found
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        publish(settings, [record_of(limit_state(remaining=str(500 - n), seen=n)) for n in range(501)])
+        wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.EXHAUSTED, "exhausted")
+        enough.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_without_kafka_it_answers_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """On a dead address checks are stale at once, and waiting ends with one line that a person can act on."""
+    with open_gate(NOWHERE) as gate:
+        assert gate.check("ws_1", "enrich_person").reason == Because.STALE
+        assert gate.check("ws_1", "hubspot_send")
+        with pytest.raises(Unreachable, match=r"the gate is not ready after 1 s: .*127\.0\.0\.1:1.*CREDITSTREAM_KAFKA"):
+            gate.wait_ready(1)
+        wait_until(lambda: "the gate has trouble" in caplog.text, "told")
+
+
+def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str) -> None:
+    """A gate may start before the meter has ever run, says so, and is ready once the topic is there."""
+    settings = fresh_settings(kafka)
+    with open_gate(settings) as gate:
+        with pytest.raises(Unreachable, match=r"Unknown topic or partition \(.*limit-states"):
+            gate.wait_ready(2)
+        make_topics(settings, LIMIT_STATES)
+        gate.wait_ready(60)
+
+
+def test_a_gate_that_no_longer_hears_is_stale(kafka: str) -> None:
+    """A closed gate answers with what it holds until that is older than `stale_after_s`; its thread is gone."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    publish(settings, [record_of(limit_state())])
+    gate = open_gate(settings, stale_after_s=2)
+    gate.wait_ready()
+    wait_until(lambda: gate.check("ws_1", "enrich_person"), "fresh")
+    gate.close()
+    wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.STALE, "stale")
+    answer = gate.check("ws_1", "enrich_person")
+    assert answer.age_ms is not None
+    assert answer.age_ms > 2000
+    assert "creditstream-gate" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_forked_child_follows_by_itself(kafka: str) -> None:
+    """In a child the answers are stale until its own follower has caught up; both processes end in an orderly way."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    publish(settings, [record_of(limit_state())])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, msgspec.json.encode(settings).decode()],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "child\nparent\n", "")
+
+
+def test_options_that_are_the_contract_cannot_be_changed() -> None:
+    """TLS and the like are the caller's; what makes the gate right is not."""
+    with pytest.raises(Problem, match=r"Kafka options refused: auto\.offset\.reset may not be changed"):
+        Gate(NOWHERE, on_unknown="deny", on_stale="deny", kafka={"auto.offset.reset": "latest"})
+
+
+def test_kafka_is_found_by_environment_or_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable wins; without it, the process that holds the home says where its Kafka is; else the default."""
+    for name in ("CREDITSTREAM_KAFKA_BOOTSTRAP", "CREDITSTREAM_TOPIC_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CREDITSTREAM_HOME", str(tmp_path))
+    assert found_settings().kafka_bootstrap == "127.0.0.1:9092"
+    home = Home.at(None)
+    with home.hold():
+        import os
+
+        home.publish(Endpoints("127.0.0.1:5", "http://127.0.0.1:6", os.getpid()))
+        assert found_settings().kafka_bootstrap == "127.0.0.1:5"
+        monkeypatch.setenv("CREDITSTREAM_KAFKA_BOOTSTRAP", "kafka:9")
+        assert found_settings().kafka_bootstrap == "kafka:9"
+    assert found_settings().topic_prefix + CELL_RUNS == "cell-runs"
