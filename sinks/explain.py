@@ -28,7 +28,16 @@ _SET_ASIDE: Final = {
     Reason.STALE_RUN: "it arrived too late",
     Reason.CONFLICTING_DUPLICATE: "another event under the same run id said something else",
     Reason.UNKNOWN_ACTION: "no price is known for it",
+    Reason.UNKNOWN_RUN: "only its reversal has arrived, which waits for it",
+    Reason.UNKNOWN_PLAN: "no plan list names the plan",
 }
+_NO_RUN: Final = {
+    Reason.REVERSED: "a reversal",
+    Reason.PLAN_CHANGED: "a plan",
+    Reason.PREMIUM_GRANTED: "a grant",
+    Reason.LIMITS_CHANGED: "a workspace's thresholds",
+}
+"""What account events are; none of them is ever explained as a run."""
 
 
 def credits_text(millicredits: Millicredits, pool: str = Pool.ENRICHMENT) -> str:
@@ -54,6 +63,8 @@ def sentence(reason: Reason, credits: Millicredits, pool: str, action: str, foun
             return f"Free: {name} {_FREE[reason]}."
         case Reason.DUPLICATE:
             return f"Not charged again: this is {detail}."
+        case Reason.REVERSED | Reason.PLAN_CHANGED | Reason.PREMIUM_GRANTED | Reason.LIMITS_CHANGED:
+            return f"Not a run: this is {_NO_RUN[reason]}."
     return f"Not charged: the run was set aside, because {_SET_ASIDE[reason]} ({detail})."
 
 
@@ -70,9 +81,25 @@ def again(deliveries: list[Delivery]) -> str:
     return told
 
 
+def taken_back(rows: list[dict[str, Any]]) -> str:
+    """What the sentence adds for a run that was reversed: `rows` are those of its workspace."""
+    for row in rows:
+        if row["kind"] == Kind.REVERSAL:
+            given = credits_text(-int(row["credits"].scaleb(3)), row["pool"])
+            return f" It was reversed on {row['recorded_at']:%Y-%m-%d}: {given} given back."
+    return ""
+
+
 def run_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows under one run id, the one to explain: the debit, or else the first event."""
-    return next((row for row in rows if row["kind"] == Kind.RUN), rows[0])
+    """Of the rows under one run id, the one to explain: the debit, or else the first event of a run, or any."""
+    of_runs = [row for row in rows if not _is_account_event(row)]
+    return next((row for row in of_runs if row["kind"] == Kind.RUN), (of_runs or rows)[0])
+
+
+def _is_account_event(row: dict[str, Any]) -> bool:
+    """A reversal, or a copy of one: it carries the run's id and an event's own."""
+    event_id = row.get("event_id")
+    return bool(event_id and event_id.int)
 
 
 def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catalogue) -> Explanation:
@@ -84,11 +111,12 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
     reason = Reason(chosen["reason"])
     millicredits = int(chosen["credits"].scaleb(3))
     action = _action(chosen, catalogue)
-    deliveries = [_delivery(row) for row in rows if row["workspace_id"] == chosen["workspace_id"]]
+    mine = [row for row in rows if row["workspace_id"] == chosen["workspace_id"]]
+    others = [_delivery(row) for row in mine if row is not chosen and not _is_account_event(row)]
     told = sentence(reason, millicredits, chosen["pool"], chosen["action"], action, chosen["detail"])
     rule, rule_text = RULES[reason]
     return Explanation(
-        sentence=told + again([delivery for delivery in deliveries if delivery.position != _position(chosen)]),
+        sentence=told + again(others) + taken_back(mine),
         **{name: chosen[name] for name in _COPIED},
         run_id=str(chosen["run_id"]),
         action_name=action.name if action else "",
@@ -99,7 +127,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
         not_free_because=_not_free_because(reason),
         runs_of_this_cell=runs_of_this_cell,
         position=_position(chosen),
-        deliveries=deliveries,
+        deliveries=[_delivery(row) for row in mine],
     )
 
 

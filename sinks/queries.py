@@ -148,13 +148,15 @@ _KEYS_OF: Final = {
 def usage(client: Client, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
     """Credits and runs of one workspace in the UTC days [start, end), most credits first (days: in order).
 
-    Summed by plain keys of the ``usage`` projection; what is free is split off here, since ``sumIf`` misses it.
+    What was reversed is taken off the credits, not off the runs. Summed by plain keys of the ``usage`` projection; what
+    is free is split off here, since ``sumIf`` misses it.
     """
     keys = _KEYS_OF[by]
     grouped = list(dict.fromkeys([*keys, "pool", "reason"]))
     found = client.query(
         f"SELECT {', '.join(grouped)}, sum(credits), count() FROM ledger "
-        "WHERE workspace_id = {workspace:String} AND kind = 'run' AND day >= {start:Date} AND day < {end:Date} "
+        "WHERE workspace_id = {workspace:String} AND kind IN ('run', 'reversal') AND day >= {start:Date} "
+        "AND day < {end:Date} "
         f"GROUP BY {', '.join(grouped)}",
         parameters={"workspace": workspace_id, "start": start or date(2020, 1, 1), "end": end or date(2149, 1, 1)},
     )
@@ -163,7 +165,7 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
         fields = dict(zip(grouped, group, strict=True))
         total = sums.setdefault((*(fields[key] for key in keys), fields["pool"]), [Decimal(0), 0, 0])
         total[0] += credits
-        total[1] += runs
+        total[1] += 0 if fields["reason"] == Reason.REVERSED else runs
         total[2] += runs if fields["reason"] in FREE_REASONS else 0
     return [
         UsageRow(**dict(zip((*keys, "pool"), group, strict=True)), credits=_text(credits), runs=runs, free_runs=free)
@@ -172,10 +174,11 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
 
 
 def workspaces(client: Client, limit: int) -> list[WorkspaceTotal]:
-    """The workspaces that drew most, over all time."""
+    """The workspaces that drew most, over all time, less what was reversed."""
     found = client.query(
-        "SELECT workspace_id, sum(credits) AS total, count() FROM ledger WHERE kind = 'run' GROUP BY workspace_id "
-        "ORDER BY total DESC, workspace_id LIMIT {limit:UInt32}",
+        "SELECT workspace_id, sum(drawn) AS total, sum(if(kind = 'run', counted, 0)) FROM (SELECT workspace_id, kind, "
+        "sum(credits) AS drawn, count() AS counted FROM ledger WHERE kind IN ('run', 'reversal') "
+        "GROUP BY workspace_id, kind) GROUP BY workspace_id ORDER BY total DESC, workspace_id LIMIT {limit:UInt32}",
         parameters={"limit": limit},
     )
     return [
