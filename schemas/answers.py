@@ -53,6 +53,41 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
+class BalanceMove(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool's balance when a run came, and after it. Negative: overage. Premium has no period."""
+
+    pool: str
+    before: str
+    after: str
+    allowance: str
+    plan: str
+    period_start: date | None = None
+    period_end: date | None = None
+
+
+class PublishedAlert(msgspec.Struct, frozen=True, kw_only=True):
+    """A limit alert that left the meter; see `schemas.limits.LimitAlert`."""
+
+    alert_id: str
+    workspace_id: str
+    pool: str
+    kind: str
+    state: str
+    used: str
+    allowance: str
+    thresholds: list[int]
+    remaining_below: str | None
+    period_start: date | None
+    period_end: date | None
+    plan: str
+    cause: str
+    at: datetime
+    position: str
+    run_id: str
+    seeded: bool
+    published_at: datetime
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Why a run cost what it cost: a sentence for a customer, then the evidence."""
 
@@ -82,6 +117,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     runs_of_this_cell: int
     position: str
     deliveries: list[Delivery]
+    balance: BalanceMove | None = None
+    alert: PublishedAlert | None = None
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,3 +208,156 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     written: dict[str, int]
     uptime_s: int
     duplicate_filter_bytes: int
+
+
+class PoolBalance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one pool of a workspace stands. ``thresholds``: percents that are passed. Premium has no period.
+
+    ``runs_out_on``: when the enrichment credits will be gone at the pace of the last days, if before the period's end.
+    """
+
+    workspace_id: str
+    pool: str
+    state: str
+    used: str
+    allowance: str
+    remaining: str
+    overage: str
+    thresholds: list[int]
+    remaining_below: str | None
+    period_start: date | None
+    period_end: date | None
+    next_allowance: str | None
+    plan: str
+    runs_out_on: date | None
+    as_of: datetime
+
+
+class PeriodRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One billing period of a workspace, whole UTC days [start, end). Before the first plan ``plan`` is empty."""
+
+    workspace_id: str
+    period_start: date
+    period_end: date
+    plan: str
+    allowance: str
+    used: str
+    remaining: str
+    overage: str
+    is_closed: bool
+
+
+class StatementLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One pool over one billing period: opening + granted - debited + reversed - expired = closing.
+
+    Enrichment opens with 0, is granted the period's allowance, and what is left at its end expires (R10). Premium
+    carries over. ``closing`` is summed apart from the others, and ``foots`` says whether they agree; negative: overage.
+    """
+
+    workspace_id: str
+    pool: str
+    period_start: date
+    period_end: date
+    plan: str
+    opening: str
+    granted: str
+    debited: str
+    reversed: str
+    expired: str
+    closing: str
+    runs: int
+    is_closed: bool
+    foots: bool
+    as_of: datetime
+
+
+class SpendCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """May a workspace run an action now? ``reason`` is the gate's own. ``remaining`` None: it does not matter."""
+
+    workspace_id: str
+    action: str
+    cells: int
+    own_api_key: bool
+    allowed: bool
+    reason: str
+    credits: str
+    pool: str
+    remaining: str | None
+    state: str
+    period_end: date | None
+    as_of: datetime
+
+
+class ShareOfRuns(msgspec.Struct, frozen=True, kw_only=True):
+    """How many runs of a column ended for one reason."""
+
+    reason: str
+    runs: int
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bulk run will cost (R14). ``expected`` rests on ``history``, how earlier runs of the column with the
+    product's key ended, and is rounded up; without one it is the worst case. ``warning`` empty: it fits.
+    """
+
+    workspace_id: str
+    action: str
+    cells: int
+    own_api_key: bool
+    table_id: str
+    column_id: str
+    pool: str
+    price: str
+    worst_case: str
+    expected: str
+    remaining: str | None
+    fits: bool
+    warning: str
+    history: list[ShareOfRuns]
+    as_of: datetime
+
+
+class TopBy(StrEnum):
+    """What `top` lists first: the largest share of the allowance used, or what will be gone soonest."""
+
+    USED = "used"
+    RUNS_OUT = "runs_out"
+
+
+class TopRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool that is close to its limit. ``used_percent`` is cut, not rounded."""
+
+    workspace_id: str
+    pool: str
+    state: str
+    used: str
+    allowance: str
+    remaining: str
+    used_percent: int
+    period_end: date | None
+    plan: str
+    runs_out_on: date | None
+
+
+class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan of a workspace's history. Thresholds empty: the default ones."""
+
+    workspace_id: str
+    effective_at: datetime
+    plan: str
+    allowance: str
+    restart_period: bool
+    thresholds: list[int]
+    remaining_below: str | None
+    recorded_at: datetime
+    in_force: bool
+
+
+class LimitsInForce(msgspec.Struct, frozen=True, kw_only=True):
+    """At which percents and below how many credits a workspace is told, and who said so: workspace, plan or default."""
+
+    workspace_id: str
+    thresholds: list[int]
+    thresholds_by: str
+    remaining_below: str | None
+    remaining_below_by: str

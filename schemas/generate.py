@@ -6,14 +6,17 @@ Everything is derived from the types, so there is one source of truth; a test fa
 import json
 import re
 import textwrap
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
 
+from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import EARLIEST_RAN_AT, MAX_EVENT_BYTES, CellRun, Outcome
-from schemas.codec import encode_run
+from schemas.ledger import Pool
+from schemas.limits import AlertKind, AsOf, Cause, LimitAlert, LimitState, State
 
 GENERATED: Final = Path(__file__).parent / "generated"
 CONTRACT_VERSION: Final = "1.0.0"
@@ -25,18 +28,37 @@ _COMPONENTS: Final = "#/components/schemas/"
 
 
 class Message(NamedTuple):
-    """One message on one topic. ``key`` is the field whose text is the Kafka key."""
+    """What is said on one topic: a type, or a tagged union of types."""
 
     name: str
-    payload: type[msgspec.Struct]
+    payload: Any
     schema_file: str
     topic: str
     channel: str
+    key: str
+    """What the Kafka key is."""
+    action: str
+    """``receive``: the meter reads it. ``send``: the meter writes it."""
     operation: str
     summary: str
-    key: str
-    example: bytes
+    examples: tuple[msgspec.Struct, ...]
 
+
+_NOW: Final = EARLIEST_RAN_AT.replace(year=2026, month=11, day=22, hour=11, minute=59, second=58)
+_RUN_ID: Final = UUID("01938d0e-7c00-7000-8000-000000000001")
+_EVENT_ID: Final = UUID("01938d0e-7c00-7000-8000-000000000002")
+_STANDING: Final[dict[str, Any]] = {
+    "workspace_id": "ws_acme",
+    "pool": Pool.ENRICHMENT,
+    "state": State.WARNING,
+    "used": "16001",
+    "allowance": "20000",
+    "remaining": "3999",
+    "overage": "0",
+    "period_start": date(2026, 11, 15),
+    "period_end": date(2026, 12, 15),
+    "plan": "20k",
+}
 
 MESSAGES: Final = (
     Message(
@@ -45,21 +67,84 @@ MESSAGES: Final = (
         schema_file="cell_run.schema.json",
         topic="cell-runs",
         channel="cellRuns",
+        key="the workspace_id",
+        action="receive",
         operation="meterCellRuns",
         summary="Debits every cell run once, by the charge rules.",
-        key="workspace_id",
-        example=encode_run(
+        examples=(
             CellRun(
-                run_id=UUID("01938d0e-7c00-7000-8000-000000000001"),
+                run_id=_RUN_ID,
                 workspace_id="ws_acme",
                 table_id="tbl_leads",
                 column_id="col_work_email",
                 row_id="row_17",
                 action="find_work_email",
                 outcome=Outcome.DATA,
-                ran_at=EARLIEST_RAN_AT.replace(year=2026, month=11, day=22, hour=11, minute=59, second=58),
+                ran_at=_NOW,
                 triggered_by="auto_update",
-            )
+            ),
+        ),
+    ),
+    Message(
+        name="accountEvent",
+        payload=AccountEvent,
+        schema_file="account_event.schema.json",
+        topic="account-events",
+        channel="accountEvents",
+        key="the workspace_id",
+        action="receive",
+        operation="keepAccounts",
+        summary="Plans, premium grants, reversals and thresholds. Only billing may write it.",
+        examples=(
+            PlanChanged(event_id=_EVENT_ID, workspace_id="ws_acme", plan="20k", effective_at=_NOW, actor="billing"),
+            PremiumGranted(event_id=_EVENT_ID, workspace_id="ws_acme", credits="500", effective_at=_NOW),
+            RunReversed(event_id=_EVENT_ID, workspace_id="ws_acme", run_id=_RUN_ID, actor="support"),
+            LimitsChanged(event_id=_EVENT_ID, workspace_id="ws_acme", thresholds=(80, 95), remaining_below="500"),
+        ),
+    ),
+    Message(
+        name="limitAlert",
+        payload=LimitAlert,
+        schema_file="limit_alert.schema.json",
+        topic="limit-alerts",
+        channel="limitAlerts",
+        key="the workspace_id",
+        action="send",
+        operation="alert",
+        summary="One message for one crossing. A replay repeats the alert_id: drop ids that you have seen.",
+        examples=(
+            LimitAlert(
+                alert_id=_EVENT_ID,
+                kind=AlertKind.CROSSED,
+                at=_NOW,
+                cause=Cause.RUN,
+                thresholds=(80,),
+                position="cell-runs[3]@88123",
+                run_id=_RUN_ID,
+                table_id="tbl_leads",
+                column_id="col_work_email",
+                action="find_work_email",
+                **_STANDING,
+            ),
+        ),
+    ),
+    Message(
+        name="limitState",
+        payload=LimitState,
+        schema_file="limit_state.schema.json",
+        topic="limit-states",
+        channel="limitStates",
+        key="pool/workspace_id",
+        action="send",
+        operation="tellStates",
+        summary="The newest state of every workspace and pool; the topic is compacted. What gates follow.",
+        examples=(
+            LimitState(
+                next_allowance="20000",
+                thresholds=(50, 80),
+                as_of=AsOf(log="topic ids", cell_runs=88123, account_events=17, at=_NOW),
+                **_STANDING,
+            ),
         ),
     ),
 )
@@ -82,8 +167,8 @@ def json_schemas() -> dict[str, bytes]:
 
 def asyncapi() -> bytes:
     """The topics, their keys and messages, as an AsyncAPI 3.0 document in YAML."""
-    payloads = [message.payload for message in MESSAGES]
-    schemas = _plain(msgspec.json.schema_components(payloads, ref_template=_COMPONENTS + "{name}")[1])
+    types = [message.payload for message in MESSAGES]
+    payloads, schemas = _plain(list(msgspec.json.schema_components(types, ref_template=_COMPONENTS + "{name}")))
     document = {
         "asyncapi": "3.0.0",
         "info": {
@@ -95,7 +180,9 @@ def asyncapi() -> bytes:
         "channels": {message.channel: _channel(message) for message in MESSAGES},
         "operations": {message.operation: _operation(message) for message in MESSAGES},
         "components": {
-            "messages": {message.name: _message(message, schemas) for message in MESSAGES},
+            "messages": {
+                message.name: _message(message, payload) for message, payload in zip(MESSAGES, payloads, strict=True)
+            },
             "schemas": schemas,
         },
     }
@@ -133,10 +220,10 @@ def _channel(message: Message) -> dict[str, Any]:
     return {
         "address": message.topic,
         "description": (
-            f"The key is the {message.key} and the partition is its murmur2 hash, as the Java client's default "
-            "partitioner gives it: order, and one debit per run, hold within a partition. Other clients must be told "
-            "(librdkafka: partitioner=murmur2_random). Times of arrival are the broker's (LogAppendTime). "
-            f"A value of more than {MAX_EVENT_BYTES} bytes is refused."
+            f"The key is {message.key}. The partition is the murmur2 hash of the workspace_id, on every topic, as the "
+            "Java client's default partitioner gives it: order, and one debit per run, hold within a partition. Other "
+            "clients must be told (librdkafka: partitioner=murmur2_random). Times of arrival are the broker's "
+            f"(LogAppendTime). A value of more than {MAX_EVENT_BYTES} bytes is refused."
         ),
         "messages": {message.name: {"$ref": f"#/components/messages/{message.name}"}},
         "bindings": {"kafka": {"topic": message.topic, "bindingVersion": _KAFKA_BINDING}},
@@ -146,21 +233,20 @@ def _channel(message: Message) -> dict[str, Any]:
 
 def _operation(message: Message) -> dict[str, Any]:
     return {
-        "action": "receive",
+        "action": message.action,
         "summary": message.summary,
         "channel": {"$ref": f"#/channels/{message.channel}"},
         "messages": [{"$ref": f"#/channels/{message.channel}/messages/{message.name}"}],
     }
 
 
-def _message(message: Message, schemas: dict[str, Any]) -> dict[str, Any]:
-    payload = message.payload.__name__
-    key = schemas[payload]["properties"][message.key]
+def _message(message: Message, payload: dict[str, Any]) -> dict[str, Any]:
+    key = {"type": "string", "description": message.key}
     return {
         "contentType": "application/json",
-        "payload": {"$ref": _COMPONENTS + payload},
+        "payload": payload,
         "bindings": {"kafka": {"key": key, "bindingVersion": _KAFKA_BINDING}},
-        "examples": [{"payload": json.loads(message.example)}],
+        "examples": [{"payload": json.loads(msgspec.json.encode(example))} for example in message.examples],
     }
 
 

@@ -26,7 +26,7 @@ from streams.voice import Voice
 
 TAIL_ROWS_MAX: Final = 1_000_000
 """More rows than this behind the commit are not folded again."""
-PRELOADED_MAX: Final = 5_000
+PRELOADED_MAX: Final = 2_000
 """Workspaces of a unit that are loaded at its assignment."""
 LOADED_AT_ONCE: Final = 2_000
 LOOK_BACK_MS: Final = 48 * 60 * 60 * 1000
