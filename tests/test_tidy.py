@@ -20,13 +20,20 @@ MAY_IMPORT = {
 }
 PURE = (
     "schemas/credits.py", "schemas/cell_run.py", "schemas/ledger.py", "schemas/prices.py", "schemas/answers.py",
-    "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "sinks/columns.py",
-    "sinks/explain.py",
+    "schemas/account.py", "schemas/limits.py",
+    "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "streams/periods.py",
+    "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/messages.py",
+    "sinks/columns.py", "sinks/explain.py",
 )  # fmt: skip
-WITHOUT_SINKS = ("streams/intake.py", "streams/rating.py", "streams/duplicates.py")
+WITHOUT_SINKS = (
+    "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/periods.py", "streams/limits.py",
+    "streams/balances.py",
+)  # fmt: skip
 IMPURE_MODULES = {"asyncio", "faust", "threading", "time", "random", "secrets", "os", "socket", "subprocess", "logging"}
 IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", "open", "print", "input"}
-ASYNC_FILES = {"app.py", "meter.py", "transport.py", "unit.py", "api.py", "service.py"}
+ASYNC_FILES = {
+    "app.py", "meter.py", "assignment.py", "transport.py", "unit.py", "voice.py", "api.py", "service.py",
+}  # fmt: skip
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(utils?|helpers?|manager|common|base|handlers?|misc|processor)(_|$)")
 
 
