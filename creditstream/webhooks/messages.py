@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import msgspec
 
+from schemas.credits import group_credits, parse_credits
 from schemas.limits import AlertKind, LimitAlert
 from schemas.webhook import BODY_BYTES_MAX, TYPE_PREFIX, Format, Webhook
 
@@ -44,15 +45,16 @@ def escape(text: str) -> str:
 def sentence_of(alert: LimitAlert) -> str:
     """The alert in one sentence, for people."""
     credits = f"{alert.pool} credits"
-    used = f"{alert.used} of {alert.allowance} {credits} used, {alert.remaining} left"
+    used = f"{_amount(alert.used)} of {_amount(alert.allowance)} used"
+    left = f"{used}, {_amount(alert.remaining)} left"
     passed = f"passed {_lines(alert)} of its {credits}" if _lines(alert) else f"has a new warning for its {credits}"
     said = {
-        AlertKind.EXHAUSTED: f"has no {credits} left: {alert.used} of {alert.allowance} used",
-        AlertKind.CROSSED: f"{passed}: {used}",
-        AlertKind.RECOVERED: f"has {credits} again: {used}",
-        AlertKind.PERIOD_STARTED: f"started a new period: {used}",
+        AlertKind.EXHAUSTED: f"has no {credits} left: {used}",
+        AlertKind.CROSSED: f"{passed}: {left}",
+        AlertKind.RECOVERED: f"has {credits} again: {left}",
+        AlertKind.PERIOD_STARTED: f"started a new period of {credits}: {left}",
     }[alert.kind]
-    over = f", {alert.overage} over" if alert.overage != "0" else ""
+    over = f", {_amount(alert.overage)} over" if alert.overage != "0" else ""
     return f"{'TEST: ' if alert.test else ''}{alert.workspace_id} {said}{over}."
 
 
@@ -64,7 +66,9 @@ def details_of(alert: LimitAlert) -> list[str]:
     if alert.column_id:
         details.append(f"by {alert.action} in column {alert.column_id} of table {alert.table_id}")
     if alert.top_columns:
-        top = "; ".join(f"{column.column_id} {column.credits}" for column in alert.top_columns[:TOP_COLUMNS_SHOWN])
+        top = "; ".join(
+            f"{column.column_id} {_amount(column.credits)}" for column in alert.top_columns[:TOP_COLUMNS_SHOWN]
+        )
         details.append(f"most drawn by: {top}")
     if alert.runs_out_on:
         details.append(f"runs out on {alert.runs_out_on}")
@@ -73,3 +77,11 @@ def details_of(alert: LimitAlert) -> list[str]:
 
 def _lines(alert: LimitAlert) -> str:
     return " and ".join(f"{percent} %" for percent in alert.thresholds)
+
+
+def _amount(credits: str) -> str:
+    """Credits for the eye; what is no number is shown as it is."""
+    try:
+        return group_credits(parse_credits(credits))
+    except ValueError:
+        return credits

@@ -101,16 +101,22 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
             "group.id": "creditstream-outbox",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
+            # An empty partition says so at once.
+            "fetch.wait.max.ms": 10,
             "fetch.queue.backoff.ms": 5,
             "isolation.level": "read_committed",
             "log_level": 0,
         }
     )
     try:
+        # An assignment before the leaders are known is looked at again only half a second later.
+        consumer.list_topics(topic, SILENCE_S_MAX)
         consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in left])
         heard_at = time.monotonic()
         while left:
-            for message in consumer.consume(CHUNK, POLL_S if len(left) == 1 else POLL_S / 10):
+            # `consume` alone would wait for a whole chunk.
+            first = consumer.poll(POLL_S)
+            for message in [first, *consumer.consume(CHUNK, 0)] if first else []:
                 heard_at = time.monotonic()
                 error = message.error()
                 if error is None:

@@ -1,0 +1,400 @@
+"""The notifier on a real Kafka: nothing lost, nothing under two ids, nothing that is done repeated; whatever dies."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from itertools import count, pairwise
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import msgspec
+import pytest
+
+from creditstream.producing import open_producer
+from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS
+from creditstream.webhooks.endpoints import Address, Endpoint
+from creditstream.webhooks.notifier import Notifier, Step, World
+from creditstream.webhooks.outbox import Outbox
+from creditstream.webhooks.resending import deliveries, example_alert, resend
+from creditstream.webhooks.schedule import DELAYS_S
+from creditstream.webhooks.sending import send
+from creditstream.webhooks.signing import new_secret, parse_secret
+from schemas.limits import LimitAlert
+from schemas.problem import Problem, UnknownId
+from schemas.webhook import Delivery, DeliveryState
+from streams.settings import Settings
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, ensure_topic
+from tests.webhook_receiver import STALL, Behaviour, Received, Reply, WebhookReceiver
+
+WAIT_S_MAX: Final = 30.0
+QUIET_TURNS: Final = 5
+"""Turns without anything new, after which a test believes that nothing more comes."""
+
+PARTITIONS: Final = 2
+NUMBERS: Final = count(1)
+SECRET: Final = new_secret()
+
+
+class Clock:
+    """The notifier's clock; it moves when a test moves it."""
+
+    def __init__(self) -> None:
+        self.ms = time.time_ns() // 1_000_000
+
+    def __call__(self) -> int:
+        return self.ms
+
+    def advance(self, seconds: int) -> None:
+        self.ms += seconds * 1000
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Stage:
+    """Topics of its own, a clock, and the settings that lead there."""
+
+    def __init__(self, bootstrap: str) -> None:
+        prefix = f"hooks{next(NUMBERS)}-"
+        self.settings: Final = Settings(kafka_bootstrap=bootstrap, topic_prefix=prefix, partitions=PARTITIONS)
+        self.clock: Final = Clock()
+        self._producer: Final = open_producer(bootstrap)
+        for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
+            ensure_topic(Broker(bootstrap), prefix + name, self.settings)
+
+    def alert(self, *alerts: LimitAlert, partition: int = 0) -> None:
+        """The meter sends alerts."""
+        for alert in alerts:
+            self.produce(msgspec.json.encode(alert), partition)
+
+    def produce(self, value: bytes, partition: int = 0) -> None:
+        self._producer.produce(self.settings.topic_prefix + LIMIT_ALERTS, value, partition=partition)
+        assert self._producer.flush(WAIT_S_MAX) == 0
+
+    @contextmanager
+    def notifier(self, *endpoints: Endpoint, **world: Any) -> Iterator[Notifier]:
+        """A notifier that owns all partitions, unless others are there."""
+        outside = World(
+            **{"now_ms": self.clock, "chance": lambda _: 0, "send": partial(send, answer_s_max=WAIT_S_MAX), **world}
+        )
+        notifier = Notifier(self.settings, {endpoint.name: endpoint for endpoint in endpoints}, outside)
+        try:
+            turn_until(lambda: notifier.partitions, notifier)
+            yield notifier
+        finally:
+            notifier.close()
+
+    def records(self) -> list[Delivery]:
+        """What stands in the outbox."""
+        return deliveries(self.settings)
+
+
+@pytest.fixture
+def stage(kafka: str) -> Stage:
+    return Stage(kafka)
+
+
+@pytest.fixture
+def receiver() -> Iterator[WebhookReceiver]:
+    with WebhookReceiver() as receiver:
+        yield receiver
+
+
+def some_alert(**fields: Any) -> LimitAlert:
+    return msgspec.structs.replace(example_alert(datetime.now(UTC)), **{"alert_id": uuid4(), "test": False} | fields)
+
+
+def endpoint(receiver: WebhookReceiver, name: str = "one") -> Endpoint:
+    return Endpoint(name, Address.parse(receiver.url, True), (parse_secret(SECRET),), allow_private=True)
+
+
+def turn_until(condition: Callable[[], object], *notifiers: Notifier) -> None:
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        for notifier in notifiers:
+            notifier.turn()
+
+
+def turn_quietly(*notifiers: Notifier) -> None:
+    """Give it the chance to do what it should not."""
+    for _ in range(QUIET_TURNS):
+        for notifier in notifiers:
+            notifier.turn()
+
+
+def test_an_alert_is_delivered_once_through_restarts(stage: Stage, receiver: WebhookReceiver) -> None:
+    """Delivered under its own id, to each endpoint; the next notifier has nothing to do."""
+    with WebhookReceiver() as other:
+        one, two = endpoint(receiver), endpoint(other, "two")
+        alerts = [some_alert() for _ in range(3)]
+        stage.alert(*alerts[:2])
+        stage.alert(alerts[2], partition=1)
+        with stage.notifier(one, two) as notifier:
+            turn_until(lambda: notifier.counts["delivered"] == 6, notifier)
+        with stage.notifier(one, two) as notifier:
+            turn_quietly(notifier)
+
+        assert sorted(receiver.ids) == sorted(other.ids) == sorted(str(alert.alert_id) for alert in alerts)
+    assert {record.state for record in stage.records()} == {DeliveryState.DELIVERED}
+
+
+@pytest.mark.parametrize("down_first", [False, True], ids=["accepted", "refused"])
+@pytest.mark.parametrize("step", list(Step))
+def test_killed_after_any_step_it_loses_and_repeats_nothing(
+    stage: Stage, receiver: WebhookReceiver, step: Step, down_first: bool
+) -> None:
+    """Wherever it dies: each alert arrives under its one id, at most one attempt is made again, and done is done."""
+    alerts = [some_alert() for _ in range(2)]
+    stage.alert(*alerts)
+
+    def die(reached: Step) -> None:
+        if reached is step:
+            raise Killed
+
+    receiver.behave = lambda _: 500 if down_first else 204
+    with pytest.raises(Killed), stage.notifier(endpoint(receiver), reached=die) as notifier:
+        turn_until(lambda: False, notifier)
+    receiver.behave = lambda _: 204
+    stage.clock.advance(DELAYS_S[1])
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: len(delivered(stage)) == 2, notifier)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_quietly(notifier)
+
+    ids = sorted(str(alert.alert_id) for alert in alerts)
+    assert sorted(set(receiver.ids)) == ids
+    assert all(receiver.ids.count(webhook_id) <= 2 for webhook_id in ids)
+    assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED] * 2
+    if step in (Step.READ, Step.PLANNED, Step.COMMITTED) or (step is Step.RECORDED and not down_first):
+        assert len(receiver.received) == 2
+
+
+def stage_done(stage: Stage) -> list[Delivery]:
+    return [record for record in stage.records() if record.state is DeliveryState.DELIVERED]
+
+
+def test_one_dead_endpoint_does_not_delay_another(stage: Stage, receiver: WebhookReceiver) -> None:
+    """While one receiver takes requests and never answers, another gets everything."""
+    with WebhookReceiver(lambda _: STALL) as dead:
+        stage.alert(*(some_alert() for _ in range(20)))
+        with stage.notifier(endpoint(dead, "dead"), endpoint(receiver)) as notifier:
+            turn_until(lambda: notifier.counts["delivered"] == 20, notifier)
+
+            assert len(dead.received) == IN_FLIGHT_MAX
+            assert notifier.waiting == 20
+            dead.ended.set()
+            turn_until(lambda: notifier.counts["failed_attempts"] >= IN_FLIGHT_MAX, notifier)
+
+
+def test_after_ten_attempts_over_three_days_it_is_given_up_and_can_be_resent(
+    stage: Stage, receiver: WebhookReceiver
+) -> None:
+    """The whole schedule, with a restart before each attempt; what failed stays visible until a person resends it."""
+    alert, receiver.behave = some_alert(), lambda _: 500
+    stage.alert(alert)
+    for number, delay_s in enumerate(DELAYS_S, 1):
+        stage.clock.advance(delay_s - 1)
+        with stage.notifier(endpoint(receiver)) as notifier:
+            if delay_s:
+                turn_quietly(notifier)
+                assert len(receiver.received) == number - 1
+            stage.clock.advance(1)
+            turn_until(lambda: notifier.counts.total() == 1, notifier)
+
+    assert receiver.ids == [str(alert.alert_id)] * len(DELAYS_S)
+    stamps = [int(received.headers["webhook-timestamp"]) for received in receiver.received]
+    assert [later - earlier for earlier, later in pairwise(stamps)] == list(DELAYS_S[1:])
+    (failed,) = stage.records()
+    assert (failed.state, failed.attempts, failed.said) == (DeliveryState.FAILED, 10, "500 Internal Server Error")
+
+    endpoints = {"one": endpoint(receiver)}
+    assert [resent.answer.status for resent in resend(stage.settings, endpoints, alert.alert_id)] == [500]
+    receiver.behave = lambda _: 204
+    assert [resent.answer.status for resent in resend(stage.settings, endpoints, alert.alert_id, "one")] == [204]
+    assert receiver.ids == [str(alert.alert_id)] * 12
+    assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED]
+
+
+def test_what_cannot_be_resent(stage: Stage, receiver: WebhookReceiver) -> None:
+    """An id that limit-alerts does not have, or an alert that is for nobody."""
+    seeded = some_alert(seeded=True)
+    stage.alert(seeded)
+    endpoints = {"one": endpoint(receiver)}
+
+    with pytest.raises(UnknownId, match="no alert"):
+        list(resend(stage.settings, endpoints, UUID(int=1)))
+    with pytest.raises(Problem, match="nobody wants"):
+        list(resend(stage.settings, endpoints, seeded.alert_id))
+
+
+def test_a_replay_of_alerts_is_delivered_to_nobody_twice(stage: Stage, receiver: WebhookReceiver) -> None:
+    """The meter repeats an id after a crash, in one batch or days later; whoever has it does not get it again."""
+    alert = some_alert()
+    stage.alert(alert, alert)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+        stage.alert(alert)
+        turn_quietly(notifier)
+    stage.clock.advance(30 * 24 * 3600)
+    marker = some_alert()
+    stage.alert(alert, marker)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+
+    assert receiver.ids == [str(alert.alert_id), str(marker.alert_id)]
+
+
+def test_what_is_over_leaves_the_outbox_after_40_days(stage: Stage, receiver: WebhookReceiver) -> None:
+    """A tombstone for what nobody can ask for any more."""
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+        stage.clock.advance(KNOWN_MS // 1000 - 1)
+        turn_quietly(notifier)
+        assert len(stage.records()) == 1
+        stage.clock.advance(61)
+        turn_until(lambda: stage.records() == [], notifier)
+
+
+def test_410_disables_an_endpoint_until_the_file_is_read_again(stage: Stage, receiver: WebhookReceiver) -> None:
+    """After Gone nothing more is sent there; what was meant for it is kept as failed."""
+    first, second, third = (some_alert() for _ in range(3))
+    receiver.behave = lambda _: 410
+    stage.alert(first)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["given_up"] == 1, notifier)
+        stage.alert(second)
+        turn_until(lambda: notifier.counts["given_up"] == 2, notifier)
+        receiver.behave = lambda _: 204
+        notifier.reload({"one": endpoint(receiver)})
+        stage.alert(third)
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+
+    assert receiver.ids == [str(first.alert_id), str(third.alert_id)]
+    assert {record.said for record in stage.records()} == {"410 Gone", "410 Gone, earlier", "204 No Content"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "quiet_s"), [(Reply(429, ("retry-after", "3600")), 3600), (503, 5), (502, 5), (504, 5)], ids=str
+)
+def test_an_overloaded_endpoint_is_left_alone(
+    stage: Stage, receiver: WebhookReceiver, reply: Behaviour, quiet_s: int
+) -> None:
+    """429, 502, 503 and 504, and Retry-After, hold back every delivery to this endpoint, new ones included."""
+    receiver.behave = lambda _: reply
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["failed_attempts"] == 1, notifier)
+        receiver.behave = lambda _: 204
+        stage.alert(some_alert())
+        stage.clock.advance(quiet_s - 1)
+        turn_until(lambda: notifier.waiting == 2, notifier)
+        turn_quietly(notifier)
+        assert len(receiver.received) == 1
+        stage.clock.advance(1)
+        turn_until(lambda: notifier.counts["delivered"] == 2, notifier)
+
+
+def test_seeded_and_unreadable_alerts_are_for_nobody(stage: Stage, receiver: WebhookReceiver) -> None:
+    """They are passed over; what comes after them is delivered."""
+    alert = some_alert(test=True)
+    stage.alert(some_alert(seeded=True))
+    stage.produce(b"no alert")
+    stage.alert(alert)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+
+    (got,) = receiver.received
+    assert (got.id, json.loads(got.body)["data"]["test"]) == (str(alert.alert_id), True)
+
+
+def test_an_endpoint_that_left_the_file(stage: Stage, receiver: WebhookReceiver) -> None:
+    """What still waits for it is given up, visibly."""
+    receiver.behave = lambda _: 500
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["failed_attempts"] == 1, notifier)
+        notifier.reload({})
+        stage.clock.advance(DELAYS_S[1])
+        turn_until(lambda: notifier.counts["given_up"] == 1, notifier)
+
+    (record,) = stage.records()
+    assert (record.state, record.attempts, record.said) == (DeliveryState.FAILED, 1, "not in the file")
+
+
+def test_two_notifiers_share_the_partitions_and_hand_over(stage: Stage, receiver: WebhookReceiver) -> None:
+    """A second one takes a partition with what waits there; when the first one ends, it has everything."""
+    waiting = [some_alert(), some_alert()]
+    receiver.behave = lambda _: 500
+    for partition, alert in enumerate(waiting):
+        stage.alert(alert, partition=partition)
+    with stage.notifier(endpoint(receiver)) as first:
+        turn_until(lambda: first.counts["failed_attempts"] == 2, first)
+        receiver.behave = lambda _: 204
+        second = Notifier(stage.settings, {"one": endpoint(receiver)}, World(stage.clock, lambda _: 0))
+        try:
+            turn_until(lambda: len(first.partitions) == len(second.partitions) == 1, first, second)
+            stage.clock.advance(DELAYS_S[1])
+            turn_until(lambda: first.counts["delivered"] == second.counts["delivered"] == 1, first, second)
+            first.stop()
+            first.close()
+            turn_until(lambda: second.partitions == {0, 1}, second)
+            for partition, alert in enumerate(waiting):
+                stage.alert(alert, some_alert(), partition=partition)
+            turn_until(lambda: second.counts["delivered"] == 3, second)
+        finally:
+            second.close()
+
+    assert all(receiver.ids.count(str(alert.alert_id)) == 2 for alert in waiting)
+    assert len(receiver.ids) == 6
+
+
+def test_what_is_in_flight_is_recorded_before_a_partition_is_handed_over(
+    stage: Stage, receiver: WebhookReceiver
+) -> None:
+    """The next owner finds the outcome, and does not ask again."""
+    release = gated(receiver)
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver)) as first:
+        turn_until(lambda: receiver.received, first)
+        release()
+        first.stop()
+    with stage.notifier(endpoint(receiver)) as second:
+        turn_quietly(second)
+
+    assert len(receiver.received) == 1
+    assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED]
+
+
+def gated(receiver: WebhookReceiver) -> Callable[[], None]:
+    """The receiver answers nothing until what is returned is called."""
+    gate = threading.Event()
+
+    def behave(_: Received) -> int:
+        gate.wait(WAIT_S_MAX)
+        return 204
+
+    receiver.behave = behave
+    return gate.set
+
+
+def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
+    """What cannot be read is named by its position, and hides nothing else."""
+    topic = stage.settings.topic_prefix + WEBHOOK_DELIVERIES
+    producer = open_producer(stage.settings.kafka_bootstrap)
+    producer.produce(topic, b"no record", b"key", 1)
+    producer.flush()
+    outbox = Outbox(stage.settings.kafka_bootstrap, topic)
+    delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
+    outbox.put(1, delivery.key, delivery)
+    outbox.flush()
+    said: list[str] = []
+
+    assert outbox.read([0, 1], said.append) == {0: {}, 1: {delivery.key: delivery}}
+    assert said == [f"{topic}[1]@0"]
