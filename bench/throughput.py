@@ -19,9 +19,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 from rich.console import Console
@@ -31,9 +33,12 @@ from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
 from creditstream.simulate import bulk_runs
+from schemas.account import PlanChanged
+from schemas.codec import encode_account_event
 from streams.settings import Settings, read_settings
-from streams.topics import Broker, cell_runs_topic, ensure_topics
+from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
+_PLANS_SINCE = datetime(2026, 1, 15, tzinfo=UTC)
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
 
@@ -133,6 +138,17 @@ def road_creditstream(settings: Settings, clock: Clock) -> None:
     faust.Worker(app, loglevel="error").execute_from_commandline()
 
 
+def road_without_limits(settings: Settings, clock: Clock) -> None:
+    """The same without balances, alerts and states: what limits cost."""
+    from streams.unit import Unit
+
+    async def forget(unit: Unit, take: Any) -> None:
+        unit._folded = take.last
+
+    Unit._fold = forget  # type: ignore[method-assign]
+    road_creditstream(settings, clock)
+
+
 def road_faust(settings: Settings, clock: Clock) -> None:
     """Faust as its tutorial writes it: an event at a time, decoded and rated, and not even stored."""
     import faust
@@ -170,13 +186,22 @@ ROADS: dict[str, Callable[[Settings, Clock], None]] = {
     "aiokafka: fetch, drop": road_fetch,
     "aiokafka: fetch, decode, drop": road_decode,
     "creditstream: exactly once into ClickHouse": road_creditstream,
+    "creditstream without limits": road_without_limits,
     "Faust, an event at a time: decode, rate, drop": road_faust,
 }
 
 
 def produce(settings: Settings, runs: int) -> None:
-    """A bulk run's backlog: 200 active columns, 0.1 % copies, 0.02 % malformed."""
+    """A bulk run's backlog: 200 active columns, 0.1 % copies, 0.02 % malformed; every workspace has a plan."""
     producer, topic = open_producer(settings.kafka_bootstrap), cell_runs_topic(settings)
+    for number in range(1, 13):
+        plan = PlanChanged(
+            event_id=uuid4(),
+            workspace_id=f"ws_{number:04d}",
+            plan="100k",
+            effective_at=datetime(2026, 1, 15, tzinfo=UTC),
+        )
+        producer.produce(account_events_topic(settings), encode_account_event(plan), plan.workspace_id)
     for number, event in enumerate(islice(bulk_runs(seed=1), runs)):
         while True:
             try:
