@@ -1,7 +1,10 @@
 """Topics, limit states and cell runs by hand: what the tests of the client share."""
 
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import cache
 from itertools import count
@@ -36,6 +39,47 @@ def make_topics(settings: Settings, *topics: str) -> None:
     """Have these topics under the settings' prefix."""
     for topic in topics:
         ensure_topic(Broker(settings.kafka_bootstrap), settings.topic_prefix + topic, settings)
+
+
+class Door:
+    """An address that refuses connections until `open` is called, and then leads to a broker."""
+
+    def __init__(self, leads_to: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._address = free.getsockname()
+        self._target = leads_to.split(":")
+        self._server: socket.socket | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"{self._address[0]}:{self._address[1]}"
+
+    def open(self) -> None:
+        """From now on whoever knocks comes through. The broker then tells its own address."""
+        self._server = socket.create_server(self._address)
+        threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
+
+    def close(self) -> None:
+        """Refuse again."""
+        if self._server:
+            self._server.shutdown(socket.SHUT_RDWR)
+            self._server.close()
+
+    def _serve(self, server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                inside, _ = server.accept()
+                outside = socket.create_connection((self._target[0], int(self._target[1])))
+                for source, sink in ((inside, outside), (outside, inside)):
+                    threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError), source, sink:
+        while data := source.recv(65_536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_RDWR)
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from schemas.cell_run import MAX_EVENT_BYTES, CellRun
+from schemas.cell_run import CellRun
 from schemas.codec import decode_run, encode_run, name_field
 from schemas.problem import Problem
 
@@ -43,13 +43,12 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 def valid_value(run: CellRun) -> bytes:
     """The run as its Kafka value. InvalidRun, naming the field, for what the meter would not accept.
 
-    The meter's own decoder decides. Whether a run is too old or lies in the future is for the broker's clock to say.
+    The meter's own decoder decides. No run that it accepts is too large (`MAX_EVENT_BYTES`). Whether one is too old or
+    lies in the future is for the broker's clock to say.
     """
     try:
         value = encode_run(run)
         decode_run(value)
     except (msgspec.MsgspecError, TypeError, ValueError) as error:
         raise InvalidRun("the run was not recorded", name_field(str(error)), "Correct the worker.") from error
-    if len(value) > MAX_EVENT_BYTES:
-        raise InvalidRun("the run was not recorded", f"it is {len(value):,} bytes as JSON", "Shorten its fields.")
     return value

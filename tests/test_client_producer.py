@@ -1,0 +1,377 @@
+"""The producer on a real Kafka: order and completeness through outages, kills, forks and full disks."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import pytest
+from aiokafka.partitioner import murmur2
+
+from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
+from creditstream.client import producer as producers
+from schemas.cell_run import MAX_EVENT_BYTES, CellRun
+from schemas.codec import encode_run
+from schemas.problem import Problem, Unreachable
+from streams.settings import Settings
+from streams.topics import CELL_RUNS
+from tests.client_kafka import Door, a_run, first_copies, fresh_settings, make_topics, recorded, wait_until
+
+ROOT: Final = Path(__file__).parent.parent
+WORKSPACES: Final = ("ws_1", "ws_2", "ws_3")
+
+
+@pytest.fixture
+def settings(kafka: str, tmp_path: Path) -> Settings:
+    """A topic and a home of its own."""
+    return fresh_settings(kafka, CELL_RUNS, home=str(tmp_path))
+
+
+@pytest.fixture
+def door(kafka: str) -> Iterator[Door]:
+    """A broker that is not there yet."""
+    made = Door(kafka)
+    yield made
+    made.close()
+
+
+def behind(door: Door, settings: Settings) -> Settings:
+    """The settings of somebody who can come to Kafka only through the door."""
+    return msgspec.structs.replace(settings, kafka_bootstrap=door.address)
+
+
+def record(producer: CellRunProducer, *numbers: int) -> None:
+    """Each number as one run of one of the workspaces, in turn."""
+    for number in numbers:
+        producer.record(a_run(number, WORKSPACES[number % 3]))
+
+
+def in_turn(*numbers: int) -> dict[str, list[int]]:
+    """What `first_copies` must say of them."""
+    return {WORKSPACES[start]: [n for n in numbers if n % 3 == start] for start in range(3)}
+
+
+def spool_files(settings: Settings) -> list[Path]:
+    """The segments on disk."""
+    return sorted((Path(settings.home) / "spool").rglob("*.ndjson"))
+
+
+def run_program(program: str, settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A worker in a process of its own; ``settings`` is in its hands."""
+    head = (
+        "import os, signal, sys, time\n"
+        "import msgspec\n"
+        "from creditstream.client import CellRunProducer, RunRefused\n"
+        "from streams.settings import Settings\n"
+        "from tests.client_kafka import a_run\n"
+        "settings = msgspec.json.decode(sys.argv[1], type=Settings)\n"
+    )
+    command = [sys.executable, "-c", head + program, msgspec.json.encode(settings).decode(), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_a_run_arrives_under_its_workspace_on_its_partition(settings: Settings) -> None:
+    """Every run that was recorded is in Kafka once, where the meter expects it, and the counts say so."""
+    with CellRunProducer(settings) as producer:
+        record(producer, *range(300))
+        assert producer.flush(60) == 0
+        counts = producer.counts()
+    assert (counts.accepted, counts.delivered, counts.refused, counts.waiting_in_memory) == (300, 300, 0, 0)
+    for partition, runs in recorded(settings).items():
+        for run in runs:
+            assert (murmur2(run.workspace_id.encode()) & 0x7FFFFFFF) % settings.partitions == partition
+    assert sum(len(runs) for runs in recorded(settings).values()) == 300
+    assert first_copies(settings) == in_turn(*range(300))
+    assert not (Path(settings.home) / "spool").exists() or spool_files(settings) == []
+
+
+def test_threads_may_share_it(settings: Settings) -> None:
+    """Each thread's runs arrive completely and in its order."""
+    with CellRunProducer(settings) as producer:
+
+        def work(thread: int) -> None:
+            for number in range(thread * 1000, thread * 1000 + 400):
+                producer.record(a_run(number, f"ws_{thread}"))
+
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert first_copies(settings) == {f"ws_{t}": list(range(t * 1000, t * 1000 + 400)) for t in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"workspace_id": ""}, "field `workspace_id`: Expected `str` of length >= 1"),
+        ({"row_id": "x" * 129}, "field `row_id`: Expected `str` of length <= 128"),
+        ({"table_id": 7}, "field `table_id`: Expected `str`, got `int`"),
+        ({"outcome": "maybe"}, "field `outcome`: Invalid enum value 'maybe'"),
+        ({"run_id": "no-uuid"}, "field `run_id`: Invalid UUID"),
+        ({"actor": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_a_run_that_would_be_a_dead_letter_is_refused_at_once(
+    settings: Settings, fields: dict[str, Any], message: str
+) -> None:
+    """The worker's author learns it from the call that was wrong, with the field, not from the ledger."""
+    with CellRunProducer(settings) as producer:
+        with pytest.raises(InvalidRun, match=message):
+            producer.record(a_run(1, **fields))
+        assert (producer.counts().refused, producer.counts().accepted) == (1, 0)
+
+
+def test_no_valid_run_is_too_large() -> None:
+    """With every text at its longest, and escaped, a run is far below the limit."""
+    longest = {name: "\x01" * 128 for name in CellRun.__struct_fields__ if name not in ("run_id", "outcome", "ran_at")}
+    run = a_run(1, **{**longest, "own_api_key": True})
+    assert len(encode_run(run)) < MAX_EVENT_BYTES / 5
+
+
+def test_an_outage_at_the_start_is_survived_in_order(settings: Settings, door: Door) -> None:
+    """Runs go to memory, then to disk; once Kafka is there all of them arrive, each workspace's in order."""
+    with CellRunProducer(behind(door, settings), memory_s_max=1) as producer:
+        record(producer, *range(100))
+        wait_until(lambda: producer.counts().waiting_in_spool == 100, "in the spool")
+        assert producer.counts().waiting_in_memory == 0
+        assert producer.trouble
+        record(producer, *range(100, 200))
+        assert producer.flush(0) == 200
+        door.open()
+        record(producer, *range(200, 300))
+        assert producer.flush(60) == 0
+        record(producer, *range(300, 400))
+        assert producer.flush(60) == 0
+        counts = producer.counts()
+        assert (counts.accepted, counts.waiting_in_spool, counts.spool_bytes, producer.trouble) == (400, 0, 0, "")
+        assert 200 <= counts.spooled <= 300
+    assert first_copies(settings) == in_turn(*range(400))
+
+
+def test_a_full_memory_spills_in_order(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst that memory has no room for takes the way over the disk, and nothing overtakes it."""
+    monkeypatch.setattr(outbox, "QUEUE_RUNS_MAX", 20)
+    with CellRunProducer(settings) as producer:
+        record(producer, *range(2000))
+        assert producer.flush(60) == 0
+        assert producer.counts().spooled > 0
+    assert first_copies(settings) == in_turn(*range(2000))
+    assert spool_files(settings) == []
+
+
+def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str, tmp_path: Path) -> None:
+    """Nothing is lost before the topic is made."""
+    settings = fresh_settings(kafka, home=str(tmp_path))
+    with CellRunProducer(settings, memory_s_max=1) as producer:
+        record(producer, *range(30))
+        wait_until(lambda: "Unknown topic" in producer.trouble, "told")
+        make_topics(settings, CELL_RUNS)
+        assert producer.flush(60) == 0
+    assert first_copies(settings) == in_turn(*range(30))
+
+
+FILLS_AND_DIES = """
+producer = CellRunProducer(settings, spool_mb_max=1, memory_s_max=1, write_ahead=sys.argv[2] == "ahead")
+accepted = 0
+while True:
+    try:
+        producer.record(a_run(accepted, f"ws_{accepted % 3 + 1}"))
+        accepted += 1
+        if accepted == 10 and sys.argv[2] != "ahead":
+            while producer.counts().waiting_in_memory:
+                time.sleep(0.01)
+    except RunRefused as refusal:
+        assert "the spool is full" in str(refusal), refusal
+        break
+print(accepted, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("way", ["spool", "ahead"])
+def test_kill_9_with_a_full_spool_loses_nothing(settings: Settings, door: Door, way: str) -> None:
+    """What a killed process had accepted into its spool is adopted, and sent in order, by the next one."""
+    died = run_program(FILLS_AND_DIES, behind(door, settings), way)
+    assert died.returncode == -9, died.stderr
+    accepted = int(died.stdout)
+    assert accepted > 2000
+    with CellRunProducer(settings) as producer:
+        assert producer.counts().adopted == accepted
+        record(producer, accepted)
+        assert producer.flush(60) == 0
+    assert first_copies(settings) == in_turn(*range(accepted + 1))
+    assert list((Path(settings.home) / "spool").iterdir()) == []
+
+
+DIES_AT_WORK = """
+producer = CellRunProducer(settings, write_ahead=True)
+for number in range(10**6):
+    producer.record(a_run(number, f"ws_{number % 3 + 1}"))
+    os.write(1, b"%d\\n" % number)
+    if producer.counts().delivered > 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_with_write_ahead_kill_9_loses_nothing_at_all(settings: Settings) -> None:
+    """Killed in full flight, every run for which `record` had returned reaches Kafka in the end."""
+    died = run_program(DIES_AT_WORK, settings)
+    assert died.returncode == -9
+    last = int(died.stdout.split()[-1])
+    with CellRunProducer(settings) as producer:
+        assert producer.flush(60) == 0
+    found = first_copies(settings)
+    assert {ws: [n for n in ns if n <= last] for ws, ns in found.items()} == in_turn(*range(last + 1))
+
+
+def test_a_living_process_adopts_what_a_dead_one_left(
+    settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to be restarted for the runs of a process that does not come back."""
+    monkeypatch.setattr(producers, "ADOPT_EVERY_S", 0.1)
+    with CellRunProducer(settings) as living:
+        died = run_program(FILLS_AND_DIES, behind(door, settings), "spool")
+        wait_until(lambda: living.counts().adopted == int(died.stdout), "adopted")
+        assert living.flush(60) == 0
+    assert first_copies(settings) == in_turn(*range(int(died.stdout)))
+
+
+FORKS = """
+is_up = sys.argv[2] == "True"
+producer = CellRunProducer(settings, memory_s_max=30 if is_up else 1)
+for number in range(0, 50):
+    producer.record(a_run(number))
+child = os.fork()
+mine = range(50, 100) if child else range(1000, 1050)
+for number in mine:
+    producer.record(a_run(number, "ws_1" if child else "ws_2"))
+counts = producer.counts()
+assert counts.accepted == (100 if child else 50), counts
+if not is_up:
+    producer.close(0)
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("is_up", [True, False], ids=["up", "down"])
+def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, door: Door, is_up: bool) -> None:
+    """Runs of before and after a fork arrive once each, or lie in two spools; both processes end in an orderly way."""
+    done = run_program(FORKS, settings if is_up else behind(door, settings), str(is_up))
+    assert done.returncode == 0, done.stderr
+    if is_up:
+        assert sum(len(runs) for runs in recorded(settings).values()) == 150
+    else:
+        assert len({path.parent for path in spool_files(settings)}) == 2
+        with CellRunProducer(settings) as heir:
+            assert heir.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": list(range(100)), "ws_2": list(range(1000, 1050))}
+
+
+FULL_DISK = """
+import resource
+producer = CellRunProducer(settings, memory_s_max=1)
+producer.record(a_run(0))
+while not producer.counts().waiting_in_spool:
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+accepted = [0]
+for number in range(1, 50):
+    try:
+        producer.record(a_run(number))
+        accepted.append(number)
+    except RunRefused as refusal:
+        said = str(refusal)
+assert producer.counts().refused == 50 - len(accepted) > 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+producer.record(a_run(99))
+producer.close(0)
+print(said)
+print(*accepted, 99)
+"""
+
+
+def test_a_full_disk_is_said_and_counted(settings: Settings, door: Door) -> None:
+    """While the disk takes nothing runs are refused, in one line; those before and after it are safe."""
+    done = run_program(FULL_DISK, behind(door, settings))
+    assert done.returncode == 0, done.stderr
+    said, accepted = done.stdout.splitlines()
+    assert said.startswith("the run was not recorded: the spool cannot be written: File too large. Make room")
+    with CellRunProducer(settings) as heir:
+        assert heir.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": [int(number) for number in accepted.split()]}
+
+
+ENDS_WITHOUT_CLOSING = """
+producer = CellRunProducer(settings, on_full=sys.argv[2])
+for number in range(30):
+    producer.record(a_run(number))
+"""
+
+
+def test_a_program_that_just_ends_sends_everything(settings: Settings) -> None:
+    """Forgetting to close loses nothing."""
+    done = run_program(ENDS_WITHOUT_CLOSING, settings, "spool")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert first_copies(settings) == {"ws_1": list(range(30))}
+
+
+def test_a_close_in_an_outage_leaves_all_to_the_spool(settings: Settings, door: Door) -> None:
+    """What Kafka does not take by then is on disk, also what was only in memory."""
+    producer = CellRunProducer(behind(door, settings))
+    record(producer, *range(30))
+    producer.close(0)
+    producer.close()
+    assert len(spool_files(settings)) == 1
+    with pytest.raises(RunRefused, match="the producer is closed"):
+        record(producer, 30)
+    with CellRunProducer(settings) as heir:
+        assert heir.flush(60) == 0
+    assert first_copies(settings) == in_turn(*range(30))
+
+
+def test_without_a_spool_a_loss_is_told(settings: Settings, door: Door) -> None:
+    """Whoever chose no spool hears at the end how many runs were lost."""
+    producer = CellRunProducer(behind(door, settings), on_full="raise", memory_s_max=1)
+    record(producer, *range(30))
+    wait_until(lambda: producer.trouble, "stuck")
+    with pytest.raises(Unreachable, match="30 accepted runs are lost"):
+        producer.close(0)
+    assert not (Path(settings.home) / "spool").exists()
+
+
+def test_raise_and_block_bound_the_memory(settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no room "raise" refuses at once and "block" after its time; with room again both go on in order."""
+    monkeypatch.setattr(outbox, "QUEUE_RUNS_MAX", 30)
+    impatient = CellRunProducer(behind(door, settings), on_full="raise", memory_s_max=1)
+    patient = CellRunProducer(behind(door, settings), on_full="block", block_s_max=1, memory_s_max=1)
+    for producer, start in ((impatient, 0), (patient, 300)):
+        record(producer, *range(start, start + 30))
+        with pytest.raises(RunRefused, match="30 runs wait in memory"):
+            record(producer, start + 30)
+        assert producer.counts().refused == 1
+    door.open()
+    wait_until(lambda: impatient.counts().delivered, "room")
+    monkeypatch.undo()
+    record(impatient, *range(30, 60))
+    record(patient, *range(330, 360))
+    for producer in (impatient, patient):
+        producer.close(60)
+    found = first_copies(settings)
+    assert {ws: [n for n in ns if n < 300] for ws, ns in found.items()} == in_turn(*range(60))
+    assert {ws: [n for n in ns if n >= 300] for ws, ns in found.items()} == in_turn(*range(300, 360))
+
+
+def test_options_that_contradict_each_other_are_refused(settings: Settings) -> None:
+    """Nothing can be written ahead without a spool, and what makes the producer right cannot be changed."""
+    with pytest.raises(Problem, match="nothing can be written ahead"):
+        CellRunProducer(settings, on_full="raise", write_ahead=True)
+    with pytest.raises(Problem, match="partitioner may not be changed"):
+        CellRunProducer(settings, kafka={"partitioner": "random"})
+    with pytest.raises(Problem, match=r"Kafka options refused: .*no\.such\.property"):
+        CellRunProducer(settings, kafka={"no.such.property": "x"})

@@ -1,0 +1,252 @@
+"""The spool on a real disk: order, torn lines, full disks, the spools of dead processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from creditstream.client import spool as spools
+from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
+from schemas.codec import encode_run
+from schemas.problem import Problem
+from tests.client_kafka import a_run
+from tests.records import STEADY
+
+ROOT: Final = Path(__file__).parent.parent
+BYTES_MAX: Final = 10_000_000
+
+
+def values(*numbers: int) -> list[bytes]:
+    """Runs as Kafka values."""
+    return [encode_run(a_run(number)) for number in numbers]
+
+
+def numbers(entries: list[Entry]) -> list[bytes]:
+    """What was read."""
+    return [entry.value for entry in entries]
+
+
+def files(root: Path) -> list[str]:
+    """All files below the root."""
+    return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def test_runs_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
+    """Several segments, read in pieces, are one sequence; a segment goes when all of it is settled, and no sooner."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    written = values(*range(30_000))
+    for value in written:
+        spool.append(value)
+    assert len(files(tmp_path)) > 2
+    assert (spool.unread, spool.size_bytes) == (30_000, sum(len(value) + 1 for value in written))
+    read: list[Entry] = []
+    while entries := spool.read(700):
+        read.extend(entries)
+    assert numbers(read) == written
+    for entry in read[:-1]:
+        spool.settle(entry)
+    assert len(files(tmp_path)) == 2
+    spool.settle(read[-1])
+    assert files(tmp_path) == ["lock"]
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_in_memory_goes_in_front(tmp_path: Path) -> None:
+    """Runs that were handed over and came back are read before those that were spooled after them."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    one, two, three, four = values(1, 2, 3, 4)
+    spool.append(one)
+    assert numbers(spool.read(10)) == [one]
+    spool.append(three)
+    spool.append(four)
+    spool.put_first([one, two])
+    assert numbers(spool.read(1)) == [one]
+    assert numbers(spool.read(10)) == [two]
+    assert numbers(spool.read(10)) == [three, four]
+    spool.close()
+    heir = Spool(tmp_path, BYTES_MAX)
+    assert heir.adopt() == 5
+    assert [value for _ in range(3) for value in numbers(heir.read(10))] == [one, two, one, three, four]
+
+
+actions = st.lists(st.sampled_from(["append", "read", "settle", "rewind", "front", "heir"]), max_size=40)
+
+
+@STEADY
+@given(actions)
+def test_any_history_keeps_the_order_of_first_copies(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[str]
+) -> None:
+    """Whatever is appended, read, settled, taken back and inherited: nothing is lost, first copies come in order."""
+    root = tmp_path_factory.mktemp("spool")
+    spool, appended, delivered = Spool(root, BYTES_MAX), 0, []
+    pending: list[Entry] = []
+    for step in [*steps, "heir", *["read", "settle"] * 60]:
+        if step == "append":
+            spool.append(values(appended)[0])
+            appended += 1
+        elif step == "read":
+            pending.extend(spool.read(3))
+        elif step == "settle" and pending:
+            entry = pending.pop(0)
+            delivered.append(entry.value)
+            spool.settle(entry)
+        elif step == "rewind":
+            spool.rewind(pending)
+            pending = []
+        elif step == "front" and pending:
+            spool.put_first(numbers(pending))
+            pending = []
+        elif step == "heir":
+            spool.close()
+            spool, pending = Spool(root, BYTES_MAX), []
+            spool.adopt()
+    assert list(dict.fromkeys(delivered)) == values(*range(appended))
+    assert spool.unread == 0
+    spool.close()
+    assert list(root.iterdir()) == []
+
+
+def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
+    """What a killed process had half written is not a run; what stands before it is."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    whole, torn = values(1, 2)
+    spool.append(whole)
+    spool.close()
+    segment = next(tmp_path.rglob("*.ndjson"))
+    with segment.open("ab") as file:
+        file.write(torn[:50])
+    heir = Spool(tmp_path, BYTES_MAX)
+    assert heir.adopt() == 1
+    entries = heir.read(10)
+    assert numbers(entries) == [whole]
+    heir.settle(entries[0])
+    assert not segment.exists()
+
+
+def test_a_line_that_is_no_run_is_kept_for_a_person(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damage on disk does not stop the runs around it; the file stays, under another name, and the log names it."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    one, two = values(1, 2)
+    spool.append(one)
+    spool.append(b"\0" * 40)
+    spool.append(two)
+    entries = spool.read(10)
+    assert numbers(entries) == [one, two]
+    for entry in entries:
+        spool.settle(entry)
+    spool.close()
+    assert [name.rpartition(".")[2] for name in files(tmp_path)] == ["unreadable"]
+    assert f"byte {len(one) + 1}: not a cell run" in caplog.text
+
+
+def test_a_file_of_nothing_but_damage_is_kept_too(tmp_path: Path) -> None:
+    """A block without any line is passed over."""
+    directory = tmp_path / "00000000000000000001-1"
+    directory.mkdir()
+    (directory / "0000000000000001.ndjson").write_bytes(b"\0" * 600_000 + b"\n")
+    spool = Spool(tmp_path, BYTES_MAX)
+    spool.adopt()
+    while spool.unread:
+        assert spool.read(10) == []
+    spool.close()
+    assert [name.rpartition(".")[2] for name in files(tmp_path)] == ["unreadable"]
+
+
+def test_a_full_spool_says_so(tmp_path: Path) -> None:
+    """Beyond its bytes it takes nothing, and what it has stays whole."""
+    one, two = values(1, 2)
+    spool = Spool(tmp_path, len(one) + 1)
+    spool.append(one)
+    with pytest.raises(SpoolFull):
+        spool.append(two)
+    assert numbers(spool.read(10)) == [one]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from creditstream.client.spool import Spool
+from tests.client_kafka import a_run
+from schemas.codec import decode_run, encode_run
+spool = Spool(Path(sys.argv[1]), 10**9)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+taken = refused = 0
+for number in range(20):
+    try:
+        spool.append(encode_run(a_run(number)))
+        taken += 1
+    except OSError:
+        refused += 1
+try:
+    spool.put_first([encode_run(a_run(number)) for number in range(100, 120)])
+except OSError:
+    refused += 100
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+spool.append(encode_run(a_run(99)))
+print(taken, refused, [decode_run(entry.value).run_id.int % 2**64 for entry in spool.read(100)])
+"""
+
+
+def test_a_disk_that_refuses_loses_nothing_it_had_taken(tmp_path: Path) -> None:
+    """A write that fails half-way leaves whole lines only, and once there is room the next run follows them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.stderr == ""
+    taken, refused, *read = done.stdout.replace("[", "").replace("]", "").replace(",", "").split()
+    assert int(taken) > 5
+    assert int(refused) == 100 + 20 - int(taken)
+    assert [int(number) for number in read] == [*range(int(taken)), 99]
+
+
+def test_the_spool_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    """Who lives holds its lock; who is gone, whatever its pid, does not; two heirs never share."""
+    living, dead = Spool(tmp_path, BYTES_MAX), Spool(tmp_path, BYTES_MAX)
+    living.append(values(1)[0])
+    dead.append(values(2)[0])
+    heirs = Spool(tmp_path, BYTES_MAX), Spool(tmp_path, BYTES_MAX)
+    assert [heir.adopt() for heir in heirs] == [0, 0]
+    dead.close()
+    assert [heir.adopt() for heir in heirs] == [1, 0]
+    assert numbers(heirs[0].read(10)) == values(2)
+
+
+def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fsync covers all that was written before it; what Kafka already has needs none."""
+    synced: list[int] = []
+    monkeypatch.setattr(spools.os, "fsync", synced.append)
+    spool = Spool(tmp_path, BYTES_MAX)
+    tickets = [spool.append(value) for value in values(1, 2, 3)]
+    before = len(synced)
+    for ticket in reversed(tickets):
+        ticket.segment.sync(ticket.length)
+    assert len(synced) == before + 1
+    late = spool.append(values(4)[0])
+    for entry in spool.read(10):
+        spool.settle(entry)
+    late.segment.sync(late.length)
+    assert len(synced) == before + 1
+
+
+def test_a_directory_that_cannot_be_used_is_a_problem(tmp_path: Path) -> None:
+    """A path below a file is refused at the start, in one line."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Problem, match=r"the spool .*/file/spool cannot be used: Not a directory\. Choose"):
+        prepare_root(tmp_path / "file" / "spool")
+
+
+def test_segments_are_lines_that_can_be_sent_by_hand(tmp_path: Path) -> None:
+    """A segment is what `creditstream send` reads, and nobody else may read it."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    for value in values(1, 2):
+        spool.append(value)
+    segment = next(tmp_path.rglob("*.ndjson"))
+    assert segment.read_bytes().splitlines() == values(1, 2)
+    assert os.stat(segment).st_mode & 0o077 == 0
