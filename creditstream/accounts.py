@@ -1,0 +1,347 @@
+"""Plans, balances and statements: what people ask of a workspace's account, each a function over the ledger.
+
+The ledger gives facts and sums; what they mean is decided by the pure functions that the meter folds with
+(`streams.periods`, `streams.limits`, `streams.balances`), so an answer and an alert cannot differ. ``as_of`` asks for
+what the ledger knew at an instant; without it, for what it knows now.
+"""
+
+import time
+from collections.abc import Iterable
+from datetime import date, datetime
+from typing import NamedTuple
+from uuid import UUID
+
+import msgspec
+from clickhouse_connect.driver.client import Client
+
+from schemas.answers import (
+    BalanceMove,
+    Delivery,
+    Explanation,
+    LimitsInForce,
+    PeriodRow,
+    PlanRow,
+    PoolBalance,
+    PublishedAlert,
+    StatementLine,
+)
+from schemas.catalogue import Catalogue
+from schemas.cell_run import from_milliseconds, to_milliseconds
+from schemas.credits import Millicredits, format_credits
+from schemas.ledger import Kind, Pool
+from schemas.limits import DEFAULT_THRESHOLDS
+from schemas.problem import UnknownId
+from sinks import account_queries, queries
+from sinks.account_queries import DaySum
+from sinks.accounts import facts_of
+from streams.account_events import openings
+from streams.balances import DAYS_KEPT, METERED, Account, Opening
+from streams.limits import REMAINING_BELOW, Facts
+from streams.messages import runs_out_on
+from streams.periods import DAY_MS, Day, Period, allowance_of, day_of, in_effect, period_of, to_date, to_day
+
+ALERTS_MAX = 10_000
+
+
+class Moment(NamedTuple):
+    """An instant that is asked for. ``known_ms``: rows recorded later do not count; None: all do."""
+
+    ms: int
+    known_ms: int | None
+
+    @property
+    def day(self) -> Day:
+        """Its UTC day."""
+        return day_of(self.ms)
+
+
+def moment(as_of: datetime | None) -> Moment:
+    """``as_of``, or now."""
+    if as_of is None:
+        return Moment(time.time_ns() // 1_000_000, None)
+    return Moment(to_milliseconds(as_of), to_milliseconds(as_of))
+
+
+def facts(client: Client, workspace_id: str, at: Moment) -> Facts:
+    """What account events had said of a workspace by then."""
+    rows = facts_of(client, [workspace_id])
+    known = [row for row in rows if at.known_ms is None or row.recorded_ms <= at.known_ms]
+    return openings([workspace_id], known, [])[workspace_id].facts
+
+
+def account(client: Client, workspace_id: str, at: Moment) -> Account:
+    """A workspace's account as the meter would hold it. UnknownId when the ledger holds nothing of it."""
+    said = facts(client, workspace_id, at)
+    days = at.day - DAYS_KEPT, at.day + 2
+    sums = account_queries.day_sums(client, workspace_id, days, at.known_ms)
+    if said == Facts() and not sums:
+        _require_known(client, workspace_id)
+    opening = Opening(said, _by_day(sums), sum(one.credits for one in sums if one.pool == Pool.PREMIUM))
+    return Account(workspace_id, opening, at.ms)
+
+
+def _require_known(client: Client, workspace_id: str) -> None:
+    if not account_queries.knows(client, workspace_id):
+        raise UnknownId(f"no workspace {workspace_id!r} in the ledger", "no run and no plan names it", "Check the id.")
+
+
+def _by_day(sums: Iterable[DaySum]) -> dict[Day, Millicredits]:
+    days: dict[Day, Millicredits] = {}
+    for one in sums:
+        if one.pool == Pool.ENRICHMENT:
+            days[one.day] = days.get(one.day, 0) + one.credits
+    return days
+
+
+def balance(client: Client, workspace_id: str, as_of: datetime | None = None) -> list[PoolBalance]:
+    """Where the enrichment and the premium pool stand. UnknownId for a workspace without any run or plan."""
+    at = moment(as_of)
+    held = account(client, workspace_id, at)
+    return [_pool_balance(held, pool, at) for pool in METERED]
+
+
+def _pool_balance(held: Account, pool: Pool, at: Moment) -> PoolBalance:
+    standing = held.standing(pool)
+    terms, runs_out = standing.terms, runs_out_on(held, at.ms) if pool == Pool.ENRICHMENT else None
+    below = [line.used_at for line in standing.passed if line.percent == REMAINING_BELOW]
+    return PoolBalance(
+        workspace_id=held.name,
+        pool=pool,
+        state=standing.state,
+        used=format_credits(standing.used),
+        allowance=format_credits(terms.allowance or 0),
+        remaining=format_credits(standing.remaining),
+        overage=format_credits(standing.overage),
+        thresholds=[line.percent for line in standing.passed if line.percent != REMAINING_BELOW],
+        remaining_below=format_credits((terms.allowance or 0) - below[0]) if below else None,
+        period_start=to_date(terms.period.start) if terms.period else None,
+        period_end=to_date(terms.period.end) if terms.period else None,
+        next_allowance=None if terms.next_allowance is None else format_credits(terms.next_allowance),
+        plan=terms.plan,
+        runs_out_on=None if runs_out is None else to_date(runs_out),
+        as_of=from_milliseconds(at.ms),
+    )
+
+
+def periods(client: Client, workspace_id: str, as_of: datetime | None = None) -> list[PeriodRow]:
+    """Every billing period from the workspace's first day on, the running one last. UnknownId as `balance`."""
+    at = moment(as_of)
+    plans = in_effect(facts(client, workspace_id, at).plans, at.ms)
+    drawn = _by_day(account_queries.day_sums(client, workspace_id, as_of_ms=at.known_ms))
+    days = [*drawn, *(day_of(change.effective_ms) for change in plans)]
+    if not days:
+        _require_known(client, workspace_id)
+    rows, day = [], min(days, default=at.day)
+    while day <= at.day:
+        period = period_of(day, plans, at.ms)
+        allowance = allowance_of(period, plans, at.ms) or 0
+        used = sum(drawn.get(one, 0) for one in range(*period))
+        opening = in_effect(plans, (period.start + 1) * DAY_MS - 1)
+        rows.append(
+            PeriodRow(
+                workspace_id=workspace_id,
+                period_start=to_date(period.start),
+                period_end=to_date(period.end),
+                plan=opening[-1].plan if opening else "",
+                allowance=format_credits(allowance),
+                used=format_credits(used),
+                remaining=format_credits(max(0, allowance - used)),
+                overage=format_credits(max(0, used - allowance)),
+                is_closed=period.end <= at.day,
+            )
+        )
+        day = period.end
+    return rows
+
+
+def statement(
+    client: Client, workspace_id: str, day: date | None = None, as_of: datetime | None = None
+) -> list[StatementLine]:
+    """Both pools over the billing period that holds ``day`` (UTC; None: today), from opening to closing.
+
+    UnknownId as `balance`, and for a day that has not come.
+    """
+    at = moment(as_of)
+    wanted = at.day if day is None else to_day(day)
+    if wanted > at.day:
+        raise UnknownId(f"no period holds {day} yet", "it lies in the future", "Ask for a day that has begun.")
+    said = facts(client, workspace_id, at)
+    period = period_of(wanted, said.plans, at.ms)
+    sums = account_queries.day_sums(client, workspace_id, period, at.known_ms)
+    if said == Facts() and not sums:
+        _require_known(client, workspace_id)
+    return [
+        _enrichment_line(client, workspace_id, said, period, sums, at),
+        _premium_line(client, workspace_id, said, period, sums, at),
+    ]
+
+
+def _enrichment_line(
+    client: Client, workspace_id: str, said: Facts, period: Period, sums: list[DaySum], at: Moment
+) -> StatementLine:
+    allowance = allowance_of(period, said.plans, at.ms) or 0
+    debited, given_back, runs = _movements(sums, Pool.ENRICHMENT, period)
+    left = allowance - debited + given_back
+    used = account_queries.drawn(client, workspace_id, Pool.ENRICHMENT, period, at.known_ms)
+    is_closed = period.end <= at.day
+    return _line(
+        workspace_id, Pool.ENRICHMENT, said, period, at,
+        moves=(0, allowance, debited, given_back, max(0, left) if is_closed else 0),
+        closing=min(0, allowance - used) if is_closed else allowance - used,
+        runs=runs,
+    )  # fmt: skip
+
+
+def _premium_line(
+    client: Client, workspace_id: str, said: Facts, period: Period, sums: list[DaySum], at: Moment
+) -> StatementLine:
+    debited, given_back, runs = _movements(sums, Pool.PREMIUM, period)
+    earlier = sum(one.credits for one in sums if one.pool == Pool.PREMIUM and one.day < period.start)
+    grants = [(day_of(grant.effective_ms), grant.credits) for grant in said.grants if grant.effective_ms <= at.ms]
+    used = account_queries.drawn(client, workspace_id, Pool.PREMIUM, (0, period.end), at.known_ms)
+    return _line(
+        workspace_id, Pool.PREMIUM, said, period, at,
+        moves=(
+            sum(credits for day, credits in grants if day < period.start) - earlier,
+            sum(credits for day, credits in grants if day in period),
+            debited, given_back, 0,
+        ),
+        closing=sum(credits for day, credits in grants if day < period.end) - used,
+        runs=runs,
+    )  # fmt: skip
+
+
+def _movements(sums: list[DaySum], pool: Pool, period: Period) -> tuple[Millicredits, Millicredits, int]:
+    """What a pool's runs drew in a period, what reversals gave back (both positive), and how many runs there were."""
+    mine = [one for one in sums if one.pool == pool and one.day in period]
+    runs = [one for one in mine if one.kind == Kind.RUN]
+    given_back = -sum(one.credits for one in mine if one.kind == Kind.REVERSAL)
+    return sum(one.credits for one in runs), given_back, sum(one.rows for one in runs)
+
+
+def _line(
+    workspace_id: str,
+    pool: Pool,
+    said: Facts,
+    period: Period,
+    at: Moment,
+    *,
+    moves: tuple[Millicredits, Millicredits, Millicredits, Millicredits, Millicredits],
+    closing: Millicredits,
+    runs: int,
+) -> StatementLine:
+    opening, granted, debited, given_back, expired = moves
+    in_force = in_effect(said.plans, min(at.ms, period.end * DAY_MS - 1))
+    return StatementLine(
+        workspace_id=workspace_id,
+        pool=pool,
+        period_start=to_date(period.start),
+        period_end=to_date(period.end),
+        plan=in_force[-1].plan if in_force else "",
+        opening=format_credits(opening),
+        granted=format_credits(granted),
+        debited=format_credits(debited),
+        reversed=format_credits(given_back),
+        expired=format_credits(expired),
+        closing=format_credits(closing),
+        runs=runs,
+        is_closed=period.end <= at.day,
+        foots=opening + granted - debited + given_back - expired == closing,
+        as_of=from_milliseconds(at.ms),
+    )
+
+
+def plans(client: Client, workspace_id: str, as_of: datetime | None = None) -> list[PlanRow]:
+    """A workspace's plans in the order in which they take effect, also those to come. UnknownId as `balance`."""
+    at = moment(as_of)
+    said = facts(client, workspace_id, at)
+    if not said.plans:
+        _require_known(client, workspace_id)
+    in_force = in_effect(said.plans, at.ms)[-1:]
+    return [
+        PlanRow(
+            workspace_id=workspace_id,
+            effective_at=from_milliseconds(change.effective_ms),
+            plan=change.plan,
+            allowance=format_credits(change.allowance),
+            restart_period=change.restart_period,
+            thresholds=list(change.thresholds),
+            remaining_below=None if change.remaining_below is None else format_credits(change.remaining_below),
+            recorded_at=from_milliseconds(change.arrival[0]),
+            in_force=change in in_force,
+        )
+        for change in said.plans
+    ]
+
+
+def limits(client: Client, workspace_id: str, as_of: datetime | None = None) -> LimitsInForce:
+    """At what a workspace is told: its own thresholds, else its plan's, else the default. UnknownId as `balance`."""
+    at = moment(as_of)
+    said = facts(client, workspace_id, at)
+    if said == Facts():
+        _require_known(client, workspace_id)
+    own, plan = said.thresholds, next(iter(in_effect(said.plans, at.ms)[-1:]), None)
+    percents: tuple[int, ...] = DEFAULT_THRESHOLDS
+    below: Millicredits | None = None
+    by, below_by = "default", "default"
+    if plan:
+        percents, by = (plan.thresholds, "plan") if plan.thresholds else (percents, by)
+        below, below_by = (plan.remaining_below, "plan") if plan.remaining_below is not None else (below, below_by)
+    if own:
+        percents, by = (own.percents, "workspace") if own.percents else (percents, by)
+        below, below_by = (own.remaining_below, "workspace") if own.remaining_below is not None else (below, below_by)
+    return LimitsInForce(
+        workspace_id=workspace_id,
+        thresholds=sorted({*percents, 100}),
+        thresholds_by=by,
+        remaining_below=None if below is None else format_credits(below),
+        remaining_below_by=below_by,
+    )
+
+
+def alerts(
+    client: Client, workspace_id: str = "", kind: str = "", limit: int = 100, as_of: datetime | None = None
+) -> list[PublishedAlert]:
+    """Limit alerts that left the meter, newest first; of one workspace and kind, or (empty) of all."""
+    known_ms = moment(as_of).known_ms
+    return account_queries.published_alerts(
+        client, workspace_id=workspace_id, kind=kind, limit=limit, as_of_ms=known_ms
+    )
+
+
+def account_event(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
+    """What became of an account event: every ledger row under its id; none while it is not metered."""
+    return account_queries.event_rows(client, workspace_id, event_id)
+
+
+def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanation:
+    """`sinks.queries.explanation`, with what the run did to the balance, and the alert that it caused."""
+    found = queries.explanation(client, run_id, catalogue)
+    debit = account_queries.debit_of(client, found.workspace_id, run_id)
+    if debit is None or debit.pool == Pool.NONE:
+        return found
+    alert = account_queries.published_alerts(client, workspace_id=found.workspace_id, position=debit.position, limit=1)
+    return msgspec.structs.replace(found, balance=_move(client, debit), alert=alert[0] if alert else None)
+
+
+def _move(client: Client, debit: account_queries.Debit) -> BalanceMove:
+    """The balance before and after a debit, by what was known when it came, in the period that it ran in."""
+    at = Moment(debit.recorded_ms, debit.recorded_ms)
+    said = facts(client, debit.workspace_id, at)
+    in_force = in_effect(said.plans, at.ms)
+    if debit.pool == Pool.PREMIUM:
+        period = None
+        allowance = sum(grant.credits for grant in said.grants if grant.effective_ms <= at.ms)
+    else:
+        period = period_of(debit.day, said.plans, at.ms)
+        allowance = allowance_of(period, said.plans, at.ms) or 0
+    before = allowance - account_queries.drawn_before(client, debit, period or account_queries.EVERY_DAY)
+    return BalanceMove(
+        pool=debit.pool,
+        before=format_credits(before),
+        after=format_credits(before - debit.credits),
+        allowance=format_credits(allowance),
+        plan=in_force[-1].plan if in_force else "",
+        period_start=to_date(period.start) if period else None,
+        period_end=to_date(period.end) if period else None,
+    )

@@ -1,0 +1,295 @@
+"""What people ask of accounts, in SQL: sums of one workspace, alerts, who comes close to a limit.
+
+Credits are millicredits, days count from 1970-01-01. ``as_of_ms`` (Unix ms) None: all that the ledger knows; otherwise
+what was recorded by then, which no projection serves.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+from clickhouse_connect.driver.client import Client
+
+from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy
+from schemas.credits import Millicredits, format_credits
+from schemas.ledger import Kind, Pool
+
+_DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
+_RECORDED: Final = " AND recorded_at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')"
+_POSITION: Final = "concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset))"
+EVERY_DAY: Final = (0, 65_535)
+"""All days that a Date can hold."""
+
+
+class DaySum(NamedTuple):
+    """What one workspace drew from one pool on one UTC day: by runs, and (negative) by reversals."""
+
+    pool: Pool
+    day: int
+    kind: Kind
+    credits: Millicredits
+    rows: int
+
+
+def _known(as_of_ms: int | None) -> str:
+    return "" if as_of_ms is None else _RECORDED
+
+
+def knows(client: Client, workspace_id: str) -> bool:
+    """Whether any run or account event of this workspace is in the ledger."""
+    found = client.query(
+        "SELECT 1 FROM ledger WHERE workspace_id = {workspace:String} AND kind != 'dead_letter' LIMIT 1",
+        parameters={"workspace": workspace_id},
+    )
+    return bool(found.result_rows)
+
+
+def day_sums(
+    client: Client, workspace_id: str, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
+) -> list[DaySum]:
+    """Sums of one workspace by pool, day and kind, in the order of days: enrichment in the days [first, end), premium,
+    which has no period, on every day.
+    """
+    found = client.query(
+        "SELECT toString(pool), toInt32(toUInt16(day)), toString(kind), toInt64(sum(credits) * 1000), count() "
+        f"FROM ledger WHERE workspace_id = {{workspace:String}} AND {_DRAWS} "
+        "AND (pool = 'premium' OR day >= toDate({start:UInt16}) AND day < toDate({end:UInt16})) "
+        f"{_known(as_of_ms)} GROUP BY pool, day, kind ORDER BY day",
+        parameters={"workspace": workspace_id, "start": days[0], "end": days[1], "as_of": as_of_ms},
+    )
+    return [
+        DaySum(Pool(pool), day, Kind(kind), credits, rows) for pool, day, kind, credits, rows in found.result_rows
+    ]
+
+
+def drawn(
+    client: Client, workspace_id: str, pool: Pool, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
+) -> Millicredits:
+    """One sum: what the pool's debits come to in the days [first, end), reversals included."""
+    ((credits,),) = client.query(
+        "SELECT toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id = {workspace:String} "
+        "AND kind IN ('run', 'reversal') AND pool = {pool:String} "
+        f"AND day >= toDate({{start:UInt16}}) AND day < toDate({{end:UInt16}}){_known(as_of_ms)}",
+        parameters={
+            "workspace": workspace_id,
+            "pool": str(pool),
+            "start": days[0],
+            "end": days[1],
+            "as_of": as_of_ms,
+        },
+    ).result_rows
+    return int(credits)
+
+
+class Debit(NamedTuple):
+    """Where a run's debit stands: in Kafka, in time, in which pool and on which day."""
+
+    workspace_id: str
+    topic_id: str
+    offset: int
+    position: str
+    recorded_ms: int
+    pool: Pool
+    day: int
+    credits: Millicredits
+
+
+def debit_of(client: Client, workspace_id: str, run_id: UUID) -> Debit | None:
+    """The debit of a run; None when there is none."""
+    found = client.query(
+        f"SELECT workspace_id, topic_id, kafka_offset, {_POSITION}, toUnixTimestamp64Milli(recorded_at), "
+        "toString(pool), toInt32(toUInt16(day)), toInt64(credits * 1000) FROM ledger "
+        "WHERE workspace_id = {workspace:String} AND run_id = {run:UUID} AND kind = 'run'",
+        parameters={"workspace": workspace_id, "run": str(run_id)},
+    ).result_rows
+    for name, topic_id, offset, position, recorded, pool, day, credits in found:
+        return Debit(name, topic_id, offset, position, recorded, Pool(pool), day, credits)
+    return None
+
+
+def drawn_before(client: Client, debit: Debit, days: tuple[int, int]) -> Millicredits:
+    """What the debit's pool had drawn in the days [first, end) when the debit came.
+
+    Kafka's order: by offset in the run's own topic, by the broker's time against any other; of two records of one
+    millisecond in two topics the run counts as the first.
+    """
+    ((credits,),) = client.query(
+        "SELECT toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id = {workspace:String} "
+        "AND kind IN ('run', 'reversal') AND pool = {pool:String} "
+        "AND day >= toDate({start:UInt16}) AND day < toDate({end:UInt16}) "
+        "AND if(topic_id = {topic_id:String}, kafka_offset < {offset:UInt64}, "
+        "recorded_at < fromUnixTimestamp64Milli({recorded:Int64}, 'UTC'))",
+        parameters={
+            "workspace": debit.workspace_id,
+            "pool": str(debit.pool),
+            "start": days[0],
+            "end": days[1],
+            "topic_id": debit.topic_id,
+            "offset": debit.offset,
+            "recorded": debit.recorded_ms,
+        },
+    ).result_rows
+    return int(credits)
+
+
+def shares(
+    client: Client, workspace_id: str, action: str, table_id: str, column_id: str, as_of_ms: int | None = None
+) -> list[ShareOfRuns]:
+    """How the runs of a column ended, most frequent first. An empty table or column: all of them."""
+    found = client.query(
+        "SELECT toString(reason) AS why, count() AS runs FROM ledger WHERE workspace_id = {workspace:String} "
+        "AND kind = 'run' AND action = {action:String} AND ({table:String} = '' OR table_id = {table:String}) "
+        f"AND ({{column:String}} = '' OR column_id = {{column:String}}){_known(as_of_ms)} "
+        "GROUP BY why ORDER BY runs DESC, why",
+        parameters={
+            "workspace": workspace_id,
+            "action": action,
+            "table": table_id,
+            "column": column_id,
+            "as_of": as_of_ms,
+        },
+    )
+    return [ShareOfRuns(reason=reason, runs=runs) for reason, runs in found.result_rows]
+
+
+_ALERT: Final = (
+    "alert_id", "workspace_id", "pool", "kind", "state", "used", "allowance", "thresholds", "remaining_below",
+    "period_start", "period_end", "plan", "cause", "at", "position", "run_id", "seeded", "published_at",
+)  # fmt: skip
+
+
+def published_alerts(
+    client: Client,
+    *,
+    workspace_id: str = "",
+    kind: str = "",
+    position: str = "",
+    limit: int,
+    as_of_ms: int | None = None,
+) -> list[PublishedAlert]:
+    """Alerts that left the meter, newest first. Empty filters: all."""
+    conditions = [
+        f"{name} = {{{name}:String}}"
+        for name, value in (("workspace_id", workspace_id), ("kind", kind), ("position", position))
+        if value
+    ]
+    if as_of_ms is not None:
+        conditions.append("at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')")
+    found = client.query(
+        f"SELECT {', '.join(_ALERT)} FROM alerts WHERE {' AND '.join(conditions) or 'true'} "
+        "ORDER BY at DESC, alert_id LIMIT {limit:UInt32}",
+        parameters={
+            "workspace_id": workspace_id,
+            "kind": kind,
+            "position": position,
+            "as_of": as_of_ms,
+            "limit": limit,
+        },
+    )
+    return [_alert(dict(zip(_ALERT, row, strict=True))) for row in found.result_rows]
+
+
+def _alert(row: dict[str, Any]) -> PublishedAlert:
+    below, run_id = row["remaining_below"], row["run_id"]
+    told = {
+        "used": _text(row["used"]),
+        "allowance": _text(row["allowance"]),
+        "remaining_below": None if below is None else _text(below),
+        "alert_id": str(row["alert_id"]),
+        "run_id": str(run_id) if run_id.int else "",
+        "thresholds": list(row["thresholds"]),
+    }
+    return PublishedAlert(**row | told)
+
+
+def _text(credits: Any) -> str:
+    return format_credits(int(credits.scaleb(3)))
+
+
+def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
+    """Every ledger row under an account event's id, in the order of arrival."""
+    found = client.query(
+        f"SELECT {_POSITION}, recorded_at, toString(kind), toString(reason), credits, detail FROM ledger "
+        "WHERE workspace_id = {workspace:String} AND event_id = {event:UUID} ORDER BY recorded_at, kafka_offset",
+        parameters={"workspace": workspace_id, "event": str(event_id)},
+    )
+    return [
+        Delivery(position=position, recorded_at=at, kind=kind, reason=reason, credits=_text(credits), detail=detail)
+        for position, at, kind, reason, credits, detail in found.result_rows
+    ]
+
+
+class Standing(NamedTuple):
+    """Where one pool stands, as the view `balances` says it; credits in millicredits."""
+
+    workspace_id: str
+    pool: str
+    state: str
+    used: Millicredits
+    allowance: Millicredits
+    remaining: Millicredits
+    overage: Millicredits
+    period_end: Any
+    plan: str
+    runs_out_on: Any
+
+
+FORECAST_DAYS: Final = 7
+FORECAST_DAYS_MIN: Final = 3
+
+_ORDERS: Final = {
+    TopBy.USED: "intDiv(toInt128(used * 1000) * 1000000, toInt128(allowance * 1000)) DESC, overage DESC, workspace_id",
+    TopBy.RUNS_OUT: "last_day, remaining, workspace_id",
+}
+_FORECASTED: Final = "AND pool = 'enrichment' AND active >= {active:UInt8} AND drawn > 0 AND remaining > 0 "
+
+
+def top(client: Client, by: TopBy, as_of_ms: int, limit: int) -> Sequence[Standing]:
+    """Pools with an allowance, those that used the largest share of it first; or those whose enrichment credits will be
+    gone before their period ends, the soonest first.
+
+    The forecast: the mean of the last 7 days, today and no day before the period included, with debits on 3 of them.
+    """
+    found = client.query(
+        _TOP.format(
+            forecasted=_FORECASTED + "AND last_day < period_end" if by == TopBy.RUNS_OUT else "", order=_ORDERS[by]
+        ),
+        parameters={"as_of": as_of_ms, "days": FORECAST_DAYS, "active": FORECAST_DAYS_MIN, "limit": limit},
+    )
+    return [Standing(*row) for row in found.result_rows]
+
+
+_TOP: Final = """
+SELECT workspace_id, pool, state, toInt64(used * 1000), toInt64(allowance * 1000), toInt64(remaining * 1000),
+       toInt64(overage * 1000), period_end, toString(plan),
+       if(pool = 'enrichment' AND active >= {{active:UInt8}} AND drawn > 0 AND remaining > 0 AND last_day < period_end,
+          last_day, NULL)
+FROM
+(
+    SELECT workspace_id, pool, state, used, allowance, remaining, overage, period_end, plan,
+           toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) AS today,
+           greatest(today - {{days:UInt8}} + 1, assumeNotNull(period_start)) AS since,
+           arrayFilter(draw -> draw.1 >= since, recent) AS draws,
+           arraySum(draw -> draw.2, draws) AS drawn, arrayCount(draw -> draw.2 > 0, draws) AS active,
+           today + intDiv(toInt128(remaining * 1000) * (today - since + 1), greatest(toInt128(drawn * 1000), 1))
+               AS last_day
+    FROM balances_as_of(as_of = fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) AS balance
+    LEFT JOIN
+    (
+        SELECT workspace_id, groupArray((day, credits)) AS recent
+        FROM
+        (
+            SELECT workspace_id, day, sum(credits) AS credits FROM ledger
+            WHERE kind IN ('run', 'reversal') AND pool = 'enrichment'
+              AND day > toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) - {{days:UInt8}}
+              AND day <= toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC'))
+            GROUP BY workspace_id, day
+        )
+        GROUP BY workspace_id
+    ) AS lately ON balance.workspace_id = lately.workspace_id
+    WHERE allowance > 0
+)
+WHERE true {forecasted}
+ORDER BY {order}
+LIMIT {{limit:UInt32}}
+"""
