@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from creditstream.producing import open_producer
+from creditstream.webhooks import notifier as notifier_module
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS
 from creditstream.webhooks.endpoints import Address, Endpoint
 from creditstream.webhooks.notifier import Notifier, Step, World
@@ -31,9 +32,10 @@ from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, ensure_topi
 from tests.webhook_receiver import STALL, Behaviour, Received, Reply, WebhookReceiver
 
 WAIT_S_MAX: Final = 30.0
-QUIET_TURNS: Final = 5
+QUIET_TURNS: Final = 10
 """Turns without anything new, after which a test believes that nothing more comes."""
 
+POLL_S: Final = 0.02
 PARTITIONS: Final = 2
 NUMBERS: Final = count(1)
 SECRET: Final = new_secret()
@@ -95,7 +97,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(kafka: str) -> Stage:
+def stage(kafka: str, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setattr(notifier_module, "POLL_S", POLL_S)
     return Stage(kafka)
 
 
@@ -175,7 +178,7 @@ def test_killed_after_any_step_it_loses_and_repeats_nothing(
         assert len(receiver.received) == 2
 
 
-def stage_done(stage: Stage) -> list[Delivery]:
+def delivered(stage: Stage) -> list[Delivery]:
     return [record for record in stage.records() if record.state is DeliveryState.DELIVERED]
 
 
