@@ -4,6 +4,7 @@ All questions name workspaces, or a partition by the hash of its workspaces: `ka
 ``usage`` projection answers for one partition of a topic without a column for it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import date
 from decimal import Decimal
@@ -252,22 +253,40 @@ def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, byte
     return [(position, bytes(key), bytes(value)) for position, key, value in found.result_rows]
 
 
-def top_columns(
-    client: Client, workspace_id: str, pool: str, start: date | None, end: date | None
-) -> tuple[TopColumn, ...]:
-    """The columns that drew most of a pool in the UTC days [start, end), most first; None: of all time."""
+class TopQuestion(NamedTuple):
+    """Which columns drew most of a pool in the UTC days [start, end); None: of all time."""
+
+    workspace_id: str
+    pool: str
+    start: date | None
+    end: date | None
+
+
+def top_columns(client: Client, questions: Sequence[TopQuestion]) -> dict[TopQuestion, tuple[TopColumn, ...]]:
+    """The columns that drew most, most first, for each question."""
     found = client.query(
-        "SELECT table_id, column_id, action, sum(credits) AS drawn FROM ledger WHERE workspace_id = {name:String} "
-        "AND kind IN ('run', 'reversal') AND pool = {pool:String} AND day >= {start:Date} AND day < {end:Date} "
-        f"GROUP BY table_id, column_id, action HAVING drawn > 0 ORDER BY drawn DESC, column_id LIMIT {TOP_COLUMNS}",
+        "SELECT workspace_id, toString(pool), day, table_id, column_id, action, toInt64(sum(credits) * 1000) "
+        "FROM ledger WHERE workspace_id IN {names:Array(String)} AND kind IN ('run', 'reversal') "
+        "AND day >= {since:Date} GROUP BY workspace_id, pool, day, table_id, column_id, action",
         parameters={
-            "name": workspace_id, "pool": pool, "start": start or date(2020, 1, 1), "end": end or date(2149, 1, 1),
+            "names": sorted({question.workspace_id for question in questions}),
+            "since": min(question.start or EPOCH for question in questions),
         },
-    )  # fmt: skip
-    return tuple(
-        TopColumn(table_id=table, column_id=column, action=action, credits=format_credits(int(drawn.scaleb(3))))
-        for table, column, action, drawn in found.result_rows
     )
+    drawn: dict[TopQuestion, Counter[tuple[str, str, str]]] = {question: Counter() for question in questions}
+    for name, pool, day, *column, credits in found.result_rows:
+        for question in questions:
+            in_period = question.start is None or question.end is None or question.start <= day < question.end
+            if (name, pool) == question[:2] and in_period:
+                drawn[question][column[0], column[1], column[2]] += credits
+    return {
+        question: tuple(
+            TopColumn(table_id=table, column_id=column, action=action, credits=format_credits(credits))
+            for (table, column, action), credits in columns.most_common(TOP_COLUMNS)
+            if credits > 0
+        )
+        for question, columns in drawn.items()
+    }
 
 
 def note_alerts(client: Client, alerts: Sequence[LimitAlert]) -> None:

@@ -25,7 +25,7 @@ from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
-from streams.assignment import CLOCK_GRACE_MS, REDRIVE_EVERY_S, Kept, Loader, Place, answer
+from streams.assignment import CLOCK_GRACE_MS, REDRIVE_EVERY_S, Kept, Loader, Place, answer, is_told
 from streams.balances import Opening
 from streams.batches import Batching
 from streams.duplicates import Identity, Original
@@ -43,7 +43,7 @@ from streams.topics import (
     require_topic,
 )
 from streams.unit import Lanes, Unit
-from streams.voice import Outlets, Question
+from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
@@ -140,8 +140,8 @@ class Meter:
             )
 
     async def assign(self, partitions: set[int], group: str) -> tuple[Offsets, Offsets]:
-        """Load the state of these partitions: where each is read from, and where ``group``, whose commits say what has
-        been told, begins that has committed nothing yet. Units with an incident are held.
+        """Load the state of these partitions: where each is read from, and what ``group`` should commit now, since its
+        commits say what has been told: the rows behind its last one were told again. Units with an incident are held.
 
         Problem when a topic was deleted and made again under this process: its rows would continue the old one's.
         """
@@ -154,6 +154,7 @@ class Meter:
         )
         await self._follow(partitions)
         resume: Offsets = {}
+        told: Offsets = {}
         for partition in sorted(partitions):
             place = Place(
                 (Chain(topics[0].name, topics[0].id, partition), Chain(topics[1].name, topics[1].id, partition)),
@@ -161,16 +162,16 @@ class Meter:
                 (committed[topics[0].name, partition], committed[topics[1].name, partition]),
             )
             unit = await self._load(place)
-            resume[topics[0].name, partition] = max(unit.mark.next, logs[0][partition].start)
-            resume[topics[1].name, partition] = max(unit.event_mark.next, logs[1][partition].start)
+            begins = {
+                (chain.topic, partition): max(mark.next, found.start)
+                for chain, mark, found in zip(place.chains, (unit.mark, unit.event_mark), place.logs, strict=True)
+            }
+            resume |= begins
+            if is_told(unit, place):
+                told |= {place: offset for place, offset in begins.items() if committed[place] != offset}
         self._kept.clear()
         self.assigned = True
-        fresh = {place for place, offset in committed.items() if offset is None and self._is_empty(place)}
-        return resume, {place: offset for place, offset in resume.items() if place in fresh}
-
-    def _is_empty(self, place: tuple[str, int]) -> bool:
-        unit = self.units[place[1]]
-        return not (unit.mark if place[0] == self.topic.name else unit.event_mark).rows
+        return resume, told
 
     async def _load(self, place: Place) -> Unit:
         chain = place.chains[0]
@@ -297,8 +298,12 @@ class Meter:
             runs = await self._look_up(accounts.runs_to_reverse, identities)
         return account_events.known_of(events, runs)
 
-    async def _find_top_columns(self, question: Question) -> tuple[TopColumn, ...]:
-        columns: tuple[TopColumn, ...] = await self._ask("courtesies", accounts.top_columns, *question)
+    async def _find_top_columns(
+        self, questions: Sequence[accounts.TopQuestion]
+    ) -> dict[accounts.TopQuestion, tuple[TopColumn, ...]]:
+        columns: dict[accounts.TopQuestion, tuple[TopColumn, ...]] = await self._ask(
+            "courtesies", accounts.top_columns, questions
+        )
         return columns
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:

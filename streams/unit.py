@@ -12,8 +12,8 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 8. states whose ``used`` moved are handed over, too; the producer is flushed
 9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
-A chunk of account events is a barrier: the open batch is written and read back, the chunk is rated against the ledger,
-inserted at once, read back, and then folded. So a reversal sees durable rows only.
+Account events are a barrier: the open batch is written and read back, whatever waits of them is rated against the
+ledger, inserted at once, read back, and then folded. So a reversal sees durable rows only.
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
 the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
@@ -108,7 +108,8 @@ class Unit:
         self._lanes = lanes
         self._position = self._folded = self.mark.last
         self._waiting: asyncio.Queue[Event] = asyncio.Queue()
-        self._pushed_back: Event | None = None
+        self._account_events: list[Event] = []
+        """Chunks of account events that wait; they go before the runs that wait, all in one barrier."""
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
@@ -144,7 +145,7 @@ class Unit:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits that it has been given."""
-        return self._waiting.empty() and self._pushed_back is None
+        return self._waiting.empty() and not self._account_events
 
     @property
     def folded(self) -> tuple[int, int]:
@@ -153,7 +154,9 @@ class Unit:
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
-        self._waiting.put_nowait(event)
+        if event.of_account:
+            self._account_events.append(event)
+        self._waiting.put_nowait(_NUDGE if event.of_account else event)
 
     def drain(self) -> None:
         """Write what is there at once: the worker stops, or the partition moves."""
@@ -180,11 +183,9 @@ class Unit:
     async def _meter(self) -> None:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
-            events = await self._take()
-            if events and events[0].of_account:
-                await self._take_account_events(events[0])
-            else:
-                await self._take_runs(events)
+            await self._take_runs(await self._take())
+            if self._account_events:
+                await self._take_account_events()
             if self._is_tick_due:
                 self._is_tick_due = False
                 await self._look_at_the_clock()
@@ -211,8 +212,7 @@ class Unit:
         self._open = OpenBatch(self._position)
 
     async def _take(self) -> list[Event]:
-        """What waits, up to a full batch; nothing when the open batch has lingered enough. A chunk of account events
-        comes alone.
+        """What waits, up to a full batch; nothing when the open batch has lingered enough, or account events wait.
 
         A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
         """
@@ -223,15 +223,10 @@ class Unit:
         try:
             async with asyncio.timeout_at(deadline) as waiting:
                 while rows < room and not (events and self._waiting.empty() and len(events[-1].chunk) < BACKLOG_CHUNK):
-                    event = self._pushed_back or await self._waiting.get()
-                    self._pushed_back = None
-                    if event.of_account:
-                        if not events:
-                            return [event]
-                        self._pushed_back = event
+                    if self._account_events:
                         break
-                    events.append(event)
-                    rows += len(event.chunk)
+                    events.append(await self._waiting.get())
+                    rows += len(events[-1].chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
             pass
@@ -239,11 +234,10 @@ class Unit:
 
     def _unread(self, event: Event) -> Any:
         """The chunk without what this unit has had before, as after a seek that came twice."""
-        last = self.event_mark.last if event.of_account else self._position
         chunk = event.chunk
-        if chunk and chunk[0].offset <= last:
-            chunk = [record for record in chunk if record.offset > last]
-        if chunk and not event.of_account:
+        if chunk and chunk[0].offset <= self._position:
+            chunk = [record for record in chunk if record.offset > self._position]
+        if chunk:
             self._position = chunk[-1].offset
         return chunk
 
@@ -298,14 +292,16 @@ class Unit:
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
-    async def _take_account_events(self, event: Event) -> None:
-        """The barrier: everything before is durable, then this chunk is, then it is folded."""
-        chunk = self._unread(event)
+    async def _take_account_events(self) -> None:
+        """The barrier: everything before is durable, then these chunks are, then they are folded."""
+        await self._seal()
+        await self._sealed.join()
+        events, self._account_events = self._account_events, []
+        chunk = [record for event in events for record in event.chunk]
+        chunk = [record for record in chunk if record.offset > self.event_mark.last]
         if chunk:
-            await self._seal()
-            await self._sealed.join()
             await self._write_account_events(chunk)
-        self._written.append(event)
+        self._written += events
         await self._settle()
 
     async def _write_account_events(self, chunk: Any) -> None:

@@ -16,6 +16,7 @@ import structlog
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitAlert, TopColumn, state_key
+from sinks.accounts import TopQuestion
 from sinks.ledger import Chain
 from streams.balances import Account, Balances, Key, Notice
 from streams.messages import Source, alert_of, runs_out_on, state_of
@@ -25,8 +26,6 @@ COURTESY_S_MAX: Final = 0.05
 COURTESY_AGE_S_MAX: Final = 1.0
 COURTESY_ALERTS_MAX: Final = 20
 """With more alerts at once than this, none waits for its columns."""
-Question = tuple[str, str, Any, Any]
-"""(workspace, pool, first day, day after the last one; None: premium, of all time)."""
 
 log: Final = structlog.get_logger()
 
@@ -38,8 +37,8 @@ class Outlets(msgspec.Struct, frozen=True):
     """Hand one message over: topic, partition, key, message."""
     flush: Callable[[], Any]
     """Awaitable: Kafka has everything that was handed over."""
-    find_top_columns: Callable[[Question], Any]
-    """Awaitable: the columns that drew most."""
+    find_top_columns: Callable[[Sequence[TopQuestion]], Any]
+    """Awaitable: question → the columns that drew most."""
     note_alerts: Callable[[Sequence[LimitAlert]], Any]
     """Awaitable: they stand in the database."""
     told: Callable[[str, int], None]
@@ -56,7 +55,8 @@ class Voice:
         self._outlets = outlets
         self._pending: asyncio.Task[None] | None = None
         self._unnoted: list[LimitAlert] = []
-        self._courtesies: dict[Question, tuple[float, tuple[TopColumn, ...]]] = {}
+        self._courtesies: dict[TopQuestion, tuple[TopColumn, ...]] = {}
+        self._asked_at = 0.0
         self.has_unflushed = False
 
     def as_of(self, balances: Balances, folded: tuple[int, int]) -> AsOf:
@@ -91,12 +91,17 @@ class Voice:
         if not self.has_unflushed:
             return
         self.has_unflushed = False
-        if self._pending:
-            await self._pending
-        alerts, self._unnoted = self._unnoted, []
-        if alerts:
-            await self._outlets.note_alerts(alerts)
-        await self._outlets.flush()
+        try:
+            if self._pending:
+                await self._pending
+            if self._unnoted:
+                noted = list(self._unnoted)
+                await self._outlets.note_alerts(noted)
+                del self._unnoted[: len(noted)]
+            await self._outlets.flush()
+        except BaseException:
+            self.has_unflushed = True  # also when the unit is released meanwhile: what it told is then told again
+            raise
 
     def _publish_states(self, balances: Balances, folded: tuple[int, int], keys: Sequence[Key]) -> None:
         if not keys:
@@ -115,7 +120,7 @@ class Voice:
 
     async def _publish(self, alerts: Sequence[LimitAlert], before: "asyncio.Task[None] | None") -> None:
         if len(alerts) <= COURTESY_ALERTS_MAX:
-            alerts = await asyncio.gather(*(self._with_columns(alert) for alert in alerts))
+            alerts = await self._with_columns(alerts)
         if before:
             await before
         for alert in alerts:
@@ -123,17 +128,19 @@ class Voice:
             self._outlets.told(alert.kind, 1)
         self._unnoted += alerts
 
-    async def _with_columns(self, alert: LimitAlert) -> LimitAlert:
-        question = alert.workspace_id, str(alert.pool), alert.period_start, alert.period_end
+    async def _with_columns(self, alerts: Sequence[LimitAlert]) -> Sequence[LimitAlert]:
+        questions = [TopQuestion(a.workspace_id, str(a.pool), a.period_start, a.period_end) for a in alerts]
         now = asyncio.get_running_loop().time()
-        asked_at, columns = self._courtesies.get(question, (0.0, ()))
-        if now - asked_at > COURTESY_AGE_S_MAX:
+        if now - self._asked_at > COURTESY_AGE_S_MAX:
+            self._courtesies.clear()
+            self._asked_at = now
+        if unknown := [question for question in questions if question not in self._courtesies]:
             try:
                 async with asyncio.timeout(COURTESY_S_MAX):
-                    columns = await self._outlets.find_top_columns(question)
+                    self._courtesies |= await self._outlets.find_top_columns(unknown)
             except TimeoutError:
-                return alert
-            if len(self._courtesies) > COURTESY_ALERTS_MAX:
-                self._courtesies.clear()
-            self._courtesies[question] = now, columns
-        return msgspec.structs.replace(alert, top_columns=columns)
+                return alerts
+        return [
+            msgspec.structs.replace(alert, top_columns=self._courtesies.get(question))
+            for alert, question in zip(alerts, questions, strict=True)
+        ]

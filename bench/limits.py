@@ -1,0 +1,208 @@
+"""How soon limits are known, beside runs and inserts: alerts, the gate's no, the gate's yes after an upgrade.
+
+    .venv/bin/python -m bench.limits                    20 s at 1,000 runs/s, then a ledger of a million workspaces
+    .venv/bin/python -m bench.limits --seconds 60 --workspaces 100000
+
+Everything runs on this machine: broker, worker with chDB, the producer, the reader of alerts and the gate. Times are
+from the call of the producer to the moment at which the reader, or the gate, knows.
+"""
+
+import argparse
+import shutil
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import quantiles
+from uuid import UUID, uuid4
+
+import msgspec
+from confluent_kafka import Consumer, TopicPartition
+from rich.console import Console
+from rich.table import Table
+from uuid_utils.compat import uuid7
+
+from creditstream.child import child_worker
+from creditstream.client import Gate
+from creditstream.embedded import EmbeddedKafka
+from creditstream.home import Home
+from creditstream.producing import open_producer
+from schemas.account import PlanChanged
+from schemas.cell_run import CellRun, Outcome
+from schemas.codec import encode_account_event, encode_run
+from schemas.limits import LimitAlert
+from streams.settings import Settings, read_settings
+from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
+
+RATE = 1_000
+ALLOWANCE = 100
+UPGRADES = 100
+PLANS = """
+version = 1
+effective_from = 2020-01-01T00:00:00Z
+[[plans]]
+id = "small"
+allowance = "100"
+[[plans]]
+id = "large"
+allowance = "1000000"
+"""
+
+
+class Clocks:
+    """When things were sent and when they were known; seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self.sent: dict[UUID, float] = {}
+        self.alert_known: dict[UUID, float] = {}
+        self.exhausting: dict[str, float] = {}
+        self.upgraded: dict[str, float] = {}
+        self.no: dict[str, float] = {}
+        self.yes: dict[str, float] = {}
+        self.enough = threading.Event()
+
+    def alerts(self) -> list[float]:
+        """Milliseconds from a run to its alert."""
+        return [(known - self.sent[run]) * 1000 for run, known in self.alert_known.items()]
+
+
+def produce(settings: Settings, clocks: Clocks, seconds: int) -> None:
+    """A steady stream: each workspace runs until its credits are gone; some are upgraded then, beside the stream."""
+    producer, topic = open_producer(settings.kafka_bootstrap), cell_runs_topic(settings)
+    started, sent = time.monotonic(), 0
+    total = seconds * RATE
+    while sent < total:
+        for _ in range(min(total, int((time.monotonic() - started) * RATE)) - sent):
+            # Fifty workspaces are busy at a time.
+            workspace = f"ws_{sent // (50 * ALLOWANCE)}_{sent % 50}"
+            run = CellRun(
+                run_id=uuid7(), workspace_id=workspace, table_id="tbl_1", column_id=f"col_{sent % 7}",
+                row_id=f"row_{sent}", action="enrich_person", outcome=Outcome.DATA, ran_at=datetime.now(UTC),
+            )  # fmt: skip
+            now = time.monotonic()
+            clocks.sent[run.run_id] = now
+            if sent % (50 * ALLOWANCE) // 50 == ALLOWANCE - 1:
+                clocks.exhausting[workspace] = now
+            producer.produce(topic, encode_run(run), workspace)
+            sent += 1
+        producer.poll(0)
+        time.sleep(0.001)
+    producer.flush(30)
+    clocks.enough.set()
+
+
+def read_alerts(settings: Settings, clocks: Clocks) -> None:
+    """Whoever waits for `limit-alerts`."""
+    consumer = Consumer(
+        {"bootstrap.servers": settings.kafka_bootstrap, "group.id": "bench", "fetch.queue.backoff.ms": 5}
+    )
+    consumer.assign([TopicPartition("limit-alerts", partition, 0) for partition in range(settings.partitions)])
+    decode = msgspec.json.Decoder(LimitAlert).decode
+    quiet = 0.0
+    while quiet < 3.0:
+        message = consumer.poll(0.1)
+        if message is None or message.error():
+            quiet = quiet + 0.1 if clocks.enough.is_set() else 0.0
+            continue
+        known, quiet = time.monotonic(), 0.0
+        alert = decode(message.value() or b"")
+        if alert.run_id in clocks.sent:
+            clocks.alert_known.setdefault(alert.run_id, known)
+    consumer.close()
+
+
+def ask_gate(settings: Settings, gate: Gate, clocks: Clocks) -> None:
+    """A worker that may no longer run, and then may again."""
+    producer, topic = open_producer(settings.kafka_bootstrap), account_events_topic(settings)
+    deadline = None
+    while deadline is None or time.monotonic() < deadline:
+        now = time.monotonic()
+        for workspace in [name for name in list(clocks.exhausting) if name not in clocks.no]:
+            if not gate.check(workspace, "enrich_person").allowed:
+                clocks.no[workspace] = now
+                if len(clocks.upgraded) < UPGRADES:
+                    clocks.upgraded[workspace] = time.monotonic()
+                    plan_set(producer, topic, workspace, "large")
+        for workspace in [name for name in clocks.upgraded if name not in clocks.yes]:
+            if gate.check(workspace, "enrich_person").allowed:
+                clocks.yes[workspace] = time.monotonic()
+        producer.poll(0)
+        if clocks.enough.is_set():
+            deadline = deadline or now + 3.0
+        time.sleep(0.001)
+
+
+def plan_set(producer: object, topic: str, workspace: str, plan: str) -> None:
+    """As billing does it."""
+    at = datetime.now(UTC) - timedelta(seconds=1)
+    event = PlanChanged(event_id=uuid4(), workspace_id=workspace, plan=plan, effective_at=at)
+    producer.produce(topic, encode_account_event(event), workspace)  # type: ignore[attr-defined]
+
+
+def measure(settings: Settings, home: Home, plans: Path, seconds: int) -> Clocks:
+    """The stream, with a worker, a reader and a gate beside it."""
+    clocks = Clocks()
+    with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap, plans_dir=str(plans)) as answers:
+        producer = open_producer(settings.kafka_bootstrap)
+        for place in range(seconds * RATE // ALLOWANCE):
+            plan_set(producer, account_events_topic(settings), f"ws_{place // 50}_{place % 50}", "small")
+        producer.flush(30)
+        while answers.status().written.get("plan/plan_changed", 0) < seconds * RATE // ALLOWANCE:
+            time.sleep(0.1)
+        with Gate(settings, on_unknown="allow", on_stale="allow") as gate:
+            gate.wait_ready(30)
+            threads = [
+                threading.Thread(target=read_alerts, args=(settings, clocks)),
+                threading.Thread(target=produce, args=(settings, clocks, seconds)),
+            ]
+            for thread in threads:
+                thread.start()
+            ask_gate(settings, gate, clocks)
+            for thread in threads:
+                thread.join()
+    return clocks
+
+
+def report(clocks: Clocks) -> Table:
+    """Milliseconds: minimum, median, 99 %, maximum."""
+    table = Table(title=f"{RATE:,} runs/s, inserts beside them; milliseconds", box=None, header_style="bold")
+    for column in ("from the producer's call to", "times", "min", "p50", "p99", "max"):
+        table.add_column(column, justify="left" if column.startswith("from") else "right")
+    rows = {
+        "the alert, read on limit-alerts": clocks.alerts(),
+        "the gate's no": [(known - clocks.exhausting[name]) * 1000 for name, known in clocks.no.items()],
+        "the gate's yes, after an upgrade": [
+            (known - clocks.upgraded[name]) * 1000 for name, known in clocks.yes.items()
+        ],
+    }
+    for name, found in rows.items():
+        if len(found) < 2:
+            table.add_row(name, str(len(found)))
+            continue
+        cuts = quantiles(found, n=100)
+        table.add_row(
+            name, f"{len(found):,}", *(f"{value:.0f}" for value in (min(found), cuts[49], cuts[98], max(found)))
+        )
+    return table
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=20)
+    given = parser.parse_args()
+    base = Path(tempfile.mkdtemp(prefix="creditstream-bench-"))
+    (base / "plans").mkdir()
+    (base / "plans" / "1.toml").write_text(PLANS)
+    try:
+        with EmbeddedKafka(Home.at(base / "kafka"), Console(stderr=True).print) as kafka:
+            settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
+            ensure_topics(Broker(kafka.bootstrap), settings)
+            Console(width=140).print(report(measure(settings, Home.at(base / "worker"), base / "plans", given.seconds)))
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
