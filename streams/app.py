@@ -69,8 +69,26 @@ class MeterApp(faust.App):
     async def on_fatal(self, error: BaseException) -> None:
         """End the process: its state can no longer be trusted, and a fresh one reads the mark."""
         self.fatal = self.fatal or error
-        log.error("fatal", error=str(error) or type(error).__name__, foreign_mark=isinstance(error, ForeignMark))
+        instance = {"instance": self.meter.settings.instance} if self.meter.settings.instance else {}
+        told = str(error) or type(error).__name__
+        log.error("fatal", error=told, foreign_mark=isinstance(error, ForeignMark), **instance)
         await self.crash(error)
+
+    def on_lost_membership(self) -> None:
+        """The group knows this static member no more. Called in the consumer's thread."""
+        instance = self.meter.settings.instance
+        problem = Problem(
+            f"this worker is no longer the group's member {instance!r}",
+            "another process has joined under the same CREDITSTREAM_INSTANCE, or this one stood still for "
+            f"{SESSION_TIMEOUT_S:.0f} s",
+            "Give each worker a CREDITSTREAM_INSTANCE of its own, or none.",
+        )
+        self.loop.call_soon_threadsafe(self._end_without_membership, problem)
+
+    def _end_without_membership(self, problem: Problem) -> None:
+        if not self.fatal:
+            self.fatal = problem
+            self._ending = asyncio.ensure_future(self.on_fatal(problem))
 
     def _hold(self, partition: int) -> None:
         for topic in (self.meter.topic, self.meter.event_topic):
@@ -98,10 +116,10 @@ class MeterApp(faust.App):
                 "Give every worker of the group the same version and topics.",
             )
         self.chunks.held.clear()
-        resume, begins = await self.meter.assign(runs, self.conf.id)
+        resume, told = await self.meter.assign(runs, self.conf.id)
         cast(Transport, self.transport).resume_at = {TP(*place): offset for place, offset in resume.items()}
-        if begins:
-            await self.chunks.commit_start({TP(*place): offset for place, offset in begins.items()})
+        if told:
+            await self.chunks.commit_start({TP(*place): offset for place, offset in told.items()})
 
     def _assigned(self, topic: str) -> set[int]:
         return {tp.partition for tp in self.consumer.assignment() if tp.topic == topic}
@@ -124,6 +142,7 @@ def create_app(settings: Settings) -> MeterApp:
         bytes_inflight_max=BATCH_BYTES_MAX * 5 // 2,
     )
     app.transport.on_drain = app.meter.drain
+    app.transport.on_lost_membership = app.on_lost_membership
     runs = app.topic(cell_runs_topic(settings), key_serializer="raw", value_serializer="raw")
     events = app.topic(account_events_topic(settings), key_serializer="raw", value_serializer="raw")
 

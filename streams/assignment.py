@@ -142,7 +142,7 @@ class Loader:
         run_filter.is_complete = True
 
     async def _recover(self, unit: Unit, start: recovery.Start) -> None:
-        """Fold again what the commit has not seen, then load who was active last."""
+        """Fold again what the commit has not seen, and tell it; then load who was active last."""
         balances, chains = unit.balances, (unit.chain, unit.event_chain)
         after = start.runs_after, start.events_after
         for chain, offset in zip(chains, after, strict=True):
@@ -155,6 +155,7 @@ class Loader:
             balances.load(openings(names, *recovery.without(tail, events, draws)))
             told = recovery.refold(balances, tail, chains)
             unit.voice.tell(balances, unit.folded, told)
+            await unit.voice.flush()
             log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
         partition, partitions = unit.chain.partition, self._settings.partitions
         preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // partitions)
@@ -182,6 +183,12 @@ class Loader:
             return chore
 
         unit.chores += [load(part) for part in recovery.in_parts(names)]
+
+
+def is_told(unit: Unit, place: Place) -> bool:
+    """Whether all that is in the ledger has been told: not by a unit with an incident, nor by one that is seeded."""
+    start = recovery.starting_point((unit.mark.last, unit.event_mark.last), place.committed)
+    return unit.incident is None and not start.is_seeded
 
 
 def answer(unit: Unit, states: Sequence[Heard]) -> None:

@@ -147,7 +147,7 @@ class Consumer(driver.Consumer):
         return last + 1 >= state.highwater or idle
 
     async def commit_start(self, offsets: Mapping[TP, int]) -> None:
-        """Commit where a group begins that has never committed: what follows then counts as not seen by it."""
+        """Commit where a group begins: what follows then counts as not seen by it."""
         await self._commit(offsets)
 
     def hold(self, tp: TP) -> None:
@@ -183,6 +183,19 @@ def _chunk(records: list[Any]) -> Chunk:
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """Makes the aiokafka consumer as the write protocol needs it."""
+
+    async def on_start(self) -> None:
+        """Start, and as a static member do not join again once the group knows this one no more: another live process
+        has its id, or got its partitions while this one stood still. Joining would steal the id back, every 0.5 s.
+        """
+        await super().on_start()
+        coordinator = cast(Any, self._consumer)._coordinator
+        if self.app.conf.consumer_group_instance_id:
+            coordinator.reset_generation = self._on_lost_membership
+
+    def _on_lost_membership(self) -> None:
+        if not self.should_stop:
+            cast(Transport, self.transport).on_lost_membership()
 
     async def on_thread_stop(self) -> None:
         """Stop, and leave the group, as a static member too: its partitions would stand still for the session time-out.
@@ -231,6 +244,8 @@ class Transport(driver.Transport):
         self.bytes_inflight_max = bytes_inflight_max
         self.on_drain: Callable[[], None] = lambda: None
         """Called when chunks in flight are waited for: write them at once."""
+        self.on_lost_membership: Callable[[], None] = lambda: None
+        """Called in the consumer's thread, perhaps often: this static member is in the group no more."""
         self.resume_at: Mapping[TP, int] = {}
         """Where each assigned partition is read from: the ledger's mark + 1."""
 
