@@ -111,7 +111,9 @@ def standings(past: Past, as_of_ms: int) -> dict[Pool, Standing]:
         drawn = [
             credits
             for ran_ms, from_pool, credits in past.debits
-            if from_pool == pool and (not terms.period or day_of(ran_ms) in terms.period)
+            if from_pool == pool
+            and day_of(ran_ms) <= day_of(as_of_ms + EARLY_MS)
+            and (not terms.period or day_of(ran_ms) in terms.period)
         ]
         found[pool] = Standing(terms, sum(drawn))
     return found
@@ -204,8 +206,9 @@ def test_usage_by_period_adds_up_to_the_debits(client: Client, pasts: dict[str, 
     ).result_rows
     assert through == raw
     ((outside,),) = client.query(
-        "SELECT count() FROM usage_by_period WHERE period_start <= today() "
-        "AND (workspace_id, period_start, period_end) NOT IN (SELECT workspace_id, period_start, period_end FROM billing_periods)"
+        "WITH (workspace_id, period_start, period_end) AS period SELECT count() FROM usage_by_period "
+        "WHERE period_start <= today() AND period NOT IN "
+        "(SELECT workspace_id, period_start, period_end FROM billing_periods)"
     ).result_rows
     assert outside == 0
     ((apart,),) = client.query(

@@ -1,7 +1,8 @@
 -- Plans, periods, balances and alerts, as streams/periods.py and streams/limits.py say them in Python: tests hold both
 -- equal. Debits now count reversals, so that usage adds up to the balance.
 --
--- What takes `as_of` goes by what the ledger knows now and has taken effect by then.
+-- What takes `as_of` goes by what the ledger knows now and has taken effect by then; debits count by their whole day. A
+-- run may lie 5 minutes ahead, and with it the last day.
 
 CREATE OR REPLACE VIEW debits
 (
@@ -233,6 +234,7 @@ FROM
                 (
                     SELECT workspace_id, day, pool, sum(credits) AS credits FROM ledger
                     WHERE kind IN ('run', 'reversal')
+                      AND day <= toDate({as_of:DateTime64(3, 'UTC')} + INTERVAL 5 MINUTE)
                     GROUP BY workspace_id, day, pool
                 )
                 GROUP BY workspace_id
@@ -242,7 +244,7 @@ FROM
     )
     ARRAY JOIN ['enrichment', 'premium'] AS pool
 )
-COMMENT 'balances as of an instant; debits of the period as they are known now';
+COMMENT 'balances as of an instant, with every debit of its UTC day';
 
 CREATE OR REPLACE VIEW balances
 (
