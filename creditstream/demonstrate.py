@@ -1,194 +1,116 @@
 """The demo: everything for real in one command, a live view, and at its end the proof."""
 
-import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 import rich_click as click
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from creditstream.asking import WorkerAnswers
+from creditstream.child import child_worker
 from creditstream.cli.options import settings_of
 from creditstream.cli.worker import EMBEDDED_INSTANCE
+from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
+from creditstream.demo_view import Facts, alert_line, live_view
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
-from creditstream.producing import open_producer
 from creditstream.reconcile import Reconciliation, reconcile
-from creditstream.simulate import events
-from schemas.answers import Status, WorkspaceTotal
-from schemas.ledger import FREE_REASONS, Kind, Reason
-from schemas.problem import Problem, Unreachable
+from schemas.credits import format_credits
+from schemas.ledger import Reason
+from schemas.problem import Problem
 from streams.settings import Settings
 from streams.topics import Broker, cell_runs_topic, ensure_topics
 
-READY_S_MAX: Final = 60.0
 CATCH_UP_S_MAX: Final = 60.0
-STOP_S_MAX: Final = 15.0
 LOOK_S: Final = 0.25
-WORKSPACES_SHOWN: Final = 8
+STOPPED_SHARE: Final = 6
+"""The trial workspace stays stopped for this part of the demo before it is upgraded."""
 
 
 def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     """Run the demo. Difference is not raised here: Problem (exit code 1) when the books do not close."""
     console = Console(stderr=False)
     place = Home.at(home)
-    say = Console(stderr=True).print
     if worker := place.worker():
         raise Problem(
             "a worker runs in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
         )
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
-    with EmbeddedKafka(place, say) as kafka:
+    with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
         settings = settings_of(str(place.path), kafka_bootstrap=kafka.bootstrap)
         ensure_topics(Broker(kafka.bootstrap), settings)
-        with _worker(place, kafka.bootstrap) as answers:
+        with child_worker(place, kafka_bootstrap=kafka.bootstrap, instance=EMBEDDED_INSTANCE) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
-            produced = _watch(console, answers, settings, seconds, rate)
+            scene = _Scene(settings, seconds, rate)
+            _play(console, answers, scene)
             books = _close(console, answers, settings)
-            example = _example(answers)
-    _report(console, books, produced, example, home)
+            scene.listener.enough.set()
+            scene.listener.join()
+            example = answers.example_run(Reason.CHARGED)
+    _report(console, books, scene, example, home)
 
 
-@contextmanager
-def _worker(home: Home, bootstrap: str) -> Iterator[WorkerAnswers]:
-    """A worker process of its own, which ends with this one."""
-    home.logs.mkdir(parents=True, exist_ok=True)
-    log = home.logs / "worker.log"
-    environment = os.environ | {
-        "CREDITSTREAM_KAFKA_BOOTSTRAP": bootstrap,
-        "CREDITSTREAM_API_PORT": "0",
-        "CREDITSTREAM_INSTANCE": EMBEDDED_INSTANCE,
-    }
-    command = [sys.executable, "-m", "creditstream", "worker", "--end-with-input", "--home", str(home.path)]
-    with log.open("wb") as lines:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=lines, stderr=lines, env=environment, start_new_session=True
-        )
-    try:
-        yield _await_ready(home, process, log)
-    finally:
-        assert process.stdin
-        process.stdin.close()
-        try:
-            process.wait(STOP_S_MAX)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _await_ready(home: Home, process: "subprocess.Popen[bytes]", log: Path) -> WorkerAnswers:
-    deadline = time.monotonic() + READY_S_MAX
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise Problem("the worker ended", " ".join(last) or f"exit code {process.returncode}", f"See {log}.")
-        if endpoints := home.worker():
-            answers = WorkerAnswers(endpoints.api_url)
-            try:
-                if answers.status().ready:
-                    return answers
-            except Unreachable:
-                pass
-        time.sleep(0.1)
-    raise Problem("the worker is not ready", f"{READY_S_MAX:.0f} s are over", f"See {log}.")
-
-
-class _Enrichments(threading.Thread):
-    """Simulated enrichment workers: produces at a steady rate until the time is over or it is told to stop."""
+class _Scene:
+    """Everybody who acts, and the workspace whose credits run out."""
 
     def __init__(self, settings: Settings, seconds: int, rate: int) -> None:
-        super().__init__(daemon=True)
-        self._settings, self._seconds, self._rate = settings, seconds, rate
-        self.produced = 0
-        self.enough = threading.Event()
+        self.seconds = seconds
+        self._patience = timedelta(seconds=seconds) / STOPPED_SHARE
+        self.trial = f"trial_{datetime.now(UTC):%H%M%S}"
+        self.billing = Billing(settings)
+        self.enrichments = Enrichments(settings, seconds, rate)
+        self.worker = TrialWorker(settings, self.trial, seconds)
+        self.listener = Listener(settings)
 
-    def run(self) -> None:
-        """Produce. A copy, an unknown action and a broken event come along now and then."""
-        topic = cell_runs_topic(self._settings)
-        producer = open_producer(self._settings.kafka_bootstrap)
-        stream = events(seed=time.time_ns())
-        started = time.monotonic()
-        while not self.enough.is_set() and (elapsed := time.monotonic() - started) < self._seconds:
-            for _ in range(int(elapsed * self._rate) - self.produced):
-                event = next(stream)
-                producer.produce(topic, event.value, event.key)
-                self.produced += 1
-            producer.poll(0.01)
-        producer.flush(10)
+    def begin(self) -> None:
+        self.listener.start()
+        self.billing.begin(self.trial)
+        self.enrichments.start()
+        self.worker.start()
+
+    def go_on(self) -> None:
+        """Billing upgrades whoever has been stopped for a while."""
+        stopped, upgraded = self.worker.stopped_at, self.worker.is_upgraded
+        if stopped and not upgraded.is_set() and datetime.now(UTC) - stopped > self._patience:
+            self.billing.set_plan(self.trial, UPGRADE)
+            upgraded.set()
+
+    def end(self) -> None:
+        for thread in (self.enrichments, self.worker):
+            thread.enough.set()
+            thread.join()
 
 
-def _watch(console: Console, answers: WorkerAnswers, settings: Settings, seconds: int, rate: int) -> int:
-    """Produce and show what becomes of it, live."""
-    workers = _Enrichments(settings, seconds, rate)
-    started, before = time.monotonic(), sum(answers.status().written.values())
-    workers.start()
+def _play(console: Console, answers: WorkerAnswers, scene: _Scene) -> None:
+    """Let everybody act, and show what becomes of it: live on a terminal, else a line for each alert."""
+    started, before, said = time.monotonic(), sum(answers.status().written.values()), 0
+    scene.begin()
     try:
         with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
-            while workers.is_alive():
+            while scene.enrichments.is_alive():
+                scene.go_on()
                 if console.is_terminal:
-                    status, totals = answers.status(), answers.workspaces(WORKSPACES_SHOWN)
-                    elapsed = time.monotonic() - started
-                    live.update(_view(status, totals, workers.produced, before, elapsed, seconds))
+                    produced = scene.enrichments.produced + scene.worker.allowed
+                    facts = Facts(answers.status(), before, produced, time.monotonic() - started, scene.seconds)
+                    live.update(live_view(facts, scene.listener, scene.worker, scene.trial))
+                else:
+                    said = _say_alerts(console, scene.listener, said)
                 time.sleep(LOOK_S)
-    except BaseException:
-        workers.enough.set()
-        raise
-    workers.join()
-    return workers.produced
+    finally:
+        scene.end()
+    if not console.is_terminal:
+        _say_alerts(console, scene.listener, said)
 
 
-def _view(
-    status: Status, totals: list[WorkspaceTotal], produced: int, before: int, elapsed: float, seconds: int
-) -> Group:
-    written = sum(status.written.values()) - before
-    debits = _count(status, Kind.RUN)
-    facts = (
-        (f"{written / max(elapsed, 0.1):,.0f}", "events/s"),
-        (f"{debits:,}", "debits"),
-        (f"{max(0, produced - written):,}", "on their way"),
-        (f"{_count(status, Kind.DUPLICATE):,}", "duplicates"),
-        (f"{_count(status, Kind.DEAD_LETTER):,}", "dead letters"),
-    )
-    head = Text.assemble(*(part for number, name in facts for part in ((number, "bold"), f" {name}   ")))
-    bar = Table.grid()
-    bar.add_row(ProgressBar(total=seconds, completed=min(elapsed, seconds), width=60))
-    sides = Table.grid(padding=(0, 6))
-    sides.add_row(_workspace_table(totals), _free_table(status))
-    return Group(bar, head, Text(), sides)
-
-
-def _count(status: Status, kind: Kind) -> int:
-    return sum(number for name, number in status.written.items() if name.startswith(f"{kind}/"))
-
-
-def _workspace_table(totals: list[WorkspaceTotal]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("credits by workspace")
-    table.add_column("credits", justify="right")
-    table.add_column("runs", justify="right")
-    for total in totals:
-        table.add_row(total.workspace_id, total.credits, f"{total.runs:,}")
-    return table
-
-
-def _free_table(status: Status) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("free runs by reason")
-    table.add_column("runs", justify="right")
-    for reason in FREE_REASONS:
-        table.add_row(str(reason), f"{status.written.get(f'{Kind.RUN}/{reason}', 0):,}")
-    return table
+def _say_alerts(console: Console, listener: Listener, said: int) -> int:
+    total, told = listener.alerts, list(listener.told)
+    for one in told[max(0, len(told) - (total - said)) :]:
+        console.print(alert_line(one), highlight=False, soft_wrap=True)
+    return total
 
 
 def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reconciliation:
@@ -207,12 +129,9 @@ def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reco
     return reconcile(answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir))
 
 
-def _example(answers: WorkerAnswers) -> UUID | None:
-    """A run worth explaining: the newest one that was charged 2 credits, or any."""
-    return answers.example_run(Reason.CHARGED)
-
-
-def _report(console: Console, books: Reconciliation, produced: int, example: UUID | None, home: str | None) -> None:
+def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None, home: str | None) -> None:
+    produced = scene.enrichments.produced + scene.worker.allowed
+    _tell_of_the_gate(console, scene)
     behind = f", {books.behind:,} not metered yet" if books.behind else ""
     console.print(
         f"\n[bold]{produced:,} runs produced now; {books.sentence}{behind}[/bold]", highlight=False, soft_wrap=True
@@ -229,5 +148,21 @@ def _report(console: Console, books: Reconciliation, produced: int, example: UUI
     option = f" --home {home}" if home else ""
     if example:
         click.echo(f"  creditstream explain {example}{option}")
-    click.echo(f"  creditstream usage ws_0001 --by column{option}")
-    click.echo(f"  creditstream dead-letters list{option}")
+    for words in (
+        f"balance {scene.trial}", f"statement {scene.trial}", f"check {scene.trial} find_work_email --cells 500",
+        "alerts list", "usage ws_0001 --by column", "dead-letters list",
+    ):  # fmt: skip
+        click.echo(f"  creditstream {words}{option}")
+
+
+def _tell_of_the_gate(console: Console, scene: _Scene) -> None:
+    worker, state = scene.worker, scene.listener.states.get(scene.trial)
+    if not worker.stopped_at:
+        return
+    freed = f", upgraded to {UPGRADE}, and freed at {worker.freed_at:%H:%M:%S}" if worker.freed_at else ""
+    over = format_credits(scene.listener.overage.get(scene.trial, 0))
+    console.print(
+        f"\n{scene.trial}: {worker.allowed:,} runs allowed by its gate, stopped at {worker.stopped_at:%H:%M:%S} with "
+        f"{over} credits over ({worker.refused:,} runs refused){freed}; {state.used if state else '?'} credits used",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
