@@ -138,16 +138,18 @@ def main() -> None:
         sys.stdout.buffer.write(msgspec.json.encode(measure(msgspec.json.decode(given.settings, type=Settings))))
         return
     say = Console(width=140)
-    with tempfile.TemporaryDirectory(prefix="creditstream-bench-") as directory:
-        with EmbeddedKafka(Home.at(Path(directory)), Console(stderr=True).print) as kafka:
-            settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topic(Broker(kafka.bootstrap), LIMIT_STATES, settings)
-            produce(settings, given.workspaces, given.premium)
-            argument = msgspec.json.encode(settings).decode()
-            for _ in range(given.rounds):
-                command = [sys.executable, "-m", "bench.gate", "--settings", argument]
-                done = subprocess.run(command, capture_output=True, timeout=600, check=True)
-                report(msgspec.json.decode(done.stdout, type=Figure), say, given.workspaces, given.premium)
+    with (
+        tempfile.TemporaryDirectory(prefix="creditstream-bench-") as directory,
+        EmbeddedKafka(Home.at(Path(directory)), Console(stderr=True).print) as kafka,
+    ):
+        settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
+        ensure_topic(Broker(kafka.bootstrap), LIMIT_STATES, settings)
+        produce(settings, given.workspaces, given.premium)
+        argument = msgspec.json.encode(settings).decode()
+        for _ in range(given.rounds):
+            command = [sys.executable, "-m", "bench.gate", "--settings", argument]
+            done = subprocess.run(command, capture_output=True, timeout=600, check=True)
+            report(msgspec.json.decode(done.stdout, type=Figure), say, given.workspaces, given.premium)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ class Outbox:
     def hand_over(self) -> bool:
         """Hand to librdkafka what is due and has room; whether something is left for which there is room."""
         with self.changed:
+            if not self._can_hand:
+                return False
             while self._recalled and self._has_room:
                 run = self._recalled[0]
                 if not self._hand(run.value, run.workspace_id, run.entry):
@@ -109,9 +111,16 @@ class Outbox:
         with self.changed:
             oldest = next(iter(self._waiting.values()), None)
             if oldest and time.monotonic() - oldest.handed_s > patience_s:
-                self.trouble = self.trouble or f"no acknowledgement for {patience_s:.0f} s"
+                if not self.trouble:
+                    self.note(f"no acknowledgement for {patience_s:.0f} s")
                 return True
             return self._failed
+
+    def note(self, trouble: str) -> None:
+        """Why runs wait. Only the first of a row of troubles is logged: an outage has many."""
+        if not self.trouble:
+            _log.warning("cell runs are waiting: %s", trouble)
+        self.trouble = trouble
 
     def adopt(self) -> None:
         """Take over the spools of dead processes. OSError."""
@@ -153,6 +162,10 @@ class Outbox:
     @property
     def _undelivered(self) -> int:
         return len(self._waiting) + len(self._recalled) + (self._spool.unread if self._spool else 0)
+
+    @property
+    def _can_hand(self) -> bool:
+        return self.producer is not None and not self._failed
 
     @property
     def _has_room(self) -> bool:
@@ -221,7 +234,7 @@ class Outbox:
 
     def _fail(self, error: KafkaError) -> None:
         self._failed = True
-        self.trouble = error.str()
+        self.note(error.str())
 
     def _put_back(self, spool: Spool, runs: Sequence[_Run]) -> bool:
         entries = [run.entry for run in runs if run.entry]
@@ -231,8 +244,7 @@ class Outbox:
         try:
             spool.put_first([run.value for run in runs])
         except OSError as error:
-            self.trouble = spool_refused(error).why
-            _log.error("%d runs stay in memory: %s", len(runs), self.trouble)
+            self.note(spool_refused(error).why)
             return False
         self._spooled += len(runs) - len(entries)
         return True

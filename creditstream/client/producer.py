@@ -220,8 +220,8 @@ class CellRunProducer:
         if outbox.producer:
             outbox.producer.poll(BUSY_POLL_S if outbox.is_busy and not has_more else 0)
         if outbox.is_stuck(self._memory_s_max):
-            _log.warning("Kafka does not take cell runs: %s", outbox.trouble)
             _dispose(outbox.take_back())
+            self._enough.wait(RETRY_S)
         if time.monotonic() - self._adopted_s > ADOPT_EVERY_S:
             self._adopted_s = time.monotonic()
             outbox.adopt()
@@ -241,10 +241,7 @@ class CellRunProducer:
 
     def _note(self, error: OSError | KafkaException) -> None:
         reason = error.args[0] if isinstance(error, KafkaException) else error
-        said = reason.str() if isinstance(reason, KafkaError) else str(reason)
-        if said != self._outbox.trouble:
-            _log.warning("cell runs are waiting: %s", said)
-        self._outbox.trouble = said
+        self._outbox.note(reason.str() if isinstance(reason, KafkaError) else str(reason))
 
     def _at_exit(self) -> None:
         try:
