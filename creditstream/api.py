@@ -7,31 +7,46 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
 import mode
 import uvicorn
 from litestar import Litestar, Request, Response, get
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, QueryParameter
 
-from creditstream import __version__
+from creditstream import __version__, accounts, spending
+from creditstream.client.decision import Policy
 from schemas.answers import (
     By,
     DeadLetter,
+    Delivery,
+    Estimate,
     Explanation,
     LedgerRow,
+    LimitsInForce,
     PartitionAudit,
+    PeriodRow,
+    PlanRow,
+    PoolBalance,
     Price,
+    PublishedAlert,
+    SpendCheck,
+    StatementLine,
     Status,
     SumAudit,
+    TopBy,
+    TopRow,
     UnitStatus,
     UsageRow,
     WorkspaceTotal,
 )
 from schemas.ledger import Reason
+from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
 from sinks import queries
@@ -70,7 +85,7 @@ def create_api(meter: Meter) -> Litestar:
     @get("/v1/runs/{run_id:uuid}")
     async def explain(run_id: FromPath[UUID]) -> Explanation:
         """Why a run cost what it cost, and every delivery of it."""
-        explanation: Explanation = await meter.ask(queries.explanation, run_id, meter.catalogue)
+        explanation: Explanation = await meter.ask(accounts.explanation, run_id, meter.catalogue)
         return explanation
 
     @get("/v1/dead-letters")
@@ -138,11 +153,116 @@ def create_api(meter: Meter) -> Litestar:
         [
             usage, workspaces, example, explain, dead_letters, dead_letter, actions, action,
             audit_partitions, audit_sums, audit_rows, status, livez, readyz,
+            *_account_routes(meter), *_spending_routes(meter),
         ],
         exception_handlers={Problem: _answer_problem},
         openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
         logging_config=None,
     )  # fmt: skip
+
+
+AsOf = Annotated[datetime | None, QueryParameter(description="what the ledger knew at this instant; now when left out")]
+Limit = Annotated[int, QueryParameter(ge=1, le=accounts.ALERTS_MAX)]
+Cells = Annotated[int, QueryParameter(ge=1, le=spending.CELLS_MAX)]
+
+
+def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
+    """Plans, balances and alerts: `creditstream.accounts`."""
+
+    @get("/v1/balance")
+    async def balance(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PoolBalance]:
+        """Where both pools of a workspace stand."""
+        pools: list[PoolBalance] = await meter.ask(accounts.balance, workspace_id, as_of)
+        return pools
+
+    @get("/v1/periods")
+    async def periods(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PeriodRow]:
+        """Every billing period of a workspace up to now."""
+        rows: list[PeriodRow] = await meter.ask(accounts.periods, workspace_id, as_of)
+        return rows
+
+    @get("/v1/statement")
+    async def statement(
+        workspace_id: FromQuery[str],
+        day: Annotated[date | None, QueryParameter(name="period", description="any UTC day of the period")] = None,
+        as_of: AsOf = None,
+    ) -> list[StatementLine]:
+        """Both pools over one billing period, from opening to closing."""
+        lines: list[StatementLine] = await meter.ask(accounts.statement, workspace_id, day, as_of)
+        return lines
+
+    @get("/v1/plans")
+    async def plans(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PlanRow]:
+        """A workspace's plans, also those to come."""
+        rows: list[PlanRow] = await meter.ask(accounts.plans, workspace_id, as_of)
+        return rows
+
+    @get("/v1/limits")
+    async def limits(workspace_id: FromQuery[str], as_of: AsOf = None) -> LimitsInForce:
+        """At what a workspace is told, and who said so."""
+        found: LimitsInForce = await meter.ask(accounts.limits, workspace_id, as_of)
+        return found
+
+    @get("/v1/account-events/{event_id:uuid}")
+    async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[Delivery]:
+        """What became of an account event; empty while it is not metered."""
+        rows: list[Delivery] = await meter.ask(accounts.account_event, workspace_id, event_id)
+        return rows
+
+    @get("/v1/alerts")
+    async def alerts(
+        workspace_id: FromQuery[str] = "",
+        kind: FromQuery[AlertKind | None] = None,
+        limit: Limit = 100,
+        as_of: AsOf = None,
+    ) -> list[PublishedAlert]:
+        """The newest limit alerts that left the meter."""
+        found: list[PublishedAlert] = await meter.ask(accounts.alerts, workspace_id, kind or "", limit, as_of)
+        return found
+
+    return [balance, periods, statement, plans, limits, account_event, alerts]
+
+
+def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
+    """Credits that are not drawn yet: `creditstream.spending`."""
+
+    @get("/v1/check")
+    async def check(
+        workspace_id: FromQuery[str],
+        action: FromQuery[str],
+        cells: Cells = 1,
+        own_api_key: FromQuery[bool] = False,
+        on_unknown: FromQuery[Policy] = "deny",
+        as_of: AsOf = None,
+    ) -> SpendCheck:
+        """May a workspace run an action in so many cells? As the gate decides."""
+        asked = partial(spending.check, cells=cells, own_api_key=own_api_key, on_unknown=on_unknown, as_of=as_of)
+        answer: SpendCheck = await meter.ask(asked, workspace_id, action, meter.catalogue)
+        return answer
+
+    @get("/v1/estimate")
+    async def estimate(
+        workspace_id: FromQuery[str],
+        action: FromQuery[str],
+        cells: Cells,
+        table_id: FromQuery[str] = "",
+        column_id: FromQuery[str] = "",
+        own_api_key: FromQuery[bool] = False,
+        as_of: AsOf = None,
+    ) -> Estimate:
+        """What a bulk run will cost, at worst and expected, against what is left (R14)."""
+        asked = partial(spending.estimate, cells=cells, table_id=table_id, column_id=column_id)
+        asked = partial(asked, own_api_key=own_api_key, as_of=as_of)
+        answer: Estimate = await meter.ask(asked, workspace_id, action, meter.catalogue)
+        return answer
+
+    @get("/v1/top")
+    async def top(by: FromQuery[TopBy] = TopBy.USED, limit: Limit = 20, as_of: AsOf = None) -> list[TopRow]:
+        """Pools that are closest to their limit, or will be used up soonest."""
+        rows: list[TopRow] = await meter.ask(spending.top, by, limit, as_of)
+        return rows
+
+    return [check, estimate, top]
 
 
 def status_of(meter: Meter) -> Status:

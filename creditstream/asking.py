@@ -6,7 +6,7 @@ there is none. Both ways run the same queries and give the same records.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from uuid import UUID
@@ -17,11 +17,22 @@ from creditstream.home import Home
 from schemas.answers import (
     By,
     DeadLetter,
+    Delivery,
+    Estimate,
     Explanation,
     LedgerRow,
+    LimitsInForce,
     PartitionAudit,
+    PeriodRow,
+    PlanRow,
+    PoolBalance,
+    PublishedAlert,
+    SpendCheck,
+    StatementLine,
     Status,
     SumAudit,
+    TopBy,
+    TopRow,
     UsageRow,
     WorkspaceTotal,
 )
@@ -39,7 +50,9 @@ T = TypeVar("T")
 
 
 class Answers(Protocol):
-    """The questions of `sinks.queries`, wherever they are answered; each is documented there."""
+    """The questions of `sinks.queries`, `creditstream.accounts` and `creditstream.spending`, wherever they are
+    answered; each is documented there.
+    """
 
     def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
     def explanation(self, run_id: UUID) -> Explanation: ...  # noqa: D102
@@ -48,6 +61,16 @@ class Answers(Protocol):
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
     def audit_sums(self) -> SumAudit: ...  # noqa: D102
     def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
+    def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]: ...  # noqa: D102
+    def periods(self, workspace_id: str, as_of: datetime | None) -> list[PeriodRow]: ...  # noqa: D102
+    def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]: ...  # noqa: D102
+    def plans(self, workspace_id: str, as_of: datetime | None) -> list[PlanRow]: ...  # noqa: D102
+    def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce: ...  # noqa: D102
+    def account_event(self, workspace_id: str, event_id: UUID) -> list[Delivery]: ...  # noqa: D102
+    def alerts(self, workspace_id: str, kind: str, limit: int, as_of: datetime | None) -> list[PublishedAlert]: ...  # noqa: D102
+    def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck: ...  # noqa: D102
+    def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate: ...  # noqa: D102
+    def top(self, by: TopBy, limit: int, as_of: datetime | None) -> list[TopRow]: ...  # noqa: D102
 
 
 @contextmanager
@@ -95,15 +118,33 @@ class LedgerAnswers:
 
     def explanation(self, run_id: UUID) -> Explanation:
         """Needs the catalogue for names and prices."""
-        from schemas.catalogue import Catalogue
-        from sinks import queries
+        from creditstream import accounts
 
-        return queries.explanation(self._client, run_id, Catalogue.load(self._catalogue_dir))
+        return accounts.explanation(self._client, run_id, self._catalogue())
+
+    def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck:
+        """Likewise."""
+        from creditstream import spending
+
+        return spending.check(self._client, workspace_id, action, self._catalogue(), **asked)
+
+    def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate:
+        """Likewise."""
+        from creditstream import spending
+
+        return spending.estimate(self._client, workspace_id, action, self._catalogue(), **asked)
+
+    def _catalogue(self) -> Any:
+        from schemas.catalogue import Catalogue
+
+        return Catalogue.load(self._catalogue_dir)
 
     def __getattr__(self, question: str) -> Any:
+        from creditstream import accounts, spending
         from sinks import queries
 
-        function = getattr(queries, question)
+        room = next((room for room in (accounts, spending) if hasattr(room, question)), queries)
+        function = getattr(room, question)
         return lambda *args: function(self._client, *args)
 
 
@@ -143,6 +184,50 @@ class WorkerAnswers:
         chain = {"topic_id": topic_id, "partition": partition}
         return self._get("/v1/audit/rows", list[LedgerRow], **chain, after=after, limit=limit)
 
+    def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]:
+        """See `creditstream.accounts.balance`."""
+        return self._get("/v1/balance", list[PoolBalance], workspace_id=workspace_id, as_of=_instant(as_of))
+
+    def periods(self, workspace_id: str, as_of: datetime | None) -> list[PeriodRow]:
+        """See `creditstream.accounts.periods`."""
+        return self._get("/v1/periods", list[PeriodRow], workspace_id=workspace_id, as_of=_instant(as_of))
+
+    def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]:
+        """See `creditstream.accounts.statement`."""
+        asked = {"workspace_id": workspace_id, "period": day, "as_of": _instant(as_of)}
+        return self._get("/v1/statement", list[StatementLine], **asked)
+
+    def plans(self, workspace_id: str, as_of: datetime | None) -> list[PlanRow]:
+        """See `creditstream.accounts.plans`."""
+        return self._get("/v1/plans", list[PlanRow], workspace_id=workspace_id, as_of=_instant(as_of))
+
+    def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce:
+        """See `creditstream.accounts.limits`."""
+        return self._get("/v1/limits", LimitsInForce, workspace_id=workspace_id, as_of=_instant(as_of))
+
+    def account_event(self, workspace_id: str, event_id: UUID) -> list[Delivery]:
+        """See `creditstream.accounts.account_event`."""
+        return self._get(f"/v1/account-events/{event_id}", list[Delivery], workspace_id=workspace_id)
+
+    def alerts(self, workspace_id: str, kind: str, limit: int, as_of: datetime | None) -> list[PublishedAlert]:
+        """See `creditstream.accounts.alerts`."""
+        asked = {"workspace_id": workspace_id, "kind": kind or None, "limit": limit, "as_of": _instant(as_of)}
+        return self._get("/v1/alerts", list[PublishedAlert], **asked)
+
+    def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck:
+        """See `creditstream.spending.check`."""
+        asked |= {"workspace_id": workspace_id, "action": action, "as_of": _instant(asked.get("as_of"))}
+        return self._get("/v1/check", SpendCheck, **asked)
+
+    def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate:
+        """See `creditstream.spending.estimate`."""
+        asked |= {"workspace_id": workspace_id, "action": action, "as_of": _instant(asked.get("as_of"))}
+        return self._get("/v1/estimate", Estimate, **asked)
+
+    def top(self, by: TopBy, limit: int, as_of: datetime | None) -> list[TopRow]:
+        """See `creditstream.spending.top`."""
+        return self._get("/v1/top", list[TopRow], by=by, limit=limit, as_of=_instant(as_of))
+
     def workspaces(self, limit: int) -> list[WorkspaceTotal]:
         """See `sinks.queries.workspaces`."""
         return self._get("/v1/workspaces", list[WorkspaceTotal], limit=limit)
@@ -169,6 +254,10 @@ class WorkerAnswers:
         except (urllib.error.URLError, OSError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
+
+
+def _instant(as_of: datetime | None) -> str | None:
+    return None if as_of is None else as_of.isoformat()
 
 
 def _problem_of(error: "HTTPError") -> Problem:

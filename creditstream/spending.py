@@ -164,7 +164,7 @@ def warning_of(worst: Millicredits, expected: Millicredits, remaining: Millicred
 def top(client: Client, by: TopBy = TopBy.USED, limit: int = 20, as_of: datetime | None = None) -> list[TopRow]:
     """Pools that are closest to their limit, or whose credits will be gone soonest, before their period ends.
 
-    ``as_of`` moves the periods and the forecast; debits are counted as the ledger knows them now.
+    ``as_of`` goes by what the ledger knows now, with every debit of its UTC day.
     """
     found = account_queries.top(client, by, moment(as_of).ms, limit)
     return [

@@ -57,9 +57,7 @@ def day_sums(
         f"{_known(as_of_ms)} GROUP BY pool, day, kind ORDER BY day",
         parameters={"workspace": workspace_id, "start": days[0], "end": days[1], "as_of": as_of_ms},
     )
-    return [
-        DaySum(Pool(pool), day, Kind(kind), credits, rows) for pool, day, kind, credits, rows in found.result_rows
-    ]
+    return [DaySum(Pool(pool), day, Kind(kind), credits, rows) for pool, day, kind, credits, rows in found.result_rows]
 
 
 def drawn(
@@ -271,8 +269,8 @@ FROM
            greatest(today - {{days:UInt8}} + 1, assumeNotNull(period_start)) AS since,
            arrayFilter(draw -> draw.1 >= since, recent) AS draws,
            arraySum(draw -> draw.2, draws) AS drawn, arrayCount(draw -> draw.2 > 0, draws) AS active,
-           today + intDiv(toInt128(remaining * 1000) * (today - since + 1), greatest(toInt128(drawn * 1000), 1))
-               AS last_day
+           intDiv(toInt128(remaining * 1000) * (today - since + 1), greatest(toInt128(drawn * 1000), 1)) AS days_left,
+           today + toUInt16(least(days_left, 366)) AS last_day
     FROM balances_as_of(as_of = fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) AS balance
     LEFT JOIN
     (

@@ -10,7 +10,7 @@ import sys
 import rich_click as click
 
 from creditstream import __version__
-from creditstream.cli import ask, demo, operate, rules, send, worker
+from creditstream.cli import account, ask, balance, demo, operate, rules, send, worker
 from schemas.problem import Problem
 from streams.settings import DEBUG_VARIABLE
 
@@ -19,7 +19,9 @@ click.rich_click.MAX_WIDTH = 110
 click.rich_click.COMMAND_GROUPS = {
     "creditstream": [
         {"name": "Start here", "commands": ["demo"]},
-        {"name": "Ask", "commands": ["usage", "explain", "rules", "dead-letters"]},
+        {"name": "Ask", "commands": ["balance", "usage", "explain", "statement", "rules", "dead-letters"]},
+        {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
+        {"name": "Bill", "commands": ["plan", "grant", "reverse", "limits"]},
         {"name": "Send", "commands": ["send"]},
         {"name": "Operate", "commands": ["worker", "reconcile", "topics", "migrate", "config"]},
     ]
@@ -37,6 +39,8 @@ def cli() -> None:
 
 for command in (
     demo.demo, worker.worker, send.send, ask.usage, ask.explain, ask.dead_letters, rules.rules,
+    balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
+    account.plan, account.grant, account.reverse, account.limits,
     operate.reconcile, operate.topics, operate.migrate, operate.config,
 ):  # fmt: skip
     cli.add_command(command)

@@ -100,6 +100,7 @@ def explained(run: Explanation) -> list[str]:
         lines.append(f"  not free   {'; '.join(run.not_free_because)}")
     if run.runs_of_this_cell > 1:
         lines.append(f"  re-runs    this cell has {run.runs_of_this_cell} runs; each is rated by itself")
+    lines += _moved(run)
     lines.append("  evidence")
     lines += [
         f"    {delivery.position}  {delivery.kind}/{delivery.reason}  {delivery.credits} credits  "
@@ -107,6 +108,21 @@ def explained(run: Explanation) -> list[str]:
         for delivery in run.deliveries
     ]
     return [*lines, "", f"More: creditstream usage {run.workspace_id} --by column"]
+
+
+def _moved(run: Explanation) -> list[str]:
+    """What the run did to the balance, and whom it alarmed."""
+    lines = []
+    if move := run.balance:
+        period = f", period {move.period_start} to before {move.period_end}" if move.period_start else ""
+        plan = f", plan {move.plan}" if move.plan else ", no plan"
+        lines.append(
+            f"  balance    {move.before} -> {move.after} of {move.allowance} {move.pool} credits{period}{plan}"
+        )
+    if alert := run.alert:
+        percents = ", ".join(f"{percent} %" for percent in alert.thresholds)
+        lines.append(f"  alert      {alert.kind}{f' {percents}' if percents else ''}, sent {utc(alert.published_at)}")
+    return lines
 
 
 @click.group("dead-letters")

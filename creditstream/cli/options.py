@@ -4,7 +4,7 @@ import csv
 import os
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -93,7 +93,30 @@ def _is_number(value: Any) -> bool:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value}"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value}"
+
+
+class Instant(click.ParamType):
+    """A time as people type it: ``2026-01-15T14:00:00Z``, or a UTC day, or without an offset: UTC."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        """Aware, in UTC."""
+        if isinstance(value, datetime):
+            return value
+        try:
+            instant = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
+        return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+def as_of_option(command: F) -> F:
+    """``--as-of``: what the ledger knew at an instant."""
+    return click.option("--as-of", type=Instant(), help="What the ledger knew then, instead of now.")(command)
 
 
 def utc(instant: datetime) -> str:

@@ -1,0 +1,104 @@
+"""Account events as billing sends them: made, checked, delivered, and waited for.
+
+Only billing may write the topic; on a shared broker that is an ACL. An event is idempotent by its id: sent again after
+a failure under the same id, it counts once.
+"""
+
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+import msgspec
+
+from schemas.account import AccountEvent
+from schemas.cell_run import to_milliseconds
+from schemas.ledger import Kind
+from schemas.plan import Plan, PlanLists
+from schemas.problem import Problem, UnknownId, Unreachable
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from creditstream.asking import Answers
+    from schemas.answers import Delivery
+
+DELIVERY_S_MAX: Final = 30.0
+WAIT_S_MAX: Final = 30.0
+POLL_S: Final = 0.1
+
+
+def make_event(kind: str, workspace_id: str, event_id: UUID | None = None, **fields: Any) -> AccountEvent:
+    """The event of this kind (``plan_changed``, ``premium_granted``, ``run_reversed``, ``limits_changed``).
+
+    A field of None is left out; without an ``event_id`` it gets a new UUIDv7. Problem naming the field that is wrong.
+    """
+    from schemas.codec import decode_account_event, name_field
+
+    plain = {"type": kind, "event_id": event_id or _new_id(), "workspace_id": workspace_id} | fields
+    given = {name: value for name, value in plain.items() if value is not None}
+    try:
+        return decode_account_event(msgspec.json.encode(given))
+    except msgspec.DecodeError as error:
+        raise Problem(f"the {kind} event is wrong", name_field(str(error)), "Nothing was sent.") from error
+
+
+def _new_id() -> UUID:
+    from uuid_utils.compat import uuid7
+
+    return uuid7()
+
+
+def require_plan(settings: Settings, plan: str, effective_at: datetime) -> Plan:
+    """The plan that the lists name so at that time. UnknownId, naming those that there are."""
+    lists = PlanLists.load(Path(settings.plans_dir))
+    found = lists.find(plan, to_milliseconds(effective_at))
+    if not found:
+        names = ", ".join(known.id for known in lists.newest())
+        raise UnknownId(
+            f"no plan {plan!r}", f"the plan lists name {names}", "Choose one of these, or add it to a list."
+        )
+    return found
+
+
+def send_event(settings: Settings, event: AccountEvent) -> str:
+    """Deliver one event; where it lies in Kafka: ``account-events[2]@17``. Unreachable when it was not delivered."""
+    from confluent_kafka import KafkaError, Message
+
+    from creditstream.producing import open_producer
+    from schemas.codec import encode_account_event
+    from streams.topics import Broker, account_events_topic, require_topic
+
+    topic = account_events_topic(settings)
+    require_topic(Broker(settings.kafka_bootstrap), topic, settings)
+    told: list[tuple[KafkaError | None, Message]] = []
+    producer = open_producer(settings.kafka_bootstrap)
+    producer.produce(
+        topic,
+        encode_account_event(event),
+        event.workspace_id,
+        on_delivery=lambda error, message: told.append((error, message)),
+    )
+    producer.flush(DELIVERY_S_MAX)
+    error, message = told[0] if told else (None, None)
+    if message is None or error:
+        why = error.str() if error else f"no answer within {DELIVERY_S_MAX:.0f} s"
+        fix = f"Send it again with --event-id {event.event_id}: it counts once."
+        raise Unreachable("the event was not delivered", f"{settings.kafka_bootstrap}: {why}", fix)
+    return f"{message.topic()}[{message.partition()}]@{message.offset()}"
+
+
+def wait_until_metered(answers: "Answers", event: AccountEvent, position: str) -> "Delivery":
+    """The event's ledger row. Problem when it was set aside, Unreachable when it is not there in time."""
+    deadline = time.monotonic() + WAIT_S_MAX
+    while True:
+        for row in answers.account_event(event.workspace_id, event.event_id):
+            if row.position == position and row.kind == Kind.DEAD_LETTER:
+                fix = f"See `creditstream dead-letters show '{position}'`."
+                raise Problem(f"the event was set aside as {row.reason}", row.detail, fix)
+            if row.position == position:
+                return row
+        if time.monotonic() > deadline:
+            why = "the worker is not metering"
+            raise Unreachable(f"event {event.event_id} is not metered after {WAIT_S_MAX:.0f} s", why, "See its log.")
+        time.sleep(POLL_S)

@@ -1,0 +1,176 @@
+"""What billing says of a workspace: its plan, premium grants, reversals, thresholds. Each command sends one event."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+import rich_click as click
+
+from creditstream.asking import ask
+from creditstream.billing import make_event, require_plan, send_event, wait_until_metered
+from creditstream.cli.options import (
+    Instant,
+    as_of_option,
+    format_option,
+    settings_of,
+    show_record,
+    show_rows,
+    source_options,
+    utc,
+)
+from schemas.account import AccountEvent
+from schemas.answers import PlanRow
+from schemas.credits import format_credits
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PLAN_COLUMNS = ("effective_at", "plan", "allowance", "in_force", "restart_period", "recorded_at")
+
+
+def event_options(command: F) -> F:
+    """What every event may be given, and whom to ask what became of it."""
+    for option in (
+        click.option("--wait", is_flag=True, help="Wait until it is in the ledger, and say what became of it."),
+        click.option("--actor", metavar="NAME", help="Who does it."),
+        click.option("--event-id", type=click.UUID, metavar="UUID", help="To send it again; without it a new one."),
+    ):
+        command = option(command)
+    return source_options(command)
+
+
+@click.group()
+def plan() -> None:
+    """Plans: how many enrichment credits a workspace has each billing period."""
+
+
+@plan.command("set")
+@click.argument("workspace")
+@click.argument("plan")
+@click.option("--effective-at", type=Instant(), help="From when on, past or future; without it from now on.")
+@click.option("--restart-period", is_flag=True, help="Start a new billing period on that UTC day.")
+@event_options
+def set_plan(
+    workspace: str, plan: str, effective_at: datetime | None, restart_period: bool, home: str, **sent: Any
+) -> None:
+    """Give a workspace a plan.
+
+    A larger one counts at once, a smaller one from the next period on. Cancelling is a plan with allowance 0.
+
+    Example: `creditstream plan set ws_0001 50k --effective-at 2026-11-26T10:00:00Z --wait`
+    """
+    effective = effective_at or datetime.now(UTC)
+    chosen = require_plan(settings_of(home), plan, effective)
+    fields = {"plan": plan, "effective_at": effective, "restart_period": restart_period or None}
+    _send("plan_changed", workspace, home, fields, **sent)
+    click.echo(f"{plan}: {format_credits(chosen.allowance)} credits a period, from {utc(effective)}", err=True)
+
+
+@plan.command("show")
+@click.argument("workspace")
+@as_of_option
+@source_options
+@format_option
+def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """The plans of a workspace, in the order in which they take effect.
+
+    Example: `creditstream plan show ws_0001`
+    """
+    with ask(settings_of(home), url) as answers:
+        rows = answers.plans(workspace, as_of)
+    columns = PLAN_COLUMNS if form == "text" else PlanRow.__struct_fields__
+    show_rows(rows, form, columns, f"{workspace} has no plan: its balance is unknown_plan.")
+
+
+@click.command()
+@click.argument("workspace")
+@click.argument("credits")
+@click.option("--effective-at", type=Instant(), help="From when on; without it from now on.")
+@event_options
+def grant(workspace: str, credits: str, effective_at: datetime | None, home: str, **sent: Any) -> None:
+    """Add premium credits. They never expire.
+
+    Example: `creditstream grant ws_0001 500 --actor ada`
+    """
+    effective = effective_at or datetime.now(UTC)
+    _send("premium_granted", workspace, home, {"credits": credits, "effective_at": effective}, **sent)
+
+
+@click.command()
+@click.argument("run_id", type=click.UUID)
+@click.option("--workspace", required=True, metavar="ID", help="Whose run it is.")
+@event_options
+def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
+    """Take a run back: what it drew is given back, once, on the day of the run.
+
+    Example: `creditstream reverse 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22 --workspace ws_0001`
+    """
+    _send("run_reversed", workspace, home, {"run_id": run_id}, **sent)
+
+
+@click.group()
+def limits() -> None:
+    """Thresholds: when a workspace is told that its credits run low."""
+
+
+@limits.command("set")
+@click.argument("workspace")
+@click.option("--threshold", "thresholds", type=click.IntRange(1, 100), multiple=True, help="Percent; may be repeated.")
+@click.option("--remaining-below", metavar="CREDITS", help="Tell, too, when no more than these remain.")
+@click.option("--plan-default", is_flag=True, help="No thresholds of its own any more.")
+@event_options
+def set_limits(
+    workspace: str, thresholds: tuple[int, ...], remaining_below: str | None, plan_default: bool, home: str, **sent: Any
+) -> None:
+    """Give a workspace its own thresholds. What is left out is its plan's; 100 is always there.
+
+    Example: `creditstream limits set ws_0001 --threshold 50 --threshold 90 --remaining-below 1000`
+    """
+    own = bool(thresholds) or remaining_below is not None
+    if own == plan_default:
+        raise click.UsageError("Give --threshold or --remaining-below, or else --plan-default.")
+    fields = {"thresholds": thresholds or None, "remaining_below": remaining_below}
+    _send("limits_changed", workspace, home, fields, **sent)
+
+
+@limits.command("show")
+@click.argument("workspace")
+@as_of_option
+@source_options
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """At what a workspace is told, and who said so: itself, its plan, or the default.
+
+    Example: `creditstream limits show ws_0001`
+    """
+    with ask(settings_of(home), url) as answers:
+        found = answers.limits(workspace, as_of)
+    if form == "json":
+        show_record(found)
+        return
+    percents = ", ".join(f"{percent} %" for percent in found.thresholds)
+    below = "no absolute line" if found.remaining_below is None else f"{found.remaining_below} credits left"
+    click.echo(f"{workspace} is told at {percents} ({found.thresholds_by}), {below} ({found.remaining_below_by}).")
+
+
+def _send(
+    kind: str,
+    workspace: str,
+    home: str,
+    fields: dict[str, Any],
+    *,
+    event_id: UUID | None,
+    actor: str | None,
+    wait: bool,
+    url: str,
+) -> None:
+    """Send one event; its id and place go to standard output, for a program that may have to send it again."""
+    settings = settings_of(home)
+    event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
+    position = send_event(settings, event)
+    said = ""
+    if wait:
+        with ask(settings, url) as answers:
+            row = wait_until_metered(answers, event, position)
+        said = f"  {row.kind}/{row.reason}{f'  {row.detail}' if row.detail else ''}"
+    click.echo(f"{event.event_id}  {position}{said}")

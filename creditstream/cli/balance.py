@@ -1,0 +1,220 @@
+"""Questions about credits: what is left, where it went, may it run, what will it cost, who comes close."""
+
+from datetime import datetime
+
+import rich_click as click
+
+from creditstream.asking import ask
+from creditstream.cli.options import (
+    as_of_option,
+    format_option,
+    settings_of,
+    show_record,
+    show_rows,
+    source_options,
+    utc,
+)
+from schemas.answers import Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
+from schemas.problem import Difference
+
+CELLS_MAX = 10_000_000
+BALANCE_COLUMNS = (
+    "pool", "state", "used", "allowance", "remaining", "overage", "thresholds", "plan", "period_start", "period_end",
+    "runs_out_on",
+)  # fmt: skip
+STATEMENT_COLUMNS = ("pool", "opening", "granted", "debited", "reversed", "expired", "closing", "runs")
+TOP_COLUMNS = (
+    "workspace_id", "pool", "state", "used", "allowance", "remaining", "used_percent", "plan", "period_end",
+    "runs_out_on",
+)  # fmt: skip
+
+_cells = click.option(
+    "--cells", type=click.IntRange(1, CELLS_MAX), default=1, show_default=True, help="How many cells are to run."
+)
+_own_api_key = click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
+_text_or_json = click.option(
+    "--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it."
+)
+
+
+@click.command()
+@click.argument("workspace")
+@as_of_option
+@source_options
+@format_option
+def balance(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """What is left in both pools of a workspace.
+
+    Example: `creditstream balance ws_0001 --as-of 2026-11-20`
+    """
+    with ask(settings_of(home), url) as answers:
+        pools = answers.balance(workspace, as_of)
+    columns = BALANCE_COLUMNS if form == "text" else PoolBalance.__struct_fields__
+    show_rows(pools, form, columns, "")
+
+
+@click.command()
+@click.argument("workspace")
+@click.option(
+    "--period", type=click.DateTime(formats=["%Y-%m-%d"]), metavar="YYYY-MM-DD",
+    help="Any UTC day of the billing period; without it the running one.",
+)  # fmt: skip
+@as_of_option
+@source_options
+@format_option
+def statement(workspace: str, period: datetime | None, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """One billing period from opening to closing. Exit 3 when it does not foot.
+
+    Example: `creditstream statement ws_0001 --period 2026-11-01`
+    """
+    with ask(settings_of(home), url) as answers:
+        lines = answers.statement(workspace, period.date() if period else None, as_of)
+    if form == "text":
+        click.echo("\n".join([*_heading(lines[0]), ""]))
+    show_rows(lines, form, STATEMENT_COLUMNS if form == "text" else StatementLine.__struct_fields__, "")
+    wrong = [line.pool for line in lines if not line.foots]
+    if wrong:
+        what = f"the statement of {workspace} does not foot"
+        raise Difference(what, f"pool {' and '.join(wrong)}", "Run `creditstream reconcile`.")
+    if form == "text":
+        days = f"--from {lines[0].period_start} --to {lines[0].period_end}"
+        click.echo("\nopening + granted - debited + reversed - expired = closing: it foots.")
+        click.echo(f"More: creditstream usage {workspace} {days}")
+
+
+def _heading(line: StatementLine) -> list[str]:
+    state = "closed" if line.is_closed else f"running, as of {utc(line.as_of)}"
+    plan = f"plan {line.plan}" if line.plan else "no plan"
+    return [f"{line.workspace_id}, {plan}, {line.period_start} to before {line.period_end} ({state})"]
+
+
+@click.command()
+@click.argument("workspace")
+@click.argument("action")
+@_cells
+@_own_api_key
+@click.option(
+    "--on-unknown", type=click.Choice(["allow", "deny"]), default="deny", show_default=True,
+    help="The answer for a workspace without a plan.",
+)  # fmt: skip
+@as_of_option
+@source_options
+@_text_or_json
+@click.pass_context
+def check(
+    context: click.Context,
+    workspace: str,
+    action: str,
+    cells: int,
+    own_api_key: bool,
+    on_unknown: str,
+    as_of: datetime | None,
+    home: str,
+    url: str,
+    form: str,
+) -> None:
+    """May a workspace run an action? Exit 0: yes, 3: no. By the rules of the gate.
+
+    Example: `creditstream check ws_0001 find_work_email --cells 200`
+    """
+    asked = {"cells": cells, "own_api_key": own_api_key, "on_unknown": on_unknown, "as_of": as_of}
+    with ask(settings_of(home), url) as answers:
+        found = answers.check(workspace, action, **asked)
+    if form == "json":
+        show_record(found)
+    else:
+        click.echo(told(found))
+    if not found.allowed:
+        context.exit(Difference.exit_code)
+
+
+_BECAUSE = {
+    "unknown_action": "no version of the catalogue lists {action}",
+    "own_api_key": "with the workspace's own API key it costs nothing (R05)",
+    "free_action": "{action} costs nothing (R04)",
+    "unknown_workspace": "nothing is known of {workspace_id}",
+    "unknown_plan": "{workspace_id} has no plan yet",
+    "enough": "{credits} of {remaining} {pool} credits left",
+    "not_enough": "it would draw {credits} of {remaining} {pool} credits left",
+    "exhausted": "no {pool} credits are left",
+}
+
+
+def told(found: SpendCheck) -> str:
+    """The answer in a line."""
+    because = _BECAUSE[found.reason].format(
+        action=found.action,
+        workspace_id=found.workspace_id,
+        credits=found.credits,
+        remaining=found.remaining,
+        pool=found.pool,
+    )
+    until = f"; the next period starts on {found.period_end}" if found.period_end and not found.allowed else ""
+    return f"{'yes' if found.allowed else 'no'}: {because}{until} ({found.reason})"
+
+
+@click.command()
+@click.argument("workspace")
+@click.argument("action")
+@_cells
+@click.option("--table", "table_id", metavar="ID", default="", help="Table of the column.")
+@click.option("--column", "column_id", metavar="ID", default="", help="Column whose own history is expected to go on.")
+@_own_api_key
+@as_of_option
+@source_options
+@_text_or_json
+def estimate(
+    workspace: str,
+    action: str,
+    cells: int,
+    table_id: str,
+    column_id: str,
+    own_api_key: bool,
+    as_of: datetime | None,
+    home: str,
+    url: str,
+    form: str,
+) -> None:
+    """What a bulk run will cost, at worst and expected, against what is left.
+
+    Example: `creditstream estimate ws_0001 find_work_email --cells 5000 --table tbl_1 --column col_2`
+    """
+    column = {"table_id": table_id, "column_id": column_id}
+    with ask(settings_of(home), url) as answers:
+        found = answers.estimate(workspace, action, cells=cells, own_api_key=own_api_key, as_of=as_of, **column)
+    if form == "json":
+        show_record(found)
+    else:
+        click.echo("\n".join(estimated(found)))
+    if found.warning:
+        click.echo(found.warning, err=True)
+
+
+def estimated(found: Estimate) -> list[str]:
+    """The estimate as lines of text."""
+    runs = sum(share.runs for share in found.history)
+    rests_on = ", ".join(f"{share.runs:,} {share.reason}" for share in found.history) or "no history: the worst case"
+    return [
+        f"{found.action} in {found.cells:,} cells, {found.price} credits each",
+        "",
+        f"  worst case  {found.worst_case} credits",
+        f"  expected    {found.expected} credits ({f'{runs:,} runs: ' if runs else ''}{rests_on})",
+        f"  left        {'unknown' if found.remaining is None else found.remaining}",
+    ]
+
+
+@click.command()
+@click.option("--by", type=click.Choice([str(by) for by in TopBy]), default="used", help="What to list first.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many.")
+@as_of_option
+@source_options
+@format_option
+def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """Who comes close: the largest share of the allowance used, or credits gone before the period's end.
+
+    Example: `creditstream top --by runs_out`
+    """
+    with ask(settings_of(home), url) as answers:
+        rows = answers.top(TopBy(by), limit, as_of)
+    nothing = "Nobody's credits run out before the period's end." if by == TopBy.RUNS_OUT else "Nobody has a plan."
+    show_rows(rows, form, TOP_COLUMNS if form == "text" else TopRow.__struct_fields__, nothing)
