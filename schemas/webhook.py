@@ -20,6 +20,8 @@ TYPE_PREFIX: Final = "credits.limit."
 BODY_BYTES_MAX: Final = 20_000
 """What Standard Webhooks asks of a body."""
 
+ENDPOINTS_MAX: Final = 100
+
 EndpointName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Reference = Annotated[str, Meta(min_length=1, max_length=2048)]
 """Where a secret is: ``env:NAME`` or ``file:PATH``. Never the secret."""
@@ -48,7 +50,7 @@ class EndpointEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class EndpointFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The TOML file: ``[endpoints.NAME]`` for each receiver. A renamed endpoint is another one."""
 
-    endpoints: Annotated[dict[EndpointName, EndpointEntry], Meta(max_length=100)]
+    endpoints: Annotated[dict[EndpointName, EndpointEntry], Meta(max_length=ENDPOINTS_MAX)]
 
 
 class Webhook(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +73,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One alert for one endpoint. Times are Unix milliseconds.
 
     ``attempts`` are those that were answered, or were seen to fail. ``alert`` is the message of ``limit-alerts``, byte
-    for byte, until it was delivered. What is over stays known for 40 days, as long as ``limit-alerts`` may repeat it.
+    for byte, until it was delivered. What is over stays known for as long as ``limit-alerts`` may repeat it.
     """
 
     endpoint: str

@@ -51,7 +51,9 @@ def receiver() -> Iterator[WebhookReceiver]:
 
 def environ(home: Path, kafka: str = "127.0.0.1:1") -> dict[str, str]:
     mine = {"HOOK_SECRET": SECRET, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-    found = environment(kafka_bootstrap=kafka, topic_prefix=PREFIX, partitions=2, home=str(home), log_format="json")
+    found = environment(
+        kafka_bootstrap=kafka, topic_prefix=PREFIX, partitions=2, home=str(home), log_format="json", instance="one"
+    )
     return found | mine
 
 

@@ -328,11 +328,12 @@ def test_a_partition_that_came_back_is_sent_once() -> None:
     assert len(found.take_due(0)) == 1
 
 
-def test_what_ended_is_known_for_40_days() -> None:
-    """A replay of limit-alerts, which keeps 40 days, finds it; after that nobody needs it."""
+def test_what_ended_is_known_longer_than_limit_alerts_keep_it() -> None:
+    """A replay of limit-alerts, 40 days and an open segment of 7, finds it; after that nobody needs it."""
     done = after(waiting(), OK, NOW_MS, 0)
     found = owned(done)
 
+    assert KNOWN_MS > (40 + 7) * 24 * 3600 * 1000
     assert found.knows(0, done.key)
     assert found.forget_old(NOW_MS + KNOWN_MS - 1) == []
     assert found.forget_old(NOW_MS + KNOWN_MS) == [(0, done.key)]

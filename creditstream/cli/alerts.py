@@ -92,7 +92,7 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 @home_option
 @format_option
 def list_deliveries(state: str | None, limit: int, home: str | None, form: str) -> None:
-    """What became of the alerts of the last 40 days, at each endpoint.
+    """What became of the alerts of the last 48 days, at each endpoint.
 
     Example: `creditstream alerts deliveries --state failed`
     """

@@ -17,8 +17,10 @@ WAITING_MAX: Final = 50_000
 """With so many waiting no more alerts are read; ``limit-alerts`` keeps them for 40 days."""
 
 OVER_MAX: Final = 1_000_000
-KNOWN_MS: Final = 40 * 24 * 3600 * 1000
-"""How long an ended delivery stays known: as long as ``limit-alerts`` keeps its alert."""
+KNOWN_MS: Final = 48 * 24 * 3600 * 1000
+"""How long an ended delivery stays known: longer than ``limit-alerts`` keeps its alert. That is 40 days, and up to 7
+more until Kafka has closed the segment in which it lies.
+"""
 
 
 class Attempt(NamedTuple):
@@ -131,7 +133,7 @@ class Deliveries:
         self._quiet_until_ms.clear()
 
     def forget_old(self, now_ms: int) -> list[tuple[int, bytes]]:
-        """Partition and key of what need not be known any longer, forgotten herewith: what ended 40 days ago, and the
+        """Partition and key of what need not be known any longer, forgotten herewith: what ended long ago, and the
         eldest beyond `OVER_MAX`.
         """
         spare = sum(len(owned.over) for owned in self._partitions.values()) - OVER_MAX

@@ -25,6 +25,8 @@ SILENCE_S_MAX: Final = 30.0
 WRITE_S_MAX: Final = 30.0
 POLL_S: Final = 0.5
 CHUNK: Final = 1000
+ALERT_BYTES_MAX: Final = 64 * 1024
+"""Ours have less than 20 kB; the outbox must be able to hold what it is given."""
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(Delivery).decode
@@ -149,10 +151,14 @@ def find_alert(bootstrap: str, topic: str, partitions: Iterable[int], alert_id: 
 
 def decode_alert(value: object) -> LimitAlert | None:
     """The alert of a message; None when it is none that we know."""
+    if not isinstance(value, bytes | msgspec.Raw) or len(memoryview(value)) > ALERT_BYTES_MAX:
+        return None
     try:
-        return _decode_alert(value) if isinstance(value, bytes | msgspec.Raw) else None
+        alert = _decode_alert(value)
     except msgspec.MsgspecError:
         return None
+    # Without an offset it could not be compared with anything.
+    return alert if alert.at.tzinfo else None
 
 
 def position_of(message: Message) -> str:

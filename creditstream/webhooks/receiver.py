@@ -51,8 +51,12 @@ class Receiver:
             def log_message(self, format: str, *args: object) -> None:
                 """The receiver tells what matters."""
 
+        class Server(HTTPServer):
+            def handle_error(self, *_: object) -> None:
+                complain("a request broke off")
+
         try:
-            self._server = HTTPServer(("127.0.0.1", port), Request)
+            self._server = Server(("127.0.0.1", port), Request)
         except OSError as error:
             why = error.strerror or str(error)
             raise Problem(f"port {port} cannot be listened on", why, "Choose another one with --port.") from error

@@ -126,7 +126,8 @@ class _Connection(http.client.HTTPConnection):
                     self.sock, server_hostname=self.host, do_handshake_on_connect=False
                 )
                 self.sock.do_handshake()
-            return
+            if not self.is_aborted:
+                return
         raise failure
 
     def abort(self) -> None:
