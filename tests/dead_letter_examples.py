@@ -9,24 +9,26 @@ from typing import Final
 import msgspec
 
 from schemas.ledger import Reason
+from streams.topics import CELL_RUNS
 
 DIRECTORY: Final = Path(__file__).parent / "examples" / "dead-letters"
 RECORDED_AT: Final = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
 class DeadLetterExample(msgspec.Struct, frozen=True):
-    """``events`` are (key, value) in Kafka's order; the last one is the dead letter, those before it are debited."""
+    """``events`` are (key, value) of ``topic`` in Kafka's order; the last is the dead letter, those before it stand."""
 
     reason: Reason
     detail: str
     """A part of the message that the dead letter must carry."""
     events: tuple[tuple[bytes, bytes], ...]
+    topic: str
 
 
 class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     value: str
-    """JSON, where ``${ran_at}`` stands for a time."""
+    """JSON, where ``${ran_at}`` stands for a time; so may a plan's ``effective_at``."""
     ran_before_recorded_s: int = 1
     padded_to_bytes: int = 0
 
@@ -35,13 +37,16 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Reason
     detail: str
     events: list[_Event]
+    topic: str = CELL_RUNS
 
 
 def dead_letter_examples(recorded_at: datetime = RECORDED_AT) -> list[DeadLetterExample]:
     """All examples, in the order of the reasons. On a real broker, pass the time at which they are sent."""
     files = [msgspec.convert(tomllib.loads(file.read_text()), _File) for file in DIRECTORY.glob("*.toml")]
     examples = [
-        DeadLetterExample(file.reason, file.detail, tuple(_record(event, recorded_at) for event in file.events))
+        DeadLetterExample(
+            file.reason, file.detail, tuple(_record(event, recorded_at) for event in file.events), file.topic
+        )
         for file in files
     ]
     return sorted(examples, key=lambda example: list(Reason).index(example.reason))

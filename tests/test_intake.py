@@ -21,6 +21,7 @@ from schemas.codec import decode_run
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
 from sinks.clickhouse import connect
 from streams.intake import AGE_MS_MAX, FUTURE_MS_MAX, Refusal, Runs, headers_text, name_field, partition_of, read_chunk
+from streams.topics import CELL_RUNS
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import AUGUST_MS
 from tests.records import DAY_MS, STEADY, Record, Road, event, fields_of, in_words, run_id, timestamp_text
@@ -495,7 +496,11 @@ def test_the_details_of_time_and_place() -> None:
     assert late == "`ran_at` is over 366 days old, at most 366"
 
 
-@pytest.mark.parametrize("example", dead_letter_examples(), ids=lambda example: str(example.reason))
+@pytest.mark.parametrize(
+    "example",
+    [example for example in dead_letter_examples() if example.topic == CELL_RUNS],
+    ids=lambda example: str(example.reason),
+)
 def test_the_checked_in_dead_letters(example: DeadLetterExample) -> None:
     """Each example of a dead letter is refused for its reason, with its bytes, after its forerunners were debited."""
     partitions = 4

@@ -1,0 +1,209 @@
+"""A real unit on a real ledger, loaded as a worker loads it, with its surroundings in the test's hand: records whose
+times the test chooses, Kafka's commits, the writer's thread, and everything that it publishes.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final, Self
+from uuid import UUID
+
+import msgspec
+from clickhouse_connect.driver.client import Client
+
+from schemas.limits import LimitAlert, LimitState
+from schemas.plan import PlanLists
+from schemas.problem import Problem
+from sinks import accounts, queries
+from sinks.ledger import Chain, Ledger
+from streams import account_events
+from streams.assignment import Loader, Place
+from streams.batches import Batching, Event
+from streams.duplicates import Identity, Original
+from streams.rating import RatingTable
+from streams.settings import Settings
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
+from streams.unit import Lanes, Unit
+from streams.voice import Outlets
+from tests.account_records import PLANS
+from tests.records import EXAMPLES, Record
+
+CHAINS: Final = (Chain(CELL_RUNS, "topic-1", 0), Chain(ACCOUNT_EVENTS, "topic-2", 0))
+BATCH_ROWS: Final = 10
+SOON_S: Final = 60.0
+Commits = tuple[int | None, int | None]
+
+InWriter = Callable[..., Awaitable[Any]]
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """What the unit handed to Kafka by itself: a redriven dead letter."""
+
+    topic: str
+    key: bytes
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+class Bench:
+    """One life of a unit. Make it with `open`; the ledger outlives it."""
+
+    def __init__(self, client: Client, settings: Settings, chains: tuple[Chain, Chain], lanes: dict[str, Any]) -> None:
+        self.client, self.chains = client, chains
+        self.acknowledged = 0
+        self.committed: list[int | None] = [None, None]
+        """What a Kafka commit of all that is acknowledged would say: next offsets."""
+        self.incidents: list[Problem] = []
+        self.looked_up: list[set[Identity]] = []
+        self.loads = 0
+        self.alerts: list[LimitAlert] = []
+        self.states: dict[bytes, LimitState] = {}
+        self.sent: list[Sent] = []
+        self.on_load: Callable[[], Awaitable[None]] | None = None
+        self._writer: Final = ThreadPoolExecutor(1)
+        self.in_writer: InWriter = self._in_thread
+        self._background: set[asyncio.Future[None]] = set()
+        self.lanes: Final = Lanes(**self._own_lanes() | lanes)
+        self.loader: Final = Loader(settings, self.lanes, self._outlets(), self.look_up, self._send, lambda _: None)
+        self.unit: Unit
+
+    @classmethod
+    async def open(
+        cls,
+        client: Client,
+        *,
+        in_writer: InWriter | None = None,
+        linger_s: float = 0.05,
+        batch_rows: int = BATCH_ROWS,
+        chains: tuple[Chain, Chain] = CHAINS,
+        committed: Sequence[int | None] = (None, None),
+        accounts_max: int = 1_000,
+        rating: RatingTable | None = None,
+        plans: PlanLists = PLANS,
+    ) -> Self:
+        """A unit at the ledger's marks, its duplicate filter complete; ``committed``: Kafka's next offsets."""
+        lanes = {
+            "rating": rating or RatingTable(EXAMPLES), "plans": plans, "batching": Batching(batch_rows, linger_s),
+        }  # fmt: skip
+        settings = Settings(partitions=1, balances_max=accounts_max, duplicate_filter_mb_max=8)
+        bench = cls(client, settings, chains, lanes)
+        runs, events = committed
+        bench.committed = [runs, events]
+        place = Place(chains, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
+        bench.unit = await bench.loader.load(place, None, bench._in_background)
+        await asyncio.gather(*bench._background)
+        bench.in_writer = in_writer or bench.in_writer
+        return bench
+
+    def _own_lanes(self) -> dict[str, Any]:
+        return {
+            "ledger": Ledger(self.client),
+            "partitions": 1,
+            "find_runs": self._find_runs,
+            "find_known": self._find_known,
+            "find_openings": self._find_openings,
+            "in_writer": self._write,
+            "written": Counter(),
+            "on_incident": lambda unit, incident: self.incidents.append(incident),
+        }
+
+    def _outlets(self) -> Outlets:
+        return Outlets(
+            publish=self._publish,
+            flush=_nothing,
+            find_top_columns=lambda question: self.look_up(accounts.top_columns, *question),
+            note_alerts=lambda alerts: self.look_up(accounts.note_alerts, alerts),
+            told=lambda name, number: None,
+        )
+
+    def _publish(self, topic: str, partition: int, key: bytes, message: msgspec.Struct) -> None:
+        if isinstance(message, LimitAlert):
+            self.alerts.append(message)
+        elif isinstance(message, LimitState):
+            self.states[key] = message
+
+    def _send(
+        self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> None:
+        self.sent.append(Sent(topic, key, value, list(headers)))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        self._background.add(asyncio.ensure_future(work))
+
+    async def _write(self, *call: Any) -> Any:
+        return await self.in_writer(*call)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, function, *args)
+
+    async def look_up(self, question: Callable[..., Any], *args: Any) -> Any:
+        """Ask the ledger in a thread."""
+        return await asyncio.to_thread(question, self.client, *args)
+
+    async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
+        self.looked_up.append(set(identities))
+        rows = await self.look_up(queries.find_runs, identities)
+        return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
+
+    async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
+        events: dict[tuple[str, UUID], tuple[Any, ...]] = {}
+        runs: list[accounts.RunToReverse] = []
+        if identities := account_events.event_identities(chunk):
+            events = await self.look_up(accounts.known_events, identities)
+        if identities := account_events.run_identities(chunk):
+            runs = await self.look_up(accounts.runs_to_reverse, identities)
+        return account_events.known_of(events, runs)
+
+    async def _find_openings(self, names: Sequence[str], now_ms: int) -> Any:
+        self.loads += 1
+        if self.on_load:
+            await self.on_load()
+        return await self.loader.openings(names, now_ms)
+
+    def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
+        """One fetched chunk of one topic."""
+        last = records[-1].offset
+
+        async def acknowledge() -> None:
+            self.acknowledged += 1
+            self.committed[of_account] = last + 1
+
+        self.unit.receive(Event(list(records), acknowledge, of_account))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Run the unit until it is so; then it is gone, as after a kill."""
+        task = self.start()
+        try:
+            await self.wait(task, condition)
+        finally:
+            await self.kill(task)
+
+    def start(self) -> "asyncio.Task[None]":
+        """Let the unit run."""
+        return asyncio.create_task(self.unit.run())
+
+    async def wait(self, task: "asyncio.Task[None]", condition: Callable[[], bool]) -> None:
+        """Until it is so. Raises what the unit raises."""
+        async with asyncio.timeout(SOON_S):
+            while not condition():
+                if task.done():
+                    task.result()
+                await asyncio.sleep(0.005)
+
+    async def kill(self, task: "asyncio.Task[None]") -> None:
+        """End the unit wherever it is; returns once an insert that was sent has arrived."""
+        self.unit.close()
+        task.cancel()
+        with suppress(asyncio.CancelledError, BaseExceptionGroup):
+            await task
+        await asyncio.to_thread(self._writer.shutdown)
+
+    def kinds(self) -> dict[str, int]:
+        """Rows of each kind in the ledger."""
+        return dict(self.client.query("SELECT toString(kind), count() FROM ledger GROUP BY kind").result_rows)
+
+
+async def _nothing() -> None:
+    pass
