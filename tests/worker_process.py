@@ -22,12 +22,13 @@ from creditstream.asking import WorkerAnswers
 from creditstream.home import Home
 from creditstream.producing import open_producer
 from creditstream.reconcile import Reconciliation, reconcile
+from schemas.account import AccountEvent
 from schemas.answers import Status
 from schemas.cell_run import CellRun, Outcome
-from schemas.codec import encode_run
+from schemas.codec import encode_account_event, encode_run
 from schemas.problem import Problem
 from streams.settings import PREFIX, Settings, read_settings
-from streams.topics import Broker, Topic, cell_runs_topic, ensure_topics, require_topic
+from streams.topics import Broker, Topic, account_events_topic, cell_runs_topic, ensure_topics, require_topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 30.0
@@ -197,6 +198,31 @@ class WorkerProcess:
         settings = self.configured
         producer = open_producer(settings.kafka_bootstrap)
         send(producer, cell_runs_topic(settings), events)
+
+    def bill(self, events: Iterable[AccountEvent]) -> None:
+        """Send account events, as billing does, and wait until Kafka has them."""
+        settings = self.configured
+        records = [Event(event.workspace_id.encode(), encode_account_event(event)) for event in events]
+        send(open_producer(settings.kafka_bootstrap), account_events_topic(settings), records)
+
+    def wait_until_told(self, seconds: float = WAIT_S_MAX) -> None:
+        """Until Kafka's commit is at the end of both topics: rows are in the ledger, and alerts and states are out."""
+        settings = self.configured
+        group, topics = (
+            f"{settings.topic_prefix}creditstream",
+            (cell_runs_topic(settings), account_events_topic(settings)),
+        )
+        broker, partitions = self.broker, range(settings.partitions)
+        ends = {(name, p): found.end for name in topics for p, found in broker.log_ranges(name, partitions).items()}
+        deadline = time.monotonic() + seconds
+        while True:
+            committed = broker.committed(group, ends)
+            behind = {place: end for place, end in ends.items() if (committed[place] or 0) < end}
+            if not behind:
+                return
+            assert self.is_alive, f"the worker ended with exit code {self.wait()}"
+            assert time.monotonic() < deadline, f"not told within {seconds:.0f} s: {behind}"
+            time.sleep(0.1)
 
     def reconcile(self) -> Reconciliation:
         """Kafka's log against the ledger, by the running worker's answers."""
