@@ -51,7 +51,7 @@ class KafkaWorld:
         last = f"last_{next(NUMBERS)}"
         publish(self._settings, [*records, record_of(limit_state(last))])
         for gate in self.gates.values():
-            wait_until(lambda gate=gate: gate.check(last, "enrich_person"), "followed")
+            wait_until(lambda gate=gate: gate.check(last, "enrich_person").reason == Because.ENOUGH, "followed")
 
 
 @pytest.fixture(scope="module", params=["memory", "kafka"])

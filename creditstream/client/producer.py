@@ -25,6 +25,7 @@ from streams.topics import cell_runs_topic
 
 MEMORY_S_MAX: Final = 5
 SPOOL_MB_MAX: Final = 256
+MB: Final = 1024 * 1024
 BLOCK_S_MAX: Final = 30
 FLUSH_S_MAX: Final = 10
 PROBE_S_MAX: Final = 1.0
@@ -83,7 +84,7 @@ class CellRunProducer:
         self._settings: Final = settings or found_settings()
         self._config: Final = connection(self._settings, _OURS, kafka)
         self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
-        self._bytes_max: Final = spool_mb_max * 1024 * 1024
+        self._bytes_max: Final = spool_mb_max * MB
         self._memory_s_max: Final = memory_s_max
         self._on_full: Final[OnFull] = on_full
         self._options: Final = (block_s_max, write_ahead)
