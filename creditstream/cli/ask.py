@@ -115,10 +115,13 @@ def _moved(run: Explanation) -> list[str]:
     lines = []
     if move := run.balance:
         period = f", period {move.period_start} to before {move.period_end}" if move.period_start else ""
+        if move.plan or move.allowance != "0":
+            balance = f"{move.before} -> {move.after} of {move.allowance} {move.pool} credits"
+        else:
+            drawn = (text.removeprefix("-") for text in (move.before, move.after))
+            balance = f"{' -> '.join(drawn)} {move.pool} credits drawn"
         plan = f", plan {move.plan}" if move.plan else ", no plan"
-        lines.append(
-            f"  balance    {move.before} -> {move.after} of {move.allowance} {move.pool} credits{period}{plan}"
-        )
+        lines.append(f"  balance    {balance}{period}{plan}")
     if alert := run.alert:
         percents = ", ".join(f"{percent} %" for percent in alert.thresholds)
         lines.append(f"  alert      {alert.kind}{f' {percents}' if percents else ''}, sent {utc(alert.published_at)}")

@@ -1,0 +1,213 @@
+"""The commands of billing and of those who ask about credits, end to end: against a worker, and after it has ended."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+from uuid import UUID
+
+import pytest
+
+from schemas.answers import PoolBalance
+from tests.worker_process import Finished, WorkerProcess, cell_run, creditstream, event_of
+
+WORKSPACE: Final = "ws_0001"
+NOW: Final = datetime.now(UTC)
+MAILS: Final = [cell_run(action="find_work_email", column_id="col_mail") for _ in range(3)]
+RUNS: Final = [*MAILS, cell_run(), cell_run(action="clearbit_enrich_company"), cell_run(action="format_date")]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator[WorkerProcess]:
+    """A worker that has metered a handful of runs of a workspace, which billing then said things of."""
+    with WorkerProcess(tmp_path_factory.mktemp("accounts"), kafka, "accounts-", instance="one") as process:
+        assert creditstream("topics", settings=environment_of(process)).code == 0
+        process.start()
+        process.wait_until_ready()
+        process.produce(map(event_of, RUNS))
+        process.wait_until_metered()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def settings(worker: WorkerProcess) -> dict[str, str | int]:
+    """Of a command, after billing has spoken: the commands that send are tried here, in order."""
+    settings = environment_of(worker)
+    yesterday = (NOW - timedelta(days=1)).strftime("%Y-%m-%d")
+    for words, said in [
+        (("plan", "set", WORKSPACE, "20k", "--effective-at", yesterday), "plan/plan_changed"),
+        (("grant", WORKSPACE, "0.5", "--actor", "ada"), "grant/premium_granted"),
+        (("limits", "set", WORKSPACE, "--threshold", "90", "--remaining-below", "12.5"), "limits/limits_changed"),
+        (("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE), "reversal/reversed"),
+    ]:
+        done = creditstream(*words, "--wait", settings=settings)
+        assert done.code == 0, done
+        event_id, position, what = done.out.split("  ")[:3]
+        assert UUID(event_id).version == 7
+        assert position.startswith("accounts-account-events[")
+        assert what.strip() == said
+    return settings
+
+
+def environment_of(worker: WorkerProcess) -> dict[str, str | int]:
+    return worker.settings | {"home": str(worker.home.path)}
+
+
+def read_json(done: Finished) -> Any:
+    assert done.code == 0, done
+    return json.loads(done.out)
+
+
+QUESTIONS: Final = [
+    ("balance", WORKSPACE),
+    ("statement", WORKSPACE),
+    ("check", WORKSPACE, "find_work_email", "--cells", "10"),
+    ("top",),
+    ("explain", str(MAILS[0].run_id)),
+]
+AT: Final = ("--as-of", "2099-01-01")
+
+
+def fixed(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The question at an instant, so that two answers can be equal."""
+    return words if words[0] == "explain" else (*words, *AT)
+
+
+def test_billing_is_seen_in_every_answer(settings: dict[str, str | int]) -> None:
+    """Plan, grant, thresholds and reversal: three mails less one reversed, and a plain run, against 20,000."""
+    pools = {
+        pool["pool"]: pool
+        for pool in read_json(creditstream("balance", WORKSPACE, "--format", "json", settings=settings))
+    }
+    enrichment, premium = pools["enrichment"], pools["premium"]
+    assert (enrichment["used"], enrichment["allowance"], enrichment["remaining"]) == ("5", "20000", "19995")
+    assert (enrichment["plan"], enrichment["state"]) == ("20k", "ok")
+    assert (premium["used"], premium["allowance"], premium["overage"], premium["state"]) == (
+        "1",
+        "0.5",
+        "0.5",
+        "exhausted",
+    )
+    text = creditstream("balance", WORKSPACE, settings=settings)
+    assert "19995" in text.out
+    assert "None" not in text.out
+    table = creditstream("balance", WORKSPACE, "--format", "csv", settings=settings)
+    (row, _) = csv.DictReader(io.StringIO(table.out))
+    assert tuple(row) == PoolBalance.__struct_fields__
+    assert (row["remaining"], row["runs_out_on"]) == ("19995", "")
+
+
+def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> None:
+    """A heading, a line for each pool, and the sentence that it foots."""
+    done = creditstream("statement", WORKSPACE, settings=settings)
+    assert done.code == 0
+    assert done.out.startswith(f"{WORKSPACE}, plan 20k, ")
+    assert "it foots" in done.out
+    lines = read_json(creditstream("statement", WORKSPACE, "--format", "json", settings=settings))
+    assert [(line["debited"], line["reversed"], line["closing"], line["foots"]) for line in lines] == [
+        ("7", "2", "19995", True),
+        ("1", "0", "-0.5", True),
+    ]
+
+
+def test_a_check_answers_by_its_exit_code(settings: dict[str, str | int]) -> None:
+    """0 for yes, 3 for no, and a line that says why."""
+    yes = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9997", settings=settings)
+    assert (yes.code, yes.out) == (0, "yes: 19994 of 19995 enrichment credits left (enough)\n")
+    no = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9998", settings=settings)
+    assert no.code == 3
+    assert no.out.startswith("no: it would draw 19996 of 19995 enrichment credits left; the next period starts on ")
+    own = creditstream("check", WORKSPACE, "clearbit_enrich_company", "--own-api-key", settings=settings)
+    assert (own.code, own.out) == (0, "yes: with the workspace's own API key it costs nothing (R05) (own_api_key)\n")
+    nobody = creditstream("check", "ws_none", "enrich_person", settings=settings)
+    assert (nobody.code, nobody.out) == (3, "no: nothing is known of ws_none (unknown_workspace)\n")
+
+
+def test_an_estimate_shows_worst_case_and_what_is_left_r14(settings: dict[str, str | int]) -> None:
+    """A warning goes to standard error."""
+    done = creditstream("estimate", WORKSPACE, "find_work_email", "--cells", "20000", settings=settings)
+    assert done.code == 0
+    assert "worst case  40000 credits" in done.out
+    assert done.err == "It does not fit: about 40,000 credits expected, 19,995 left.\n"
+
+
+def test_explain_shows_balance_and_reversal(settings: dict[str, str | int]) -> None:
+    """What the run did to the balance stands among the evidence."""
+    done = creditstream("explain", str(MAILS[0].run_id), settings=settings)
+    assert "It was reversed on " in done.out.splitlines()[0]
+    assert "  balance    0 -> 2 enrichment credits drawn, period " in done.out
+
+
+def test_plans_are_listed(settings: dict[str, str | int]) -> None:
+    """With the one in force, and what it gives."""
+    (row,) = read_json(creditstream("plan", "show", WORKSPACE, "--format", "json", settings=settings))
+    assert (row["plan"], row["allowance"], row["in_force"], row["restart_period"]) == ("20k", "20000", True, False)
+
+
+def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
+    """Thresholds and the absolute line, each with its origin."""
+    done = creditstream("limits", "show", WORKSPACE, settings=settings)
+    assert done.out == f"{WORKSPACE} is told at 90 %, 100 % (workspace), 12.5 credits left (workspace).\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("plan", "set", WORKSPACE, "gold"), 4, "no plan 'gold': the plan lists name cancelled, "),
+        (("grant", WORKSPACE, "0"), 1, "the premium_granted event is wrong: `credits` must be more than 0"),
+        (("grant", WORKSPACE, "1.2345"), 1, "the premium_granted event is wrong: field `credits`"),
+        (("grant", "", "5"), 1, "the premium_granted event is wrong: field `workspace_id`"),
+        (("limits", "set", WORKSPACE, "--threshold", "101"), 2, "101 is not in the range"),
+        (("limits", "set", WORKSPACE), 2, "Give --threshold or --remaining-below, or else --plan-default."),
+        (("plan", "set", WORKSPACE, "20k", "--effective-at", "soon"), 2, "'soon' is no time"),
+        (("plan", "set", WORKSPACE, "20k", "--effective-at", "2019-12-31"), 1, "`effective_at` lies before 2020"),
+        (("balance", "ws_none"), 4, "no workspace 'ws_none' in the ledger"),
+        (("statement", WORKSPACE, "--period", "2098-01-01"), 4, "no period holds 2098-01-01 yet"),
+        (("estimate", WORKSPACE, "nobody_priced_this"), 4, "no action 'nobody_priced_this' in the catalogue"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    settings: dict[str, str | int], words: tuple[str, ...], code: int, said: str
+) -> None:
+    """One line that names the field or the id, and its exit code."""
+    done = creditstream(*words, settings=settings)
+    assert (done.code, done.out) == (code, "")
+    assert said in " ".join(done.err.replace("│", " ").split())
+
+
+def test_an_event_that_is_sent_again_counts_once(settings: dict[str, str | int]) -> None:
+    """Under its own id it is a duplicate; an event that billing cannot have meant is set aside, and said to be."""
+    event_id = str(UUID(int=0x0190F4A0_0000_7000_8000_000000000001))
+    words = ("grant", "ws_again", "5", "--effective-at", "2026-01-01", "--event-id", event_id, "--wait")
+    first, again = (creditstream(*words, settings=settings) for _ in range(2))
+    assert first.out.startswith(f"{event_id}  ")
+    assert "grant/premium_granted" in first.out
+    assert "duplicate/duplicate" in again.out
+    (_, premium) = read_json(creditstream("balance", "ws_again", "--format", "json", settings=settings))
+    assert premium["allowance"] == "5"
+    lost = creditstream("reverse", event_id, "--workspace", "ws_again", "--wait", settings=settings)
+    assert lost.code == 1
+    assert lost.err.startswith("creditstream: the event was set aside as unknown_run: ")
+
+
+def test_every_question_has_the_same_answer_without_the_worker(
+    worker: WorkerProcess, settings: dict[str, str | int]
+) -> None:
+    """A running worker answers over its API; when it has ended, the command opens the ledger itself."""
+    asked = [creditstream(*fixed(words), "--format", "json", settings=settings) for words in QUESTIONS]
+    worker.kill()
+    alone = [creditstream(*fixed(words), "--format", "json", settings=settings) for words in QUESTIONS]
+    assert [done.code for done in asked] == [0] * len(asked), asked
+    assert [(done.code, done.out) for done in alone] == [(done.code, done.out) for done in asked]
+
+
+def test_every_command_has_an_example(settings: dict[str, str | int]) -> None:
+    """Its help shows one."""
+    from creditstream.cli import cli
+
+    for name in ("plan", "grant", "reverse", "limits", "balance", "statement", "check", "estimate", "top"):
+        command = cli.commands[name]
+        for one in getattr(command, "commands", {name: command}).values():
+            assert "Example: `creditstream " in (one.help or ""), name
