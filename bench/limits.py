@@ -15,6 +15,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import quantiles
+from typing import Final
 from uuid import UUID, uuid4
 
 import msgspec
@@ -29,9 +30,14 @@ from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
 from schemas.account import PlanChanged
+from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
 from schemas.limits import LimitAlert
+from sinks.clickhouse import connect
+from sinks.ledger import YOUNG_SERVER_S
+from sinks.migrate import migrate
+from sinks.queries import pin_catalogue
 from streams.settings import Settings, read_settings
 from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
@@ -164,6 +170,72 @@ def measure(settings: Settings, home: Home, plans: Path, seconds: int) -> Clocks
     return clocks
 
 
+class Start(msgspec.Struct, frozen=True):
+    """How a worker comes up on a ledger of many workspaces; seconds from its start, MB."""
+
+    ready_s: float
+    durable_s: float
+    rss_mb: int
+
+
+_MANY: Final = """
+INSERT INTO ledger (topic, topic_id, kafka_partition, kafka_offset, recorded_at, kind, run_id, workspace_id, table_id,
+    column_id, row_id, action, outcome, ran_at, pool, credits, reason, catalogue, batch_month, mark_read_at, event_id,
+    effective_at, plan, allowance)
+SELECT '{topic}', 'an earlier one', bitAnd(kafkaMurmurHash(concat('many_', toString(number))), 0x7FFFFFFF) % 4, number,
+    now64(3) - toIntervalDay(5), '{kind}', generateUUIDv4(), concat('many_', toString(number)), 'tbl_1', 'col_1',
+    'row_1', 'enrich_person', '{outcome}', now64(3) - toIntervalDay(5), 'enrichment', {credits}, '{reason}', 1,
+    toYYYYMM(now()), now64(3), generateUUIDv4(), now64(3) - toIntervalDay(number % 300 + 5), '20k', {allowance}
+FROM numbers({count})
+"""
+
+
+def fill(home: Home, workspaces: int) -> None:
+    """A ledger in which each workspace has a plan and a run; one in a hundred has used all that it had."""
+    with connect(f"chdb://{home.ledger}") as client:
+        migrate(client)
+        pin_catalogue(client, Catalogue.load(EXAMPLE_CATALOGUES))
+        while client.query("SELECT uptime()").result_rows[0][0] < YOUNG_SERVER_S + 1:
+            time.sleep(0.1)
+        plan = {"topic": "account-events", "kind": "plan", "outcome": "", "reason": "plan_changed"}
+        client.command(_MANY.format(**plan, credits=0, allowance=20_000, count=workspaces))
+        run = {"topic": "cell-runs", "kind": "run", "outcome": "data", "reason": "charged"}
+        client.command(_MANY.format(**run, credits="if(number % 100 = 0, 20000, 1)", allowance=0, count=workspaces))
+
+
+def start(settings: Settings, home: Home) -> Start:
+    """One start: until it is ready, until a run that waited for it is durable, and its memory some seconds later."""
+    producer = open_producer(settings.kafka_bootstrap)
+    run = CellRun(
+        run_id=uuid7(), workspace_id="many_17", table_id="tbl_1", column_id="col_1", row_id="row_1",
+        action="enrich_person", outcome=Outcome.DATA, ran_at=datetime.now(UTC),
+    )  # fmt: skip
+    producer.produce(cell_runs_topic(settings), encode_run(run), run.workspace_id)
+    producer.flush(10)
+    began = time.monotonic()
+    with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap) as answers:
+        ready = time.monotonic() - began
+        while not answers.status().written.get("run/charged"):
+            time.sleep(0.02)
+        durable = time.monotonic() - began
+        time.sleep(5)
+        worker = home.worker()
+        assert worker is not None
+        lines = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
+        rss_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return Start(ready, durable, rss_kb // 1024)
+
+
+def report_starts(starts: list[Start], workspaces: int) -> Table:
+    """Each start."""
+    table = Table(title=f"a worker's start, {workspaces:,} workspaces with plans", box=None, header_style="bold")
+    for column in ("ready, s", "first row durable, s", "peak MB"):
+        table.add_column(column, justify="right")
+    for one in starts:
+        table.add_row(f"{one.ready_s:.1f}", f"{one.durable_s:.1f}", f"{one.rss_mb:,}")
+    return table
+
+
 def report(clocks: Clocks) -> Table:
     """Milliseconds: minimum, median, 99 %, maximum."""
     table = Table(title=f"{RATE:,} runs/s, inserts beside them; milliseconds", box=None, header_style="bold")
@@ -191,6 +263,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--workspaces", type=int, default=1_000_000)
+    parser.add_argument("--starts", type=int, default=3)
     given = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="creditstream-bench-"))
     (base / "plans").mkdir()
@@ -199,7 +273,13 @@ def main() -> None:
         with EmbeddedKafka(Home.at(base / "kafka"), Console(stderr=True).print) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
             ensure_topics(Broker(kafka.bootstrap), settings)
-            Console(width=140).print(report(measure(settings, Home.at(base / "worker"), base / "plans", given.seconds)))
+            say = Console(width=140).print
+            if given.seconds:
+                say(report(measure(settings, Home.at(base / "worker"), base / "plans", given.seconds)))
+            if given.starts:
+                many = Home.at(base / "many")
+                fill(many, given.workspaces)
+                say(report_starts([start(settings, many) for _ in range(given.starts)], given.workspaces))
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

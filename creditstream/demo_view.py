@@ -88,7 +88,7 @@ def _gate_line(worker: TrialWorker, trial: str) -> Text:
 
 
 def alert_line(told: Told) -> str:
-    """``23:16:03  exhausted  trial_2316  100 %  1,000 of 1,000 used  (38 ms after the run)``."""
+    """``23:16:03  exhausted  trial_2316  100 %  1,000 of 1,000 credits  (+38 ms)``: so long after its cause."""
     alert = told.alert
     lines = ", ".join(f"{percent} %" for percent in alert.thresholds)
     if alert.remaining_below:
@@ -97,5 +97,5 @@ def alert_line(told: Told) -> str:
     pool = "" if alert.pool == "enrichment" else f" {alert.pool}"
     return (
         f"{told.came_at:%H:%M:%S}  {alert.kind:<14} {alert.workspace_id:<11} {lines or '-':<10} "
-        f"{used} of {allowance}{pool} credits used  ({told.after_ms:,} ms after the {alert.cause})"
+        f"{used} of {allowance}{pool} credits  (+{told.after_ms:,} ms)"
     )

@@ -5,7 +5,7 @@ All questions name workspaces, or a partition by the hash of its workspaces: `ka
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
@@ -86,12 +86,27 @@ def draws_of(client: Client, workspaces: Sequence[str], since: date) -> list[tup
     return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]
 
 
-def workspaces_of(client: Client, partition: int, partitions: int, limit: int) -> list[str]:
-    """Workspaces of a partition that have drawn anything, or have a plan: those with the newest days first."""
+def draws_recorded_by(
+    client: Client, instants: Mapping[str, int], since: date
+) -> list[tuple[str, str, int, Millicredits]]:
+    """As `draws_of`, but of each workspace only what was recorded by its instant (Unix ms)."""
     found = client.query(
-        f"SELECT workspace_id FROM ledger WHERE {_OF_PARTITION} AND kind != 'dead_letter' AND workspace_id != '' "
-        "GROUP BY workspace_id ORDER BY max(day) DESC LIMIT {limit:UInt32}",
-        parameters={"partition": partition, "partitions": partitions, "limit": limit},
+        "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {_DRAWS} "
+        "AND (pool = 'premium' OR day >= {since:Date}) AND toUnixTimestamp64Milli(recorded_at) <= "
+        "transform(toString(workspace_id), {names:Array(String)}, {instants:Array(Int64)}, toInt64(0)) "
+        "GROUP BY workspace_id, pool, number",
+        parameters={"names": list(instants), "instants": list(instants.values()), "since": since},
+    )
+    return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]
+
+
+def workspaces_of(client: Client, partition: int, partitions: int, limit: int, since: date) -> list[str]:
+    """Some workspaces of a partition that have a run, or an account event, dated since then. Stops at the limit."""
+    found = client.query(
+        f"SELECT DISTINCT workspace_id FROM ledger WHERE {_OF_PARTITION} AND kind != 'dead_letter' "
+        "AND workspace_id != '' AND day >= {since:Date} LIMIT {limit:UInt32}",
+        parameters={"partition": partition, "partitions": partitions, "limit": limit, "since": since},
     )
     return [name for (name,) in found.result_rows]
 

@@ -57,7 +57,9 @@ Background = Callable[[Coroutine[Any, Any, None]], Any]
 
 
 class Loader:
-    """Loads units. Every wait is for the ledger; ``look_up`` asks it in the reader's thread."""
+    """Loads units. Every wait is for the ledger; ``look_up`` asks it in the reader's thread, ``look_up_aside`` where
+    no unit waits behind it.
+    """
 
     def __init__(
         self,
@@ -65,11 +67,13 @@ class Loader:
         lanes: Lanes,
         outlets: Outlets,
         look_up: Callable[..., Awaitable[Any]],
+        look_up_aside: Callable[..., Awaitable[Any]],
         send: Callable[..., None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._settings, self._lanes, self._outlets = settings, lanes, outlets
-        self._look_up, self._send, self._on_trouble = look_up, send, on_trouble
+        self._look_up, self._look_up_aside = look_up, look_up_aside
+        self._send, self._on_trouble = send, on_trouble
         self._lives = 0
 
     async def load(self, place: Place, kept: "Kept | None", background: Background) -> Unit:
@@ -159,10 +163,13 @@ class Loader:
             log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
         partition, partitions = unit.chain.partition, self._settings.partitions
         preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // partitions)
-        active = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded)
-        for part in recovery.in_parts(active):
+        names = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded, accounts.EPOCH)
+        if not (are_all := len(names) < preloaded):
+            recent = recovery.active_since(balances.now_ms)
+            names = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded, recent)
+        for part in recovery.in_parts(names):
             await unit.load(part)
-        balances.knows_all = len(active) < preloaded
+        balances.knows_all = are_all
 
     async def _look_back(self, unit: Unit, is_seeding: bool) -> None:
         """In the background: find whom time alone may move, and let the unit load them in its sequence."""
@@ -170,7 +177,7 @@ class Loader:
         partition, partitions = unit.chain.partition, self._settings.partitions
         since = recovery.first_day(started_ms - recovery.LOOK_BACK_MS)
         from_ms = started_ms - recovery.LOOK_BACK_MS
-        names = await self._look_up(accounts.restless, partition, partitions, since, from_ms)
+        names = await self._look_up_aside(accounts.restless, partition, partitions, since, from_ms)
 
         def load(part: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
             async def chore(unit: Unit) -> None:

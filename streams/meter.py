@@ -2,7 +2,7 @@
 
 `Meter.open` connects and refuses whatever could charge wrongly. `Meter.assign` loads each partition's state from the
 ledger and says where to read on; `Meter.release` lets go. Blocking calls run in threads of their own: one writes to the
-ledger, one reads it for the units, one for courtesies, one answers people, one waits for Kafka's deliveries.
+ledger, one reads it for the units, one reads what no unit waits for, one answers people, one waits for deliveries.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
-THREADS: Final = ("writer", "reader", "answers", "courtesies", "deliveries")
+THREADS: Final = ("writer", "reader", "answers", "aside", "deliveries")
 
 log: Final = structlog.get_logger()
 
@@ -99,7 +99,13 @@ class Meter:
         self.publisher = Publisher(settings)
         self.lanes = self._lanes()
         self._loader = Loader(
-            settings, self.lanes, self._outlets(), self._look_up, self.publisher.send, self._on_trouble
+            settings,
+            self.lanes,
+            self._outlets(),
+            self._look_up,
+            functools.partial(self._ask, "aside"),
+            self.publisher.send,
+            self._on_trouble,
         )
         self.is_open = True
 
@@ -302,7 +308,7 @@ class Meter:
         self, questions: Sequence[accounts.TopQuestion]
     ) -> dict[accounts.TopQuestion, tuple[TopColumn, ...]]:
         columns: dict[accounts.TopQuestion, tuple[TopColumn, ...]] = await self._ask(
-            "courtesies", accounts.top_columns, questions
+            "aside", accounts.top_columns, questions
         )
         return columns
 

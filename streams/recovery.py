@@ -19,7 +19,8 @@ from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
 from streams.account_events import fold_event
-from streams.balances import DAYS_KEPT, METERED, NOT_OK, Balances, Debits, Notice, look_back
+from streams.balances import DAYS_KEPT, METERED, NOT_OK, Balances, Debits, Notice, Opening, notice_of_time
+from streams.limits import Facts, Standing, Terms, terms_of
 from streams.messages import Source, seeded_alert
 from streams.periods import day_of, to_date
 from streams.voice import Voice
@@ -135,17 +136,48 @@ def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Seque
     voice.tell(balances, folded, [])
 
 
-def time_alone(balances: Balances, names: Sequence[str], started_ms: int) -> list[tuple[Notice, Source | None]]:
-    """What instants of the 48 h before ``started_ms`` told of these workspaces, for a worker that was not there."""
-    return [
-        (notice, None) for name in names for notice in look_back(balances[name], started_ms - LOOK_BACK_MS, started_ms)
-    ]
+def instants_of(facts: Facts, from_ms: int, to_ms: int) -> tuple[int, ...]:
+    """When time alone may have told of a workspace, by what was known at each of these instants."""
+    instants: list[int] = []
+    now_ms = from_ms
+    while True:
+        known = facts.known_at(now_ms)
+        comes = min(terms_of(known, pool, now_ms).until_ms for pool in METERED)
+        learns = facts.next_arrival(now_ms)
+        if min(comes, learns) > to_ms:
+            return tuple(instants)
+        if comes <= learns:
+            instants.append(comes)
+        now_ms = min(comes, learns)
+
+
+def told_at(name: str, facts: Facts, instant: int, opening: Opening) -> list[tuple[Notice, Source | None]]:
+    """What an instant told of a workspace. ``opening``: the debits that had been recorded by then, since with later
+    ones it would have told something else.
+    """
+    known = facts.known_at(instant - 1)
+    notices: list[Notice] = []
+    for pool in METERED:
+        old, new = (_standing(terms_of(known, pool, at_ms), opening) for at_ms in (instant - 1, instant))
+        notices += notice_of_time(name, known, old, new, instant)
+    return [(notice, None) for notice in notices]
+
+
+def _standing(terms: Terms, opening: Opening) -> Standing:
+    if terms.period is None:
+        return Standing(terms, opening.premium)
+    return Standing(terms, sum(credits for day, credits in opening.enrichment.items() if day in terms.period))
 
 
 def in_parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
     """At most `LOADED_AT_ONCE` at once."""
     for start in range(0, len(names), LOADED_AT_ONCE):
         yield names[start : start + LOADED_AT_ONCE]
+
+
+def active_since(now_ms: int) -> Any:
+    """Workspaces with runs since this day are loaded first."""
+    return to_date(max(0, day_of(now_ms) - 1))
 
 
 def first_day(now_ms: int) -> Any:
