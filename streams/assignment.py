@@ -15,10 +15,11 @@ from sinks.clickhouse import DatabaseError
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
-from streams.balances import Balances, Opening
+from streams.balances import Balances, Notice, Opening
 from streams.duplicates import RunFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
+from streams.messages import Source
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, LogRange
 from streams.unit import Lanes, Unit
@@ -179,17 +180,36 @@ class Loader:
         from_ms = started_ms - recovery.LOOK_BACK_MS
         names = await self._look_up_aside(accounts.restless, partition, partitions, since, from_ms)
 
-        def load(part: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
-            async def chore(unit: Unit) -> None:
-                await unit.load(part)
-                told = recovery.time_alone(unit.balances, part, started_ms)
-                unit.voice.tell(unit.balances, unit.folded, told)
-                if is_seeding:
-                    recovery.seed(unit.balances, unit.voice, unit.folded, part)
+        for part in recovery.in_parts(names):
+            told = await self._told_by_time(part, from_ms, started_ms)
+            unit.chores.append(_telling(part, told, is_seeding))
 
-            return chore
+    async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
+        """What time alone told of these workspaces between two instants: each one's first instant, then the second."""
+        known = openings(names, await self._look_up_aside(accounts.facts_of, names), [])
+        left = {name: recovery.instants_of(opening.facts, from_ms, to_ms) for name, opening in known.items()}
+        told: list[tuple[Notice, Source | None]] = []
+        while due := {name: instants[0] for name, instants in left.items() if instants}:
+            draws = await self._look_up_aside(accounts.draws_recorded_by, due, recovery.first_day(from_ms))
+            then = openings(due, [], draws)
+            for name, instant in due.items():
+                told += recovery.told_at(name, known[name].facts, instant, then[name])
+                left[name] = left[name][1:]
+        return told
 
-        unit.chores += [load(part) for part in recovery.in_parts(names)]
+
+def _telling(
+    names: Sequence[str], told: Sequence[tuple[Notice, Source | None]], is_seeding: bool
+) -> Callable[[Unit], Awaitable[None]]:
+    """A chore: load these accounts, then tell."""
+
+    async def chore(unit: Unit) -> None:
+        await unit.load(names)
+        unit.voice.tell(unit.balances, unit.folded, told)
+        if is_seeding:
+            recovery.seed(unit.balances, unit.voice, unit.folded, names)
+
+    return chore
 
 
 def is_told(unit: Unit, place: Place) -> bool:

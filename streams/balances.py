@@ -377,33 +377,6 @@ def notice_of_time(name: str, facts: Facts, old: Standing, new: Standing, instan
     return [Notice(kind, name, new, new.passed, instant, Cause.TIME)] if kind else []
 
 
-def look_back(account: Account, from_ms: int, to_ms: int) -> list[Notice]:
-    """What time alone told between two instants, by what was known at each: for a worker that was down meanwhile."""
-    notices: list[Notice] = []
-    now_ms = from_ms
-    while True:
-        known = account.facts.known_at(now_ms)
-        old = _standings(account, known, now_ms)
-        comes = min(standing.terms.until_ms for standing in old)
-        learns = account.facts.next_arrival(now_ms)
-        if min(comes, learns) > to_ms:
-            return notices
-        if comes <= learns:
-            known = account.facts.known_at(comes)
-            for before, after in zip(old, _standings(account, known, comes), strict=True):
-                notices += notice_of_time(account.name, known, before, after, comes)
-        now_ms = min(comes, learns)
-
-
-def _standings(account: Account, facts: Facts, at_ms: int) -> tuple[Standing, Standing]:
-    enrichment = terms_of(facts, Pool.ENRICHMENT, at_ms)
-    assert enrichment.period is not None
-    return (
-        Standing(enrichment, account.used_between(enrichment.period)),
-        Standing(terms_of(facts, Pool.PREMIUM, at_ms), account.premium.used),
-    )
-
-
 def _sums(debits: Debits, drawing: Integers) -> dict[int, list[tuple[Pool, Day, Millicredits]]]:
     """Code → its debits by pool and day."""
     if not len(drawing):
