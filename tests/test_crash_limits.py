@@ -6,23 +6,28 @@ order of the two topics explains, and is the newest state of every pool what the
 
 import itertools
 import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
+from clickhouse_connect.driver.client import Client
 
 from creditstream.reconcile import Reconciliation
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import CellRun, Outcome
+from schemas.limits import Cause
+from streams.app import EXIT_RESTART
 from tests.limit_messages import ROWS, Reference, newest_states, published_alerts, stands_by, told_by
-from tests.worker_process import Event, WorkerProcess, ask_ledger, cell_run, event_of
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, cell_run, event_of
 
 NUMBERS: Final = itertools.count(1)
 JOIN_S_MAX: Final = 60.0
+OVER_HTTP: Final = pytest.mark.parametrize("database_url", ["http"], indirect=True)
 BACKLOG: Final = 30_000
 ROUND: Final = 1_500
 SMALL_BATCH: Final = 400
@@ -188,3 +193,176 @@ def test_f1_to_f7_kill_9_loses_no_alert_and_no_state(tmp_path: Path, kafka: str,
 
     assert_books_close(books)
     assert_told(worker, Reference(rows))
+
+
+@pytest.fixture
+def fields(ledger_url: str, plans_dir: str) -> dict[str, str | int]:
+    """Settings of workers that share a ledger over HTTP."""
+    return {"ledger_url": ledger_url, "batch_rows_max": SMALL_BATCH, "plans_dir": plans_dir}
+
+
+@OVER_HTTP
+def test_f18_a_paused_owner_that_wakes_leaves_no_stale_state(
+    tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], client: Client
+) -> None:
+    """It stands still until another has its partitions, then wakes and says what it knew: it is answered, and ends."""
+    traffic = Traffic(18)
+    with (
+        WorkerProcess(tmp_path / "paused", kafka, prefix, instance="paused", **fields) as paused,
+        WorkerProcess(tmp_path / "other", kafka, prefix, instance="other", **fields) as other,
+    ):
+        paused.create_topic()
+        paused.bill(traffic.first_plans())
+        paused.start()
+        other.start()
+        for worker in (paused, other):
+            worker.wait_until(lambda status: len(status.units) == 2, "sharing", JOIN_S_MAX)
+        paused.produce(traffic.cell_runs(2000))
+        paused.wait_until_told()
+        feed_until_stopped(paused, traffic)
+
+        other.wait_until(lambda status: len(status.units) == 4, "the only owner", JOIN_S_MAX)
+        other.bill(traffic.account_events(40))
+        other.produce(traffic.cell_runs(2000))
+        other.wait_until_told()
+        paused.signal(signal.SIGCONT)
+        assert paused.wait() == EXIT_RESTART
+        wait_for_log(other, "stale_states_answered")
+
+        other.produce(traffic.cell_runs(500))
+        other.wait_until_told()
+        assert_books_close(other.reconcile())
+        assert other.stop() == 0
+
+    assert_told(other, Reference(client.query(ROWS).result_rows))
+
+
+def feed_until_stopped(worker: WorkerProcess, traffic: Traffic) -> None:
+    """SIGSTOP between a fold and the second in which its states are told."""
+    for _ in range(10):
+        worker.produce(traffic.cell_runs(50))
+        time.sleep(0.05)
+    worker.signal(signal.SIGSTOP)
+
+
+def wait_for_log(worker: WorkerProcess, event: str) -> None:
+    """Until the log says so."""
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not worker.log_events(event):
+        assert time.monotonic() < deadline, f"no {event} in the log"
+        time.sleep(0.1)
+
+
+@OVER_HTTP
+def test_f20_of_two_processes_with_one_instance_id_the_first_ends_and_names_it(
+    tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], client: Client
+) -> None:
+    """The second takes over, kill -9 and all; the first ends with 75 instead of stealing its partitions back."""
+    traffic = Traffic(20)
+    with (
+        WorkerProcess(tmp_path / "first", kafka, prefix, instance="twin", **fields) as first,
+        WorkerProcess(tmp_path / "second", kafka, prefix, instance="twin", **fields) as second,
+    ):
+        first.create_topic()
+        first.bill(traffic.first_plans())
+        first.produce(traffic.cell_runs(1000))
+        first.start().wait_until_told()
+        second.start()
+        assert first.wait(JOIN_S_MAX) == EXIT_RESTART
+        (fatal,) = first.log_events("fatal")
+        assert "'twin'" in fatal["error"]
+        assert "CREDITSTREAM_INSTANCE" in fatal["error"]
+
+        for _ in range(2):
+            second.bill(traffic.account_events(20))
+            second.produce(traffic.cell_runs(4000))
+            second.wait_until(lambda status: any(status.written.values()), "writing", JOIN_S_MAX)
+            second.kill()
+            second.start()
+        second.wait_until_told(JOIN_S_MAX)
+        assert_books_close(second.reconcile())
+        assert not second.log_events("fatal")
+        assert second.stop() == 0
+
+    assert_told(second, Reference(client.query(ROWS).result_rows))
+
+
+def test_sigterm_under_load_leaves_nothing_to_fold_again(
+    tmp_path: Path, kafka: str, prefix: str, plans_dir: str
+) -> None:
+    """It ends with 0 amid a backlog, and its successor begins where it has told everything."""
+    traffic = Traffic(15)
+    with WorkerProcess(tmp_path / "home", kafka, prefix, plans_dir=plans_dir, batch_rows_max=SMALL_BATCH) as worker:
+        worker.create_topic()
+        worker.bill(traffic.first_plans())
+        worker.produce(traffic.cell_runs(BACKLOG))
+        worker.bill(traffic.account_events(40))
+        worker.start()
+        status = worker.wait_until(lambda status: any(status.written.values()), "writing", JOIN_S_MAX)
+        assert worker.stop() == 0
+        assert sum(unit.mark + 1 for unit in status.units) < BACKLOG, "it was done before it was stopped"
+
+        worker.start().wait_until_told(JOIN_S_MAX)
+        assert worker.log_events("folded_again") == []
+        assert_books_close(worker.reconcile())
+        assert worker.stop() == 0
+        (rows,) = ask_ledger(f"chdb://{worker.home.ledger}", ROWS)
+
+    assert_told(worker, Reference(rows))
+
+
+def test_time_alone_tells_of_a_plan_that_takes_effect(tmp_path: Path, kafka: str, prefix: str, plans_dir: str) -> None:
+    """State and alert come without any record, and after a kill -9 before the instant; nothing is told that was not."""
+
+    def plan(name: str, plan: str, effective_at: datetime) -> PlanChanged:
+        return PlanChanged(event_id=uuid4(), workspace_id=name, plan=plan, effective_at=effective_at)
+
+    def draw(name: str, count: int) -> list[Event]:
+        return [event_of(cell_run(name)) for _ in range(count)]
+
+    def told() -> set[tuple[str, str, tuple[int, ...]]]:
+        return {
+            (alert.workspace_id, str(alert.kind), alert.thresholds)
+            for alert in published_alerts(worker.configured)
+            if alert.cause == Cause.TIME
+        }
+
+    with WorkerProcess(tmp_path / "home", kafka, prefix, plans_dir=plans_dir) as worker:
+        worker.create_topic()
+        now = datetime.now(UTC)
+        worker.bill(plan(name, "p200", now - PLANNED_DAYS_AGO) for name in ("ws_freed", "ws_slow", "ws_down"))
+        worker.start().wait_until_told()
+        worker.produce(draw("ws_freed", 150) + draw("ws_new", 210) + draw("ws_slow", 50) + draw("ws_down", 120))
+        worker.wait_until_told()
+        soon = datetime.now(UTC) + timedelta(seconds=2)
+        worker.bill([plan("ws_freed", "p900", soon), plan("ws_new", "p200", soon), plan("ws_slow", "p900", soon)])
+        by_then = {("ws_freed", "recovered", ()), ("ws_new", "exhausted", (50, 80, 100))}
+        wait_until(lambda: told() == by_then, "told by time alone")
+        states = newest_states(worker.configured)
+        assert [str(states[name, "enrichment"].state) for name in ("ws_freed", "ws_new", "ws_slow")] == [
+            "ok", "exhausted", "ok",
+        ]  # fmt: skip
+
+        worker.produce(draw("ws_slow", 200))
+        soon = datetime.now(UTC) + timedelta(seconds=2)
+        worker.bill([plan("ws_down", "p900", soon)])
+        worker.wait_until_told()
+        worker.kill()
+        before = told()
+        assert before == by_then
+        time.sleep(max(0, (soon - datetime.now(UTC)).total_seconds()))
+        worker.start()
+        wait_until(lambda: told() - before, "told after the start")
+        assert worker.stop() == 0
+
+    assert told() - before == {("ws_down", "recovered", ())}
+    state = newest_states(worker.configured)["ws_down", "enrichment"]
+    assert (state.plan, state.used, str(state.state)) == ("p900", "120", "ok")
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Return once the condition holds. AssertionError when it does not in `WAIT_S_MAX`."""
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not condition():
+        assert time.monotonic() < deadline, f"not {what} within {WAIT_S_MAX:.0f} s"
+        time.sleep(0.2)

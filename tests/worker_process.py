@@ -26,7 +26,7 @@ from schemas.account import AccountEvent
 from schemas.answers import Status
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
-from schemas.problem import Problem
+from schemas.problem import Problem, Unreachable
 from streams.settings import PREFIX, Settings, read_settings
 from streams.topics import Broker, Topic, account_events_topic, cell_runs_topic, ensure_topics, require_topic
 
@@ -214,10 +214,11 @@ class WorkerProcess:
         )
         broker, partitions = self.broker, range(settings.partitions)
         ends = {(name, p): found.end for name in topics for p, found in broker.log_ranges(name, partitions).items()}
-        deadline = time.monotonic() + seconds
+        deadline, behind = time.monotonic() + seconds, ends
         while True:
-            committed = broker.committed(group, ends)
-            behind = {place: end for place, end in ends.items() if (committed[place] or 0) < end}
+            with suppress(Unreachable):  # the first to name a group on a new Kafka is told that it has no coordinator
+                committed = broker.committed(group, ends)
+                behind = {place: end for place, end in ends.items() if (committed[place] or 0) < end}
             if not behind:
                 return
             assert self.is_alive, f"the worker ended with exit code {self.wait()}"
