@@ -370,10 +370,11 @@ class Balances:
 
 
 def notice_of_time(name: str, facts: Facts, old: Standing, new: Standing, instant: int) -> list[Notice]:
-    """What an instant that comes tells of one pool, if anything."""
-    changes = facts.grants if new.terms.pool == Pool.PREMIUM else facts.plans
-    effective_now = any(change.effective_ms == instant for change in changes)
-    kind = turned(old, new, effective_now)
+    """What an instant that comes tells of one pool, if anything. A plan's thresholds hold for both pools."""
+    effective_now = any(change.effective_ms == instant for change in facts.plans)
+    if new.terms.pool == Pool.PREMIUM:
+        effective_now |= any(grant.effective_ms == instant for grant in facts.grants)
+    kind = turned(old, new, instant, effective_now)
     return [Notice(kind, name, new, new.passed, instant, Cause.TIME)] if kind else []
 
 

@@ -200,11 +200,11 @@ def shifted(before: State, after: State) -> AlertKind | None:
     return None
 
 
-def turned(before: Standing, after: Standing, effective_now: bool) -> AlertKind | None:
+def turned(before: Standing, after: Standing, instant: int, effective_now: bool) -> AlertKind | None:
     """What an instant that comes tells. A period that begins tells those who were warned or stopped, and nobody else;
-    ``effective_now``: a plan or a grant takes effect at this instant.
+    ``effective_now``: a plan or a grant that this pool goes by takes effect at this instant.
     """
-    began = before.terms.period is not None and before.terms.until_ms == before.terms.period.end * DAY_MS
+    began = before.terms.period is not None and instant == before.terms.period.end * DAY_MS
     if began and before.state in (State.WARNING, State.EXHAUSTED):
         return AlertKind.PERIOD_STARTED
     return shifted(before.state, after.state) if effective_now else None
