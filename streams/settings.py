@@ -57,6 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retention_gap: Annotated[
         Literal["stop", "continue"], Meta(description="when Kafka dropped events before they were read")
     ] = "stop"
+    webhook_endpoints: Annotated[
+        str, Meta(description="TOML file of the endpoints that the notifier tells; only the notifier reads it")
+    ] = ""
     api_host: Annotated[str, Meta(min_length=1, description="address of the read API; it has no login")] = "127.0.0.1"
     api_port: Annotated[int, Meta(ge=0, le=65_535, description="port of the read API; 0: any free one")] = 8620
     log_format: Annotated[Literal["auto", "json", "text"], Meta(description="auto: text on a terminal")] = "auto"

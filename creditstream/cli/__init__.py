@@ -10,7 +10,7 @@ import sys
 import rich_click as click
 
 from creditstream import __version__
-from creditstream.cli import account, ask, balance, demo, operate, rules, send, worker
+from creditstream.cli import account, alerts, ask, balance, demo, notifier, operate, rules, send, worker
 from schemas.problem import Problem
 from streams.settings import DEBUG_VARIABLE
 
@@ -21,6 +21,7 @@ click.rich_click.COMMAND_GROUPS = {
         {"name": "Start here", "commands": ["demo"]},
         {"name": "Ask", "commands": ["balance", "usage", "explain", "statement", "rules", "dead-letters"]},
         {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
+        {"name": "Be told", "commands": ["alerts", "notifier", "listen"]},
         {"name": "Bill", "commands": ["plan", "grant", "reverse", "limits"]},
         {"name": "Send", "commands": ["send"]},
         {"name": "Operate", "commands": ["worker", "reconcile", "topics", "migrate", "config"]},
@@ -41,6 +42,7 @@ for command in (
     demo.demo, worker.worker, send.send, ask.usage, ask.explain, ask.dead_letters, rules.rules,
     balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
     account.plan, account.grant, account.reverse, account.limits,
+    alerts.alerts, notifier.notifier, alerts.listen,
     operate.reconcile, operate.topics, operate.migrate, operate.config,
 ):  # fmt: skip
     cli.add_command(command)
