@@ -1,5 +1,7 @@
 """The producer on a real Kafka: order and completeness through outages, kills, forks and full disks."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -274,6 +276,33 @@ def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, doo
         with CellRunProducer(settings) as heir:
             assert heir.flush(60) == 0
     assert first_copies(settings) == {"ws_1": list(range(100)), "ws_2": list(range(1000, 1050))}
+
+
+LEAVES_A_CHILD = """
+producer = CellRunProducer(settings, write_ahead=True)
+for number in range(10):
+    producer.record(a_run(number))
+child = os.fork()
+if not child:
+    os.close(1)
+    os.close(2)
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_child_does_not_keep_the_spool_of_its_dead_parent(settings: Settings, door: Door) -> None:
+    """The lock of a spool goes with the process that wrote it, whoever was forked from it and lives on."""
+    died = run_program(LEAVES_A_CHILD, behind(door, settings))
+    try:
+        assert died.returncode == -9, died.stderr
+        with CellRunProducer(settings) as heir:
+            assert heir.counts().adopted == 10
+    finally:
+        os.kill(int(died.stdout), signal.SIGKILL)
+    assert first_copies(settings) == {"ws_1": list(range(10))}
 
 
 FULL_DISK = """

@@ -1,0 +1,134 @@
+"""Which way a run takes, step by step: memory, disk, and what may not overtake what."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka import KafkaError, Producer
+
+from creditstream.client.outbox import Outbox
+from creditstream.client.spool import Spool
+from schemas.codec import encode_run
+from tests.client_kafka import a_run
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    """An empty spool."""
+    made = Spool(tmp_path, 10_000_000)
+    yield made
+    made.close()
+
+
+def open_outbox(spool: Spool | None, *, write_ahead: bool = False) -> Outbox:
+    """An outbox whose Kafka does not answer yet."""
+    return Outbox("cell-runs", spool, "spool" if spool else "raise", 0, write_ahead)
+
+
+def nowhere() -> Producer:
+    """librdkafka, with nobody to deliver to: it keeps what it is given."""
+    return Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+
+
+def put(outbox: Outbox, *numbers: int) -> None:
+    """Runs, as their producer puts them."""
+    for number in numbers:
+        outbox.put(encode_run(a_run(number)), "ws_1")
+
+
+def places(outbox: Outbox) -> tuple[int, int]:
+    """How many runs are in memory, and how many only on disk."""
+    counts = outbox.counts()
+    return counts.waiting_in_memory, counts.waiting_in_spool
+
+
+def read(spool: Spool) -> list[bytes]:
+    """The rows of all that is unread, in order."""
+    values = []
+    while spool.unread:
+        values += [entry.value for entry in spool.read(100)]
+    return values
+
+
+def test_nothing_overtakes_what_is_spooled(spool: Spool) -> None:
+    """While one run lies on disk all newer ones follow it there, also when Kafka is back; then memory is the way."""
+    outbox = open_outbox(spool)
+    put(outbox, 1)
+    assert places(outbox) == (0, 1)
+    assert outbox.hand_over() is False
+    assert places(outbox) == (0, 1)
+    outbox.producer = nowhere()
+    put(outbox, 2)
+    assert places(outbox) == (0, 2)
+    outbox.hand_over()
+    put(outbox, 3)
+    assert places(outbox) == (3, 0)
+    assert outbox.in_memory_only == 1
+
+
+def test_what_is_taken_back_goes_in_front(spool: Spool) -> None:
+    """Runs of memory and of disk that were handed over come back in their order, before what was spooled since."""
+    outbox = open_outbox(spool)
+    put(outbox, 1)
+    outbox.producer = nowhere()
+    outbox.hand_over()
+    put(outbox, 2)
+    taken = outbox.take_back()
+    assert taken is not None
+    put(outbox, 3)
+    assert (outbox.producer, places(outbox), outbox.in_memory_only) == (None, (0, 3), 0)
+    assert read(spool) == [encode_run(a_run(number)) for number in (1, 2, 3)]
+
+
+def test_what_lies_on_disk_is_not_written_again(spool: Spool) -> None:
+    """An outage that goes on costs no more bytes: spooled runs that come back are read again."""
+    outbox = open_outbox(spool)
+    put(outbox, 1, 2)
+    size = spool.size_bytes
+    for _ in range(3):
+        outbox.producer = nowhere()
+        outbox.hand_over()
+        assert places(outbox) == (2, 0)
+        outbox.take_back()
+    assert (places(outbox), spool.size_bytes, outbox.counts().spooled) == ((0, 2), size, 2)
+
+
+def test_write_ahead_puts_every_run_on_disk_first(spool: Spool) -> None:
+    """With Kafka there and nothing waiting, a run still goes over the disk."""
+    outbox = open_outbox(spool, write_ahead=True)
+    outbox.producer = nowhere()
+    put(outbox, 1)
+    assert places(outbox) == (0, 1)
+    outbox.hand_over()
+    assert (places(outbox), outbox.in_memory_only) == ((1, 0), 0)
+
+
+def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:
+    """Taken back and new runs wait in memory, and go again in their order."""
+    outbox = open_outbox(None)
+    outbox.producer = nowhere()
+    put(outbox, 1, 2)
+    outbox.take_back()
+    put(outbox, 3)
+    assert (places(outbox), outbox.in_memory_only) == ((3, 0), 3)
+    outbox.producer = nowhere()
+    outbox.hand_over()
+    assert [run.value for run in outbox._waiting.values()] == [encode_run(a_run(number)) for number in (1, 2, 3)]
+
+
+def test_it_is_stuck_by_a_failure_or_by_silence(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+    """A reported failure at once, no acknowledgement after its time; one line of log for all troubles in a row."""
+    outbox = open_outbox(spool)
+    outbox.producer = nowhere()
+    put(outbox, 1)
+    assert not outbox.is_stuck(60)
+    time.sleep(0.01)
+    assert outbox.is_stuck(0)
+    outbox.take_back()
+    outbox._fail(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    assert outbox.is_stuck(60)
+    assert "authorization" in outbox.trouble
+    assert [record.getMessage() for record in caplog.records] == [
+        "cell runs are waiting: no acknowledgement for 0 s",
+    ]
