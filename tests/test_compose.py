@@ -18,7 +18,7 @@ COMPOSE: Final[dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").re
 SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
 DOCKERFILE: Final = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 KAFKA_JARS: Final = ROOT / "creditstream" / "kafka_jars.txt"
-OURS: Final = ("init", "worker")
+OURS: Final = ("init", "worker", "notifier")
 TAG: Final = re.compile(r"^[a-z0-9./-]+:(?P<version>\d+\.\d+[\w.-]*)$")
 PIN: Final = re.compile(r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?P<marker> ; [^\\]+?)? ?\\?$", re.MULTILINE)
 
@@ -69,8 +69,16 @@ def test_every_setting_exists_and_is_in_its_bounds(service: str) -> None:
     assert settings.ledger_url.startswith("http://creditstream@clickhouse:8123/")
 
 
-def test_both_services_of_ours_have_the_same_settings() -> None:
-    assert environment("init") == environment("worker")
+def test_all_services_of_ours_have_the_same_settings() -> None:
+    """The notifier alone is told where its endpoints are."""
+    told = {"CREDITSTREAM_WEBHOOK_ENDPOINTS": "/etc/creditstream/endpoints.toml"}
+    assert (
+        environment("init")
+        == environment("worker")
+        == {name: value for name, value in environment("notifier").items() if name not in told}
+    )
+    assert environment("notifier") == environment("worker") | told
+    assert SERVICES["notifier"]["volumes"] == [f"./endpoints.toml:{told['CREDITSTREAM_WEBHOOK_ENDPOINTS']}:ro"]
 
 
 def test_the_published_port_and_the_health_check_are_those_of_the_api() -> None:
@@ -106,7 +114,9 @@ def test_every_service_is_watched_or_runs_once(service: str) -> None:
         for name, dependency in other.get("depends_on", {}).items()
         if dependency["condition"] == "service_completed_successfully"
     }
-    if service in awaited:
+    if SERVICES[service]["healthcheck"] == {"disable": True} and service not in awaited:
+        assert SERVICES[service]["restart"] == "on-failure", "what answers nobody ends when it cannot go on"
+    elif service in awaited:
         assert SERVICES[service]["restart"] == "no"
     else:
         assert "start_period" in SERVICES[service]["healthcheck"]
