@@ -139,20 +139,22 @@ def test_the_process_from_start_to_end(settings: Settings, receiver: WebhookRece
         (refused,) = notifier.events("endpoints_refused")
         assert f"{file}: endpoint `first`: field `url`" in refused["why"]
         assert refused["kept"] == ["first"]
+        produce(settings, msgspec.json.encode(some_alert()))
+        notifier.wait_for(lambda: len(receiver.received) == 2)
 
         endpoints(tmp_path, first=receiver.url, second=other.url)
         notifier.process.send_signal(signal.SIGHUP)
         notifier.wait_for(lambda: notifier.events("endpoints_loaded"))
         produce(settings, msgspec.json.encode(some_alert()))
-        notifier.wait_for(lambda: len(notifier.events("alert_delivered")) == 3)
-        assert (len(receiver.received), len(other.received)) == (2, 1)
+        notifier.wait_for(lambda: len(notifier.events("alert_delivered")) == 4)
+        assert (len(receiver.received), len(other.received)) == (3, 1)
 
         other.behave = lambda _: STALL
         produce(settings, msgspec.json.encode(some_alert()))
         notifier.wait_for(lambda: len(other.received) == 2)
         assert notifier.end() == 0
         (ended,) = notifier.events("notifier_stopped")
-        assert (ended["delivered"], ended["in_flight"]) == (4, 1)
+        assert (ended["delivered"], ended["in_flight"]) == (5, 1)
         assert {"endpoint", "alert_id", "attempts", "answer", "took_ms"} <= notifier.events("alert_delivered")[0].keys()
         assert SECRET not in notifier.text
         assert "/hook" not in notifier.text

@@ -36,6 +36,9 @@ QUIET_TURNS: Final = 10
 """Turns without anything new, after which a test believes that nothing more comes."""
 
 POLL_S: Final = 0.02
+ANSWERS_AFTER_S: Final = 2.0
+"""Later than a member hears of a rebalance, sooner than it stops to wait for its attempts."""
+
 PARTITIONS: Final = 2
 NUMBERS: Final = count(1)
 SECRET: Final = new_secret()
@@ -79,14 +82,14 @@ class Stage:
         assert self._producer.flush(WAIT_S_MAX) == 0
 
     @contextmanager
-    def notifier(self, *endpoints: Endpoint, **world: Any) -> Iterator[Notifier]:
-        """A notifier that owns all partitions, unless others are there."""
+    def notifier(self, *endpoints: Endpoint, alone: bool = True, **world: Any) -> Iterator[Notifier]:
+        """A notifier; one that is alone has all partitions when the block begins."""
         outside = World(
             **{"now_ms": self.clock, "chance": lambda _: 0, "send": partial(send, answer_s_max=WAIT_S_MAX), **world}
         )
         notifier = Notifier(self.settings, {endpoint.name: endpoint for endpoint in endpoints}, outside)
         try:
-            turn_until(lambda: notifier.partitions, notifier)
+            turn_until(lambda: notifier.partitions or not alone, notifier)
             yield notifier
         finally:
             notifier.close()
@@ -345,8 +348,7 @@ def test_two_notifiers_share_the_partitions_and_hand_over(stage: Stage, receiver
     with stage.notifier(endpoint(receiver)) as first:
         turn_until(lambda: first.counts["failed_attempts"] == 2, first)
         receiver.behave = lambda _: 204
-        second = Notifier(stage.settings, {"one": endpoint(receiver)}, World(stage.clock, lambda _: 0))
-        try:
+        with stage.notifier(endpoint(receiver), alone=False) as second:
             turn_until(lambda: len(first.partitions) == len(second.partitions) == 1, first, second)
             stage.clock.advance(DELAYS_S[1])
             turn_until(lambda: first.counts["delivered"] == second.counts["delivered"] == 1, first, second)
@@ -356,17 +358,13 @@ def test_two_notifiers_share_the_partitions_and_hand_over(stage: Stage, receiver
             for partition, alert in enumerate(waiting):
                 stage.alert(alert, some_alert(), partition=partition)
             turn_until(lambda: second.counts["delivered"] == 3, second)
-        finally:
-            second.close()
 
     assert all(receiver.ids.count(str(alert.alert_id)) == 2 for alert in waiting)
     assert len(receiver.ids) == 6
 
 
-def test_what_is_in_flight_is_recorded_before_a_partition_is_handed_over(
-    stage: Stage, receiver: WebhookReceiver
-) -> None:
-    """The next owner finds the outcome, and does not ask again."""
+def test_what_is_in_flight_is_recorded_before_the_end(stage: Stage, receiver: WebhookReceiver) -> None:
+    """A stop waits for its answer; the next notifier does not ask again."""
     release = gated(receiver)
     stage.alert(some_alert())
     with stage.notifier(endpoint(receiver)) as first:
@@ -375,6 +373,25 @@ def test_what_is_in_flight_is_recorded_before_a_partition_is_handed_over(
         first.stop()
     with stage.notifier(endpoint(receiver)) as second:
         turn_quietly(second)
+
+    assert len(receiver.received) == 1
+    assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED]
+
+
+def test_what_is_in_flight_is_recorded_before_a_partition_is_handed_over(
+    stage: Stage, receiver: WebhookReceiver
+) -> None:
+    """A rebalance waits for its answer; whoever owns the partition afterwards does not ask again."""
+    release = gated(receiver)
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver)) as first:
+        turn_until(lambda: receiver.received, first)
+        answer = threading.Timer(ANSWERS_AFTER_S, release)
+        with stage.notifier(endpoint(receiver), alone=False) as second:
+            answer.start()
+            turn_until(lambda: len(first.partitions) == len(second.partitions) == 1, first, second)
+            turn_quietly(first, second)
+        answer.join()
 
     assert len(receiver.received) == 1
     assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED]

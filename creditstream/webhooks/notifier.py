@@ -331,6 +331,8 @@ def _consumer_config(settings: Settings) -> dict[str, Any]:
         # Eager: every member has handed over before the next owner of a partition loads it.
         "partition.assignment.strategy": "range",
         "session.timeout.ms": 10_000,
+        # A member hears of a rebalance with its next heartbeat; all of them wait for that.
+        "heartbeat.interval.ms": 1_000,
         "queued.max.messages.kbytes": 8 * 1024,
         "isolation.level": "read_committed",
         "log_level": 0,
