@@ -7,5 +7,8 @@ from creditstream.client.decision import Because, Decision
 from creditstream.client.gate import Gate
 from creditstream.client.producer import CellRunProducer
 from creditstream.client.recording import Counts, InvalidRun, RunRefused
+from schemas.cell_run import CellRun, Outcome
 
-__all__ = ["Because", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "RunRefused"]
+__all__ = [
+    "Because", "CellRun", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "Outcome", "RunRefused",
+]  # fmt: skip
