@@ -258,3 +258,17 @@ def test_what_is_stale_is_the_callers_choice(policy: Policy) -> None:
     assert gate.check("ws", "hubspot_send")
     assert gate.check("ws", "enrich_person", own_api_key=True)
     assert gate.check("ws", "new_vendor").reason == Because.UNKNOWN_ACTION
+
+
+def test_an_answer_can_be_read_in_a_log() -> None:
+    """Printed, it says what was decided, why, and about how many credits."""
+    gate = MemoryGate()
+    gate.set("ws", "1.5")
+    assert repr(gate.check("ws", "find_work_email")) == "Decision(no, not_enough, price=2, remaining=1.5)"
+    assert repr(gate.check("ws", "hubspot_send")) == "Decision(yes, free_action, price=0)"
+
+
+def test_a_policy_that_is_none_is_refused() -> None:
+    """A typing error must not decide who may spend."""
+    with pytest.raises(ValueError, match='"allow" or "deny"'):
+        MemoryGate(on_unknown="alow")  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from creditstream.client import Because, Gate
 from creditstream.client.place import found_settings
@@ -17,7 +18,7 @@ from schemas.limits import state_key
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings, read_settings
 from streams.topics import CELL_RUNS, LIMIT_STATES
-from tests.client_kafka import fresh_settings, limit_state, make_topics, publish, record_of, wait_until
+from tests.client_kafka import as_of, fresh_settings, limit_state, make_topics, publish, record_of, wait_until
 
 ROOT: Final = Path(__file__).parent.parent
 NOWHERE: Final = read_settings({}, kafka_bootstrap="127.0.0.1:1")
@@ -118,6 +119,22 @@ def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str) -> None:
             gate.wait_ready(2)
         make_topics(settings, LIMIT_STATES)
         gate.wait_ready(60)
+
+
+def test_a_topic_that_is_made_anew_is_read_from_its_beginning(kafka: str) -> None:
+    """Offsets of the old topic mean nothing in the new one, however long that already is."""
+    settings = fresh_settings(kafka, LIMIT_STATES, partitions=1)
+    publish(settings, [record_of(limit_state("ws_1", "1", n)) for n in range(20)])
+    topic = settings.topic_prefix + LIMIT_STATES
+    with open_gate(settings) as gate:
+        gate.wait_ready()
+        admin = AdminClient({"bootstrap.servers": kafka})
+        admin.delete_topics([topic])[topic].result(60)
+        wait_until(lambda: not gate._positions, "told that the topic is gone")
+        make_topics(settings, LIMIT_STATES)
+        first = record_of(limit_state("ws_1", "2", 0, as_of=as_of(0, "new")))
+        publish(settings, [first, *(record_of(limit_state("ws_2", "3", n)) for n in range(40))])
+        wait_until(lambda: gate.check("ws_1", "enrich_person").remaining == "2", "read anew")
 
 
 def test_a_gate_that_no_longer_hears_is_stale(kafka: str) -> None:

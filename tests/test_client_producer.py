@@ -422,8 +422,12 @@ def test_raise_and_block_bound_the_memory(settings: Settings, door: Door, monkey
 
 def test_options_that_contradict_each_other_are_refused(settings: Settings) -> None:
     """Nothing can be written ahead without a spool, and what makes the producer right cannot be changed."""
-    with pytest.raises(Problem, match="nothing can be written ahead"):
+    with pytest.raises(ValueError, match="write_ahead needs a spool"):
         CellRunProducer(settings, on_full="raise", write_ahead=True)
+    with pytest.raises(ValueError, match="on_full='drop'"):
+        CellRunProducer(settings, on_full="drop")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 or more"):
+        CellRunProducer(settings, memory_s_max=0)
     with pytest.raises(Problem, match="partitioner may not be changed"):
         CellRunProducer(settings, kafka={"partitioner": "random"})
     with pytest.raises(Problem, match=r"Kafka options refused: .*no\.such\.property"):

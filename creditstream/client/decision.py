@@ -82,6 +82,10 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     def __bool__(self) -> bool:
         return self.allowed
 
+    def __repr__(self) -> str:
+        left = f", remaining={self.remaining}" if self.remaining is not None else ""
+        return f"Decision({'yes' if self.allowed else 'no'}, {self.reason}, price={self.price}{left})"
+
     @property
     def price(self) -> str:
         """What the cells will cost at the most, in credits."""
@@ -99,7 +103,9 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def age_ms(self) -> int | None:
-        """How long before the decision the gate last knew that it held all of the topic; None: it never did."""
+        """How long before the decision the gate last knew that it held all of the topic. None: it never did, or
+        no balance was asked for.
+        """
         return max(0, self._now_ns - self._fresh_ns) // _MS if self._fresh_ns else None
 
 
@@ -120,6 +126,8 @@ class GateRules:
         stale_after_s: int = CONTACT_LOST_S,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
+        if unknown := {on_unknown, on_stale} - {"allow", "deny"}:
+            raise ValueError(f'{unknown}: a policy is "allow" or "deny"')
         self.states: Final = StateMirror()
         self.fresh_ns = 0
         """Unix ns of the last instant of which it is known that all states until then are held; 0: never."""

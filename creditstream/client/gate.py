@@ -23,7 +23,7 @@ from creditstream.client.forking import abandon, survive_forks
 from creditstream.client.place import KafkaOptions, connection, found_settings
 from creditstream.client.states import StateMirror
 from schemas.catalogue import Catalogue
-from schemas.problem import Problem, Unreachable
+from schemas.problem import Unreachable
 from streams.settings import Settings
 from streams.topics import LIMIT_STATES
 
@@ -52,6 +52,7 @@ _OURS: Final = {
     "queued.max.messages.kbytes": 2048,
     "log_level": 0,
 }
+_NO_TOPIC: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _log: Final = logging.getLogger("creditstream.client")
 
 
@@ -219,7 +220,9 @@ class _Follower(threading.Thread):
         while not self._enough.is_set():
             try:
                 self._follow()
-            except (KafkaException, Problem) as error:
+            except KafkaException as error:
+                if error.args[0].code() in _NO_TOPIC:
+                    self._positions.clear()  # when it is there again it is another one, and its offsets begin anew
                 self._note(error)
                 self._enough.wait(RETRY_S)
 
@@ -265,7 +268,7 @@ class _Follower(threading.Thread):
             self._positions[partition] = offset + 1  # type: ignore[index,operator]  # every record has a place
         elif error.code() == KafkaError._PARTITION_EOF:
             self._positions[partition] = offset  # type: ignore[index,assignment]
-        elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART or error.fatal():
+        elif error.code() in _NO_TOPIC or error.fatal():
             raise KafkaException(error)
         else:
             self._note(error)
@@ -283,6 +286,8 @@ class _Follower(threading.Thread):
                 self.caught_up.set()
                 return None if ends.age_s >= ASK_EVERY_S else ends
         except KafkaException as error:
+            if error.args[0].code() in _NO_TOPIC:
+                raise
             self._note(error)
             return None if ends.age_s >= ASK_EVERY_S else ends
         # A question stays good however long the way to its answer is, unless the topic has been made anew meanwhile.

@@ -79,8 +79,12 @@ class CellRunProducer:
         block_s_max: int = BLOCK_S_MAX,
         kafka: KafkaOptions | None = None,
     ) -> None:
+        if on_full not in ("spool", "block", "raise"):
+            raise ValueError(f'on_full={on_full!r} is not "spool", "block" or "raise"')
         if write_ahead and on_full != "spool":
-            raise Problem("nothing can be written ahead", f"on_full is {on_full!r}", 'Leave it at "spool".')
+            raise ValueError("write_ahead needs a spool")
+        if min(spool_mb_max, memory_s_max) < 1:
+            raise ValueError("spool_mb_max and memory_s_max are 1 or more")
         self._settings: Final = settings or found_settings()
         self._config: Final = connection(self._settings, _OURS, kafka)
         self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
@@ -140,7 +144,8 @@ class CellRunProducer:
             return
         self._outbox.is_closed = True
         if self._thread:
-            self.flush(timeout_s)
+            if self._outbox.producer or not self._spool:  # else Kafka does not answer, and all is on disk: why wait
+                self.flush(timeout_s)
             self._enough.set()
             self._wake.set()
             self._thread.join(STOP_S_MAX)
