@@ -219,22 +219,30 @@ def is_told(unit: Unit, place: Place) -> bool:
 
 
 def answer(unit: Unit, states: Sequence[Heard]) -> None:
-    """Another owner's states on the topic: those that are older than what this unit knows are answered."""
-    stale = [
-        (state.workspace_id, Pool(state.pool))
-        for state in states
-        if state.owner != unit.voice.owner and state.as_of.is_older_than(unit.voice.as_of(unit.balances, unit.folded))
-    ]
-    if not stale:
-        return
+    """Another owner's states on the topic: those that are older than what this unit knows are answered. One that is not
+    is kept in mind until the unit is past it: it may have known more runs and fewer account events.
+    """
+    foreign = {(it.workspace_id, Pool(it.pool)): it.as_of for it in states if it.owner != unit.voice.owner}
+    if foreign and not unit.voice.unanswered:
+        unit.chores.append(_answer)
+    unit.voice.unanswered |= foreign
 
-    async def chore(unit: Unit) -> None:
+
+async def _answer(unit: Unit) -> None:
+    """A chore, in the unit's sequence as long as there is anything to answer."""
+    now = unit.voice.as_of(unit.balances, unit.folded)
+    heard = unit.voice.unanswered
+    stale = dict.fromkeys(key for key, as_of in heard.items() if as_of.is_older_than(now))
+    unit.voice.unanswered = {
+        key: as_of for key, as_of in heard.items() if key not in stale and as_of != now and as_of.log == now.log
+    }
+    if unit.voice.unanswered:
+        unit.chores.append(_answer)
+    if stale:
         await unit.load([name for name, _ in stale])
-        unit.balances.urgent |= dict.fromkeys(stale)
+        unit.balances.urgent |= stale
         unit.voice.tell(unit.balances, unit.folded, [])
         log.info("stale_states_answered", chain=str(unit.chain), states=len(stale))
-
-    unit.chores.append(chore)
 
 
 def examine(mark: Mark, chain: Chain, log_range: LogRange, retention_gap: str) -> Incident | None:

@@ -58,6 +58,8 @@ class Voice:
         self._courtesies: dict[TopQuestion, tuple[TopColumn, ...]] = {}
         self._asked_at = 0.0
         self.has_unflushed = False
+        self.unanswered: dict[Key, AsOf] = {}
+        """What other owners have said last of each pool, where this unit may still have to answer."""
 
     def as_of(self, balances: Balances, folded: tuple[int, int]) -> AsOf:
         """What the unit's states rest on now."""

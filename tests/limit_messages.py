@@ -11,6 +11,7 @@ from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -21,6 +22,17 @@ from streams.settings import Settings
 from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker
 
 SILENCE_S_MAX: Final = 30.0
+SMALL_PLANS: Final = """
+version = 1
+effective_from = 2020-01-01T00:00:00Z
+plans = [
+    { id = "p200", allowance = "200" },
+    { id = "p400", allowance = "400", thresholds = [25, 50, 75, 90] },
+    { id = "p900", allowance = "900", remaining_below = "30" },
+    { id = "p2500", allowance = "2500" },
+]
+"""
+SMALL_PLAN_NAMES: Final = ("p200", "p400", "p900", "p2500")
 ENRICHMENT, PREMIUM = "enrichment", "premium"
 ROWS: Final = (
     "SELECT kafka_partition, topic, kafka_offset, toString(kind), workspace_id, toString(pool), toString(credits), "
@@ -109,6 +121,13 @@ class Lines(NamedTuple):
         if used >= self.allowance:
             return "exhausted"
         return "warning" if self.passed(used) else "ok"
+
+
+def small_plans(directory: Path) -> str:
+    """A plan list whose plans a test can use up; for the setting ``plans_dir``."""
+    directory.mkdir()
+    (directory / "small.toml").write_text(SMALL_PLANS)
+    return str(directory)
 
 
 def ledger_rows(found: Iterable[Sequence[Any]]) -> list[LedgerRow]:

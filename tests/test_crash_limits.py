@@ -14,35 +14,37 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from creditstream.producing import open_producer
 from creditstream.reconcile import Reconciliation
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import CellRun, Outcome
-from schemas.limits import Cause
+from schemas.ledger import Pool
+from schemas.limits import Cause, state_key
 from streams.app import EXIT_RESTART
-from tests.limit_messages import ROWS, Reference, newest_states, published_alerts, stands_by, told_by
-from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, cell_run, event_of
+from tests.limit_messages import (
+    ROWS,
+    SMALL_PLAN_NAMES,
+    Reference,
+    newest_states,
+    published_alerts,
+    small_plans,
+    stands_by,
+    told_by,
+)
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, cell_run, event_of, send
 
 NUMBERS: Final = itertools.count(1)
 JOIN_S_MAX: Final = 60.0
+REDRIVEN_S_MAX: Final = 120.0
 OVER_HTTP: Final = pytest.mark.parametrize("database_url", ["http"], indirect=True)
 BACKLOG: Final = 30_000
 ROUND: Final = 1_500
 SMALL_BATCH: Final = 400
 """Rows: a backlog is many inserts, so that a kill hits every step of one."""
-PLANS: Final = """
-version = 1
-effective_from = 2020-01-01T00:00:00Z
-plans = [
-    { id = "p200", allowance = "200" },
-    { id = "p400", allowance = "400", thresholds = [25, 50, 75, 90] },
-    { id = "p900", allowance = "900", remaining_below = "30" },
-    { id = "p2500", allowance = "2500" },
-]
-"""
-PLAN_NAMES: Final = ("p200", "p400", "p900", "p2500")
 ACTIONS: Final = ("enrich_person", "find_work_email", "job_role_count", "clearbit_enrich_company", "format_date")
 WORKSPACES: Final = tuple(f"ws_{number:02d}" for number in range(20))
 PLANNED_DAYS_AGO: Final = timedelta(days=3)
@@ -109,7 +111,7 @@ class Traffic:
         return self._plan(name, now)
 
     def _plan(self, name: str, effective_at: datetime) -> PlanChanged:
-        plan = self._dice.choice(PLAN_NAMES)
+        plan = self._dice.choice(SMALL_PLAN_NAMES)
         return PlanChanged(event_id=self._id(), workspace_id=name, effective_at=effective_at, plan=plan)
 
     def _id(self) -> UUID:
@@ -125,10 +127,42 @@ def prefix() -> str:
 @pytest.fixture
 def plans_dir(tmp_path: Path) -> str:
     """Plans that a test can use up."""
-    directory = tmp_path / "plans"
-    directory.mkdir()
-    (directory / "small.toml").write_text(PLANS)
-    return str(directory)
+    return small_plans(tmp_path / "plans")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resident(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator["Resident"]:
+    """A worker that runs from the first test to the last: once a minute it looks whether a reversal's run has come."""
+    home = tmp_path_factory.mktemp("resident")
+    plans = small_plans(home / "plans")
+    with WorkerProcess(home / "home", kafka, "limits-resident-", plans_dir=plans, partitions=1) as worker:
+        worker.create_topic()
+        worker.start()
+        yield Resident(worker)
+
+
+class Resident:
+    """``ws_early``: a reversal that came before its run, then the run; ``ws_told``: nothing special."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self.worker = worker
+        self.early = cell_run("ws_early", action="find_work_email")
+        planned = datetime.now(UTC) - PLANNED_DAYS_AGO
+        worker.bill(a_plan(name, "p200", planned) for name in ("ws_early", "ws_told"))
+        worker.bill([RunReversed(event_id=uuid4(), workspace_id="ws_early", run_id=self.early.run_id)])
+        worker.wait_until_told()
+        worker.produce([*draw("ws_early", 99), event_of(self.early), *draw("ws_told", 7)])
+        worker.wait_until_told()
+
+
+def a_plan(name: str, plan: str, effective_at: datetime) -> PlanChanged:
+    """A plan event."""
+    return PlanChanged(event_id=uuid4(), workspace_id=name, plan=plan, effective_at=effective_at)
+
+
+def draw(name: str, count: int) -> list[Event]:
+    """So many runs of 1 credit."""
+    return [event_of(cell_run(name)) for _ in range(count)]
 
 
 def assert_told(worker: WorkerProcess, reference: Reference) -> None:
@@ -314,12 +348,6 @@ def test_sigterm_under_load_leaves_nothing_to_fold_again(
 def test_time_alone_tells_of_a_plan_that_takes_effect(tmp_path: Path, kafka: str, prefix: str, plans_dir: str) -> None:
     """State and alert come without any record, and after a kill -9 before the instant; nothing is told that was not."""
 
-    def plan(name: str, plan: str, effective_at: datetime) -> PlanChanged:
-        return PlanChanged(event_id=uuid4(), workspace_id=name, plan=plan, effective_at=effective_at)
-
-    def draw(name: str, count: int) -> list[Event]:
-        return [event_of(cell_run(name)) for _ in range(count)]
-
     def told() -> set[tuple[str, str, tuple[int, ...]]]:
         return {
             (alert.workspace_id, str(alert.kind), alert.thresholds)
@@ -330,12 +358,12 @@ def test_time_alone_tells_of_a_plan_that_takes_effect(tmp_path: Path, kafka: str
     with WorkerProcess(tmp_path / "home", kafka, prefix, plans_dir=plans_dir) as worker:
         worker.create_topic()
         now = datetime.now(UTC)
-        worker.bill(plan(name, "p200", now - PLANNED_DAYS_AGO) for name in ("ws_freed", "ws_slow", "ws_down"))
+        worker.bill(a_plan(name, "p200", now - PLANNED_DAYS_AGO) for name in ("ws_freed", "ws_slow", "ws_down"))
         worker.start().wait_until_told()
         worker.produce(draw("ws_freed", 150) + draw("ws_new", 210) + draw("ws_slow", 50) + draw("ws_down", 120))
         worker.wait_until_told()
         soon = datetime.now(UTC) + timedelta(seconds=2)
-        worker.bill([plan("ws_freed", "p900", soon), plan("ws_new", "p200", soon), plan("ws_slow", "p900", soon)])
+        worker.bill([a_plan("ws_freed", "p900", soon), a_plan("ws_new", "p200", soon), a_plan("ws_slow", "p900", soon)])
         by_then = {("ws_freed", "recovered", ()), ("ws_new", "exhausted", (50, 80, 100))}
         wait_until(lambda: told() == by_then, "told by time alone")
         states = newest_states(worker.configured)
@@ -345,7 +373,7 @@ def test_time_alone_tells_of_a_plan_that_takes_effect(tmp_path: Path, kafka: str
 
         worker.produce(draw("ws_slow", 200))
         soon = datetime.now(UTC) + timedelta(seconds=2)
-        worker.bill([plan("ws_down", "p900", soon)])
+        worker.bill([a_plan("ws_down", "p900", soon)])
         worker.wait_until_told()
         worker.kill()
         before = told()
@@ -360,9 +388,49 @@ def test_time_alone_tells_of_a_plan_that_takes_effect(tmp_path: Path, kafka: str
     assert (state.plan, state.used, str(state.state)) == ("p900", "120", "ok")
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Return once the condition holds. AssertionError when it does not in `WAIT_S_MAX`."""
-    deadline = time.monotonic() + WAIT_S_MAX
+def wait_until(condition: Callable[[], object], what: str, seconds: float = WAIT_S_MAX) -> None:
+    """Return once the condition holds. AssertionError when it does not in time."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not {what} within {WAIT_S_MAX:.0f} s"
+        assert time.monotonic() < deadline, f"not {what} within {seconds:.0f} s"
         time.sleep(0.2)
+
+
+def test_f18_a_stale_state_from_elsewhere_is_answered_once_the_owner_is_past_it(resident: "Resident") -> None:
+    """It knows more runs than the owner and fewer account events: not older yet, and still wrong."""
+    worker = resident.worker
+    before = newest_states(worker.configured)["ws_told", "enrichment"]
+    as_of = msgspec.structs.replace(before.as_of, cell_runs=before.as_of.cell_runs + 5, account_events=0)
+    stale = msgspec.structs.replace(before, used="150", remaining="50", as_of=as_of, owner="elsewhere")
+    key, topic = state_key("ws_told", Pool.ENRICHMENT), f"{worker.configured.topic_prefix}limit-states"
+    send(open_producer(worker.configured.kafka_bootstrap), topic, [Event(key, msgspec.json.encode(stale), 0)])
+    assert newest_states(worker.configured)["ws_told", "enrichment"] == stale
+    worker.produce(draw("ws_other", 20))
+    wait_until(lambda: newest_states(worker.configured)["ws_told", "enrichment"].owner == before.owner, "answered")
+    assert stands_by(newest_states(worker.configured)["ws_told", "enrichment"]) == stands_by(before)
+
+
+def test_a_reversal_waits_for_its_run_and_late_runs_and_copies_tell_nothing(resident: "Resident") -> None:
+    """What is given back can be crossed again, under a new id; a closed period and a copy leave the line alone."""
+    worker = resident.worker
+    late = cell_run("ws_early", ran_at=datetime.now(UTC) - timedelta(days=10))
+    worker.produce([event_of(late), event_of(resident.early)])
+
+    def used() -> str:
+        return newest_states(worker.configured)["ws_early", "enrichment"].used
+
+    wait_until(lambda: used() == "99", "reversed by the worker itself", REDRIVEN_S_MAX)
+    worker.produce(draw("ws_early", 1))
+    worker.wait_until_told()
+    assert_books_close(worker.reconcile())
+    assert worker.stop() == 0
+    (rows,) = ask_ledger(f"chdb://{worker.home.ledger}", ROWS)
+    assert_told(worker, Reference(rows))
+    alerts = {
+        alert.alert_id: alert for alert in published_alerts(worker.configured) if alert.workspace_id == "ws_early"
+    }
+    assert [(alert.kind, alert.cause, alert.thresholds) for alert in alerts.values()] == [
+        ("crossed", "run", (50,)),
+        ("recovered", "reversal", ()),
+        ("crossed", "run", (50,)),
+    ]
