@@ -105,6 +105,7 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
             "enable.partition.eof": True,
             # An empty partition says so at once.
             "fetch.wait.max.ms": 10,
+            "queued.max.messages.kbytes": 8 * 1024,
             "fetch.queue.backoff.ms": 5,
             "isolation.level": "read_committed",
             "log_level": 0,
