@@ -239,7 +239,7 @@ _ORDERS: Final = {
     TopBy.USED: "intDiv(toInt128(used * 1000) * 1000000, toInt128(allowance * 1000)) DESC, overage DESC, workspace_id",
     TopBy.RUNS_OUT: "last_day, remaining, workspace_id",
 }
-_FORECASTED: Final = "AND pool = 'enrichment' AND active >= {active:UInt8} AND drawn > 0 AND remaining > 0 "
+_FORECASTED: Final = "AND pool = 'enrichment' AND active >= {active:UInt8} AND lately > 0 AND remaining > 0 "
 
 
 def top(client: Client, by: TopBy, as_of_ms: int, limit: int) -> Sequence[Standing]:
@@ -260,31 +260,18 @@ def top(client: Client, by: TopBy, as_of_ms: int, limit: int) -> Sequence[Standi
 _TOP: Final = """
 SELECT workspace_id, pool, state, toInt64(used * 1000), toInt64(allowance * 1000), toInt64(remaining * 1000),
        toInt64(overage * 1000), period_end, toString(plan),
-       if(pool = 'enrichment' AND active >= {{active:UInt8}} AND drawn > 0 AND remaining > 0 AND last_day < period_end,
+       if(pool = 'enrichment' AND active >= {{active:UInt8}} AND lately > 0 AND remaining > 0 AND last_day < period_end,
           last_day, NULL)
 FROM
 (
     SELECT workspace_id, pool, state, used, allowance, remaining, overage, period_end, plan,
            toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) AS today,
            greatest(today - {{days:UInt8}} + 1, assumeNotNull(period_start)) AS since,
-           arrayFilter(draw -> draw.1 >= since, recent) AS draws,
-           arraySum(draw -> draw.2, draws) AS drawn, arrayCount(draw -> draw.2 > 0, draws) AS active,
-           intDiv(toInt128(remaining * 1000) * (today - since + 1), greatest(toInt128(drawn * 1000), 1)) AS days_left,
+           arrayFilter(draw -> draw.1 >= since AND draw.1 <= today, drawn) AS draws,
+           arraySum(draw -> draw.2, draws) AS lately, arrayCount(draw -> draw.2 > 0, draws) AS active,
+           intDiv(toInt128(remaining * 1000) * (today - since + 1), greatest(toInt128(lately * 1000), 1)) AS days_left,
            today + toUInt16(least(days_left, 366)) AS last_day
-    FROM balances_as_of(as_of = fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) AS balance
-    LEFT JOIN
-    (
-        SELECT workspace_id, groupArray((day, credits)) AS recent
-        FROM
-        (
-            SELECT workspace_id, day, sum(credits) AS credits FROM ledger
-            WHERE kind IN ('run', 'reversal') AND pool = 'enrichment'
-              AND day > toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC')) - {{days:UInt8}}
-              AND day <= toDate(fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC'))
-            GROUP BY workspace_id, day
-        )
-        GROUP BY workspace_id
-    ) AS lately ON balance.workspace_id = lately.workspace_id
+    FROM balances_as_of(as_of = fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC'))
     WHERE allowance > 0
 )
 WHERE true {forecasted}

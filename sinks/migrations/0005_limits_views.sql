@@ -73,31 +73,32 @@ FROM
 GROUP BY workspace_id, day, pool
 COMMENT 'credits and runs by workspace, day and pool; served by a projection';
 
+-- A plan: 1 effective_at, 2 recorded_at, 3 offset, 4 name, 5 allowance, 6 restart_period, 7 thresholds, 8 remaining_below.
+-- One aggregation: a first one by effective_at costs four times as much.
 CREATE OR REPLACE VIEW accounts_as_of AS
-SELECT workspace_id, arraySort(groupArrayIf((effective_at, said.1, said.2, said.4, said.5), kind = 'plan')) AS plans,
+SELECT workspace_id,
+       arraySort(groupArrayIf((ran_at, recorded_at, kafka_offset, toString(plan), allowance, restart_period, thresholds,
+                               remaining_below), kind = 'plan')) AS said,
+       arrayFilter((plan, next) -> plan.1 != next, said, arrayShiftLeft(said.1, 1)) AS plans,
        if(empty(plans), [], arraySort(arrayDistinct(arrayPushFront(
-           groupArrayIf(toDate(effective_at), kind = 'plan' AND said.3), toDate(plans[1].1))))) AS anchors,
-       sumIf(total, kind = 'grant') AS granted, argMaxIf(said.2, effective_at, kind = 'grant') AS newest_grant,
-       argMaxIf(said.4, effective_at, kind = 'limits') AS own_thresholds,
-       if(countIf(kind = 'limits') = 0, -1, argMaxIf(said.5, effective_at, kind = 'limits')) AS own_remaining_below
-FROM
-(
-    SELECT workspace_id, kind, ran_at AS effective_at, sum(allowance) AS total,
-           argMax((plan, allowance, restart_period, thresholds, remaining_below), (recorded_at, kafka_offset)) AS said
-    FROM ledger
-    WHERE kind IN ('plan', 'grant', 'limits') AND ran_at <= {as_of:DateTime64(3, 'UTC')}
-    GROUP BY workspace_id, kind, ran_at
-)
+           arrayMap(plan -> toDate(plan.1), arrayFilter(plan -> plan.6, plans)), toDate(plans[1].1))))) AS anchors,
+       sumIf(allowance, kind = 'grant') AS granted,
+       argMaxIf(allowance, (ran_at, recorded_at, kafka_offset), kind = 'grant') AS newest_grant,
+       argMaxIf(thresholds, (recorded_at, kafka_offset), kind = 'limits') AS own_thresholds,
+       if(countIf(kind = 'limits') = 0, -1, argMaxIf(remaining_below, (recorded_at, kafka_offset), kind = 'limits'))
+           AS own_remaining_below
+FROM ledger
+WHERE kind IN ('plan', 'grant', 'limits') AND ran_at <= {as_of:DateTime64(3, 'UTC')}
 GROUP BY workspace_id
 COMMENT 'for other views: what account events said; of two plans at one instant the one that arrived last';
 
 CREATE OR REPLACE VIEW billing_periods_as_of AS
 SELECT workspace_id, period_start, period_end,
        arrayLast(plan -> toDate(plan.1) <= period_start, plans) AS opening,
-       arrayMax(plan -> plan.3, arrayPushFront(
+       arrayMax(plan -> plan.5, arrayPushFront(
            arrayFilter(plan -> toDate(plan.1) > period_start AND toDate(plan.1) < period_end, plans),
            opening)) AS allowance,
-       opening.2 AS plan
+       opening.4 AS plan
 FROM
 (
     SELECT workspace_id, plans, last_day, cut, addMonths(anchor, months) AS period_start,
@@ -195,17 +196,18 @@ SELECT workspace_id, pool, used, allowance, greatest(allowance - used, 0) AS rem
            (allowance - used) * 100 <= (100 - arrayMin(percents)) * if(pool = 'premium', newest_grant, allowance)
                OR (below >= 0 AND below < allowance AND allowance - used <= below), 'warning',
            'ok') AS state,
-       if(pool = 'premium', NULL, first_day) AS period_start, if(pool = 'premium', NULL, end_day) AS period_end, plan
+       if(pool = 'premium', NULL, first_day) AS period_start, if(pool = 'premium', NULL, end_day) AS period_end, plan,
+       drawn
 FROM
 (
-    SELECT workspace_id, pool, first_day, end_day, newest_grant, in_force.2 AS plan,
+    SELECT workspace_id, pool, first_day, end_day, newest_grant, drawn, in_force.4 AS plan,
            if(pool = 'premium', premium, arraySum(draw -> draw.2,
                arrayFilter(draw -> draw.1 >= first_day AND draw.1 < end_day, drawn))) AS used,
-           if(pool = 'premium', granted, arrayMax(plan -> plan.3, arrayPushFront(
+           if(pool = 'premium', granted, arrayMax(plan -> plan.5, arrayPushFront(
                arrayFilter(plan -> toDate(plan.1) > first_day, plans),
                arrayLast(plan -> toDate(plan.1) <= first_day, plans)))) AS allowance,
-           multiIf(notEmpty(own_percents), own_percents, notEmpty(in_force.4), in_force.4, [50, 80, 100]) AS percents,
-           if(own_below >= 0, own_below, in_force.5) AS below
+           multiIf(notEmpty(own_percents), own_percents, notEmpty(in_force.7), in_force.7, [50, 80, 100]) AS percents,
+           if(own_below >= 0, own_below, in_force.8) AS below
     FROM
     (
         SELECT workspace_id, plans, in_force, own_percents, own_below, granted, newest_grant, drawn, premium,
@@ -227,14 +229,14 @@ FROM
                 UNION ALL
                 SELECT workspace_id, [] AS plans, [] AS anchors, [] AS own_thresholds, -1 AS own_remaining_below,
                        0 AS granted, 0 AS newest_grant,
-                       groupArrayIf((day, credits), pool = 'enrichment'
-                           AND day >= toDate({as_of:DateTime64(3, 'UTC')}) - 31) AS drawn,
+                       groupArrayIf((day, credits), pool = 'enrichment') AS drawn,
                        sumIf(credits, pool = 'premium') AS premium
                 FROM
                 (
                     SELECT workspace_id, day, pool, sum(credits) AS credits FROM ledger
                     WHERE kind IN ('run', 'reversal')
                       AND day <= toDate({as_of:DateTime64(3, 'UTC')} + INTERVAL 5 MINUTE)
+                      AND (pool = 'premium' OR day >= toDate({as_of:DateTime64(3, 'UTC')}) - 31)
                     GROUP BY workspace_id, day, pool
                 )
                 GROUP BY workspace_id
@@ -244,7 +246,7 @@ FROM
     )
     ARRAY JOIN ['enrichment', 'premium'] AS pool
 )
-COMMENT 'balances as of an instant, with every debit of its UTC day';
+COMMENT 'balances as of an instant, with every debit of its UTC day; drawn: enrichment credits by day, of 32 days';
 
 CREATE OR REPLACE VIEW balances
 (
