@@ -2,40 +2,23 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import count
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import to_milliseconds
 from schemas.codec import encode_account_event
-from schemas.plan import Plan, PlanLists
+from schemas.plan import PlanLists
 from tests.records import Record, fields_of, run_id
 
 SECOND: Final = timedelta(seconds=1)
 
 
-def _plan(name: str, credits: int, **more: Any) -> Plan:
-    return Plan(id=name, allowance=credits * 1000, **more)
-
-
-PLANS: Final = PlanLists(
-    [
-        (
-            0,
-            {
-                plan.id: plan
-                for plan in (
-                    _plan("cancelled", 0), _plan("4", 4), _plan("10", 10), _plan("20", 20), _plan("50", 50),
-                    _plan("20k", 20_000), _plan("50k", 50_000), _plan("100k", 100_000),
-                    _plan("own_lines", 10, thresholds=(30, 60), remaining_below=2_000),
-                )
-            },
-        )
-    ]
-)  # fmt: skip
-"""Plans by their allowance in credits."""
+PLANS_DIR: Final = Path(__file__).parent / "examples" / "plans"
+PLANS: Final = PlanLists.load(PLANS_DIR)
 
 
 def at(text: str) -> datetime:
@@ -75,6 +58,18 @@ class Step(NamedTuple):
     """What the value says: an account event, or the fields of a cell run."""
 
 
+class Check(NamedTuple):
+    """What must be so of a pool at an instant, after so many steps."""
+
+    after: int
+    when: datetime
+    pool: str
+    used: int
+    allowance: int
+    state: str
+    period: tuple[date, date] | None
+
+
 class Story:
     """What happens to one workspace. Everything is recorded a second after it ran or took effect, unless said."""
 
@@ -83,9 +78,14 @@ class Story:
     def __init__(self, workspace_id: str = "ws_1") -> None:
         self.workspace_id: Final = workspace_id
         self.steps: list[Step] = []
+        self.checks: list[Check] = []
+        self.alerts: list[tuple[str, tuple[int, ...]]] = []
+        """(kind, thresholds) of every alert that must be told, in order."""
+        self.periods: list[tuple[date, date, int, int]] = []
+        """(first day, first day no longer in it, used, allowance) of periods, at the end."""
 
     def plan(self, name: str, effective: datetime, recorded: datetime | None = None, *, restart: bool = False) -> None:
-        """The workspace has a plan of `PLANS`."""
+        """The workspace has a plan of ``examples/plans``."""
         self._say(
             PlanChanged(**self._who(), effective_at=effective, plan=name, restart_period=restart),
             recorded or effective + SECOND,
@@ -120,7 +120,24 @@ class Story:
         """So many cell runs, evenly from ``first`` to ``last``."""
         pause = ((last or first) - first) / max(1, number - 1)
         for n in range(number):
-            self.run(first + n * pause, action)
+            self.run(first + timedelta(milliseconds=n * pause // timedelta(milliseconds=1)), action)
+
+    def check(
+        self, used: int, allowance: int, state: str, *, pool: str = "enrichment",
+        when: datetime | None = None, period: tuple[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """What must be so now, or at a later instant; ``period`` as for `at`."""
+        days = (at(period[0]).date(), at(period[1]).date()) if period else None
+        when = when or self.steps[-1].recorded
+        self.checks.append(Check(len(self.steps), when, pool, used, allowance, state, days))
+
+    def tells(self, kind: str, *thresholds: int) -> None:
+        """The next alert that must be told."""
+        self.alerts.append((kind, thresholds))
+
+    def ends_with(self, start: str, end: str, used: int, allowance: int) -> None:
+        """What a period must hold at the end, running or closed."""
+        self.periods.append((at(start).date(), at(end).date(), used, allowance))
 
     def _who(self) -> dict[str, Any]:
         return {"workspace_id": self.workspace_id, "event_id": event_id(next(self._numbers))}

@@ -66,7 +66,9 @@ class Bench:
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
         self.lanes: Final = Lanes(**self._own_lanes() | lanes)
-        self.loader: Final = Loader(settings, self.lanes, self._outlets(), self.look_up, self._send, lambda _: None)
+        self.loader: Final = Loader(
+            settings, self.lanes, self._outlets(), self.look_up, self.look_up, self._send, lambda _: None
+        )
         self.unit: Unit
 
     @classmethod
@@ -113,7 +115,7 @@ class Bench:
         return Outlets(
             publish=self._publish,
             flush=_nothing,
-            find_top_columns=lambda question: self.look_up(accounts.top_columns, *question),
+            find_top_columns=lambda questions: self.look_up(accounts.top_columns, questions),
             note_alerts=lambda alerts: self.look_up(accounts.note_alerts, alerts),
             told=lambda name, number: None,
         )
