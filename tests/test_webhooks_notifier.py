@@ -310,6 +310,24 @@ def test_an_overloaded_endpoint_is_left_alone(
         turn_until(lambda: notifier.counts["delivered"] == 2, notifier)
 
 
+def test_too_much_that_waits_holds_back_alerts_and_loses_none(
+    stage: Stage, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the bound nothing more is read; once deliveries end, the rest follows."""
+    monkeypatch.setattr(notifier_module, "WAITING_MAX", 2)
+    monkeypatch.setattr(notifier_module, "RESUMES_BELOW", 1)
+    receiver.behave = lambda _: 500
+    with stage.notifier(endpoint(receiver)) as notifier:
+        stage.alert(some_alert(), some_alert())
+        turn_until(lambda: notifier.counts["failed_attempts"] == 2, notifier)
+        stage.alert(some_alert(), partition=1)
+        turn_quietly(notifier)
+        assert (notifier.waiting, len(stage.records())) == (2, 2)
+        receiver.behave = lambda _: 204
+        stage.clock.advance(DELAYS_S[1])
+        turn_until(lambda: notifier.counts["delivered"] == 3, notifier)
+
+
 def test_seeded_and_unreadable_alerts_are_for_nobody(stage: Stage, receiver: WebhookReceiver) -> None:
     """They are passed over; what comes after them is delivered."""
     alert = some_alert(test=True)

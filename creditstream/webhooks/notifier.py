@@ -38,6 +38,7 @@ LAND_S_MAX: Final = 3.0
 
 TIDY_EVERY_MS: Final = 60_000
 RESUMES_BELOW: Final = WAITING_MAX * 9 // 10
+"""So that a reader that is full does not stop and start with every delivery."""
 
 log: Final = structlog.get_logger()
 
@@ -89,6 +90,7 @@ class Notifier:
         self._to_own: set[int] = set()
         self._is_full = False
         self._tidied_at_ms = 0
+        self._told: Counter[str] = Counter()
         self._alerts_topic: Final = settings.topic_prefix + LIMIT_ALERTS
         self._outbox: Final = Outbox(settings.kafka_bootstrap, settings.topic_prefix + WEBHOOK_DELIVERIES)
         self._consumer: Final = Consumer(_consumer_config(settings))
@@ -119,6 +121,7 @@ class Notifier:
         self._plan(alerts)
         self._settle(0)
         self._start_due()
+        self._hold_back()
         self._tidy()
 
     def stop(self) -> None:
@@ -261,23 +264,30 @@ class Notifier:
             self.counts["failed_attempts"] += 1
             log.warning("attempt_failed", **told, again_in_s=(delivery.next_at_ms - self._world.now_ms()) // 1000)
 
-    def _tidy(self) -> None:
-        """Hold back alerts while too much waits, and forget what is old."""
-        if (self.waiting >= WAITING_MAX) if not self._is_full else (self.waiting >= RESUMES_BELOW):
-            if not self._is_full:
-                log.warning("alerts_held_back", waiting=self.waiting, fix="see which endpoints fail")
+    def _hold_back(self) -> None:
+        """Read no more alerts while too much waits; Kafka keeps them."""
+        is_full = self.waiting >= (RESUMES_BELOW if self._is_full else WAITING_MAX)
+        if is_full:
             # Again each time: an assignment begins without a pause.
             self._consumer.pause(self._consumer.assignment())
-            self._is_full = True
         elif self._is_full:
             self._consumer.resume(self._consumer.assignment())
-            self._is_full = False
+        if is_full != self._is_full:
+            log.warning("alerts_held_back" if is_full else "alerts_read_again", waiting=self.waiting)
+        self._is_full = is_full
+
+    def _tidy(self) -> None:
+        """Now and then: forget what is old, and tell how it goes when something has happened."""
         now_ms = self._world.now_ms()
-        if now_ms - self._tidied_at_ms >= TIDY_EVERY_MS:
-            self._tidied_at_ms = now_ms
-            for partition, key in self._deliveries.forget_old(now_ms):
-                self._outbox.put(partition, key, None)
-            self._outbox.flush()
+        if now_ms - self._tidied_at_ms < TIDY_EVERY_MS:
+            return
+        self._tidied_at_ms = now_ms
+        for partition, key in self._deliveries.forget_old(now_ms):
+            self._outbox.put(partition, key, None)
+        self._outbox.flush()
+        if self.counts != self._told:
+            self._told = self.counts.copy()
+            log.info("deliveries", waiting=self.waiting, in_flight=self._deliveries.in_flight, **self.counts)
 
     def _land(self) -> None:
         deadline = time.monotonic() + LAND_S_MAX
