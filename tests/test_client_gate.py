@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ from confluent_kafka.admin import AdminClient
 
 from creditstream.client import Because, Gate
 from creditstream.client.place import found_settings
+from creditstream.client.states import StateMirror
 from creditstream.home import Endpoints, Home
 from schemas.ledger import Pool
 from schemas.limits import state_key
@@ -70,6 +72,22 @@ def test_an_empty_topic_is_ready_too(kafka: str) -> None:
     with open_gate(fresh_settings(kafka, LIMIT_STATES)) as gate:
         gate.wait_ready()
         assert gate.check("ws_1", "enrich_person").reason == Because.UNKNOWN_WORKSPACE
+
+
+def test_what_took_long_to_read_is_not_stale_when_it_is_ready(kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that reads for longer than `stale_after_s` is ready only once it has asked again."""
+    settings = fresh_settings(kafka, LIMIT_STATES, partitions=1)
+    publish(settings, [record_of(limit_state(f"ws_{number}")) for number in range(300)])
+    apply = StateMirror.apply
+
+    def apply_slowly(mirror: StateMirror, key: bytes | None, value: bytes | None) -> None:
+        time.sleep(0.01)
+        apply(mirror, key, value)
+
+    monkeypatch.setattr(StateMirror, "apply", apply_slowly)
+    with open_gate(settings, stale_after_s=2) as gate:
+        gate.wait_ready(60)
+        assert gate.check("ws_299", "enrich_person").reason == Because.ENOUGH
 
 
 def test_it_follows_while_others_ask(kafka: str) -> None:

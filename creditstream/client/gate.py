@@ -146,12 +146,15 @@ class Gate(GateRules):
         finally:
             self._starting.release()
 
-    def _learn_fresh(self) -> "Callable[[], None]":
-        """A question begins now; to be called when all that there was by now is held."""
+    def _learn_fresh(self) -> Callable[[], bool]:
+        """A question begins now. To be called once all that there was by now is held; whether that is news enough to
+        be called ready: what took long to read is about to be stale.
+        """
         asked = self._clock()
 
-        def learned() -> None:
+        def learned() -> bool:
             self.fresh_ns = max(self.fresh_ns, asked)
+            return 2 * (self._clock() - asked) <= self._stale_after_ns
 
         return learned
 
@@ -159,7 +162,7 @@ class Gate(GateRules):
 class _Ends:
     """A question for the ends of all partitions, and what becomes of it."""
 
-    def __init__(self, admin: AdminClient, topic: str, partitions: int, learned: Callable[[], None]) -> None:
+    def __init__(self, admin: AdminClient, topic: str, partitions: int, learned: Callable[[], bool]) -> None:
         self.learned: Final = learned
         self._asked_s: Final = time.monotonic()
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
@@ -193,7 +196,7 @@ class _Follower(threading.Thread):
         topic: str,
         positions: dict[int, int],
         states: StateMirror,
-        learn_fresh: Callable[[], Callable[[], None]],
+        learn_fresh: Callable[[], Callable[[], bool]],
     ) -> None:
         super().__init__(name="creditstream-gate", daemon=True)
         self.caught_up: Final = threading.Event()
@@ -281,9 +284,9 @@ class _Follower(threading.Thread):
             return ends
         try:
             if ends.reached(self._positions):
-                ends.learned()
                 self.trouble = ""
-                self.caught_up.set()
+                if ends.learned():
+                    self.caught_up.set()
                 return None if ends.age_s >= ASK_EVERY_S else ends
         except KafkaException as error:
             if error.args[0].code() in _NO_TOPIC:
