@@ -148,7 +148,7 @@ def main() -> None:
         argument = msgspec.json.encode(settings).decode()
         for _ in range(given.rounds):
             command = [sys.executable, "-m", "bench.gate", "--settings", argument]
-            done = subprocess.run(command, capture_output=True, timeout=600, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, timeout=600, check=True)
             report(msgspec.json.decode(done.stdout, type=Figure), say, given.workspaces, given.premium)
 
 
