@@ -4,12 +4,13 @@ import random
 from collections import defaultdict
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
 
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from creditstream import accounts
 from schemas.cell_run import from_milliseconds, to_milliseconds
 from schemas.ledger import Pool
 from streams.balances import METERED
@@ -244,6 +245,30 @@ def test_one_workspace_is_read_through_the_projection(client: Client, pasts: dic
     ]
     assert [line for line in reads if "ReadFromMergeTree (usage)" in line]
     assert len(reads) == 2 * len([line for line in reads if "ReadFromMergeTree" in line])
+
+
+class Explaining:
+    """A client that keeps the plan of every sum over debits that it answers."""
+
+    def __init__(self, client: Client) -> None:
+        self.plans: list[str] = []
+        self._client = client
+
+    def query(self, sql: str, **given: Any) -> Any:
+        if "kind IN ('run', 'reversal')" in sql:
+            plan = self._client.query(f"EXPLAIN projections = 1 {sql}", **given).result_rows
+            self.plans.append("\n".join(line for (line,) in plan))
+        return self._client.query(sql, **given)
+
+
+@ON_CHDB
+def test_questions_of_now_are_served_by_the_projection(client: Client, pasts: dict[str, Past]) -> None:
+    """Balance, periods and statement read no raw run."""
+    for question in (accounts.balance, accounts.periods, accounts.statement):
+        asked = Explaining(client)
+        question(cast(Client, asked), "ws_0007")
+        assert asked.plans
+        assert all("ReadFromMergeTree (usage)" in plan for plan in asked.plans), question
 
 
 def test_a_reversal_is_a_debit_that_gives_back_r11(client: Client) -> None:

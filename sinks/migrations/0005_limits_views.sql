@@ -73,7 +73,7 @@ FROM
 GROUP BY workspace_id, day, pool
 COMMENT 'credits and runs by workspace, day and pool; served by a projection';
 
--- A plan: 1 effective_at, 2 recorded_at, 3 offset, 4 name, 5 allowance, 6 restart_period, 7 thresholds, 8 remaining_below.
+-- A plan: 1 effective_at, 2 recorded_at, 3 offset, 4 name, 5 allowance, 6 restart_period, 7 thresholds, 8 the absolute line.
 -- One aggregation: a first one by effective_at costs four times as much.
 CREATE OR REPLACE VIEW accounts_as_of AS
 SELECT workspace_id,
