@@ -68,8 +68,7 @@ def _account_rows(found: Iterable[Sequence[Any]]) -> list[AccountRow]:
 def facts_of(client: Client, workspaces: Sequence[str]) -> list[AccountRow]:
     """Every plan, grant and threshold of these workspaces, over all topic ids."""
     found = client.query(
-        f"SELECT {_ACCOUNT_ROW} FROM ledger WHERE workspace_id IN {{names:Array(String)}} "
-        "AND kind IN ('plan', 'grant', 'limits')",
+        f"SELECT {_ACCOUNT_ROW} FROM ledger WHERE workspace_id IN %(names)s AND kind IN ('plan', 'grant', 'limits')",
         parameters={"names": list(workspaces)},
     )
     return _account_rows(found.result_rows)
@@ -79,8 +78,8 @@ def draws_of(client: Client, workspaces: Sequence[str], since: date) -> list[tup
     """(workspace, pool, day since 1970-01-01, credits): enrichment by day from ``since`` on, premium in one sum."""
     found = client.query(
         "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
-        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {_DRAWS} "
-        "AND (pool = 'premium' OR day >= {since:Date}) GROUP BY workspace_id, pool, number",
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN %(names)s AND {_DRAWS} "
+        "AND (pool = 'premium' OR day >= %(since)s) GROUP BY workspace_id, pool, number",
         parameters={"names": list(workspaces), "since": since},
     )
     return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]

@@ -54,7 +54,8 @@ def starting_point(marks: tuple[int, int], committed: tuple[int | None, int | No
 
 def names_of(tail: Tail) -> list[str]:
     """The workspaces that the tail is about."""
-    return sorted({*tail.debits.column("workspace_id").to_pylist(), *(row.workspace_id for _, row in tail.events)})
+    drew = tail.debits.column("workspace_id").unique().to_pylist()
+    return sorted({*drew, *(row.workspace_id for _, row in tail.events)})
 
 
 def first_ms(tail: Tail) -> int:
@@ -67,12 +68,12 @@ def without(
     tail: Tail, events: Sequence[AccountRow], draws: Sequence[tuple[str, str, int, int]]
 ) -> tuple[list[AccountRow], list[tuple[str, str, int, int]]]:
     """What the ledger holds of the tail's workspaces (`facts_of`, `draws_of`), without the tail itself."""
-    taken = {(row.kind, row.offset) for _, row in tail.events}
-    earlier = [row for row in events if (row.kind, row.offset) not in taken]
-    debits = tail.debits.select(["workspace_id", "pool", "credits", "day"]).to_pydict()
+    taken = {row[:4] for _, row in tail.events}  # workspace, kind, when and where it was recorded
+    earlier = [row for row in events if row[:4] not in taken]
+    sums = tail.debits.group_by(["workspace_id", "pool", "day"]).aggregate([("credits", "sum")])
     undone = [
         (name, Pool.PREMIUM if pool == _PREMIUM else Pool.ENRICHMENT, 0 if pool == _PREMIUM else day, -credits)
-        for name, pool, credits, day in zip(*debits.values(), strict=True)
+        for name, pool, day, credits in zip(*sums.to_pydict().values(), strict=True)
     ]
     undone += [
         (row.workspace_id, Pool(row.pool), 0 if row.pool == Pool.PREMIUM else row.day, -row.credits)

@@ -361,8 +361,9 @@ class Unit:
         """The clock's part: what waits for time alone, and chunks that wait for their states."""
         while True:
             await asyncio.sleep(TICK_S)
-            self._is_tick_due = True
-            self._waiting.put_nowait(_NUDGE)
+            if not self._is_tick_due:
+                self._is_tick_due = True
+                self._waiting.put_nowait(_NUDGE)
             waits = self._written or self.balances.moved or self.voice.has_unflushed
             if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
                 await self._settle()
