@@ -97,20 +97,7 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
     left = set(partitions)
     if not left:
         return
-    consumer = Consumer(
-        {
-            "bootstrap.servers": bootstrap,
-            "group.id": "creditstream-outbox",
-            "enable.auto.commit": False,
-            "enable.partition.eof": True,
-            # An empty partition says so at once.
-            "fetch.wait.max.ms": 10,
-            "queued.max.messages.kbytes": 8 * 1024,
-            "fetch.queue.backoff.ms": 5,
-            "isolation.level": "read_committed",
-            "log_level": 0,
-        }
-    )
+    consumer = _reader(bootstrap)
     try:
         # An assignment before the leaders are known is looked at again only half a second later.
         consumer.list_topics(topic, SILENCE_S_MAX)
@@ -135,6 +122,23 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
         raise Unreachable(f"{topic} on {bootstrap} cannot be read", why, "Try again.") from error
     finally:
         consumer.close()
+
+
+def _reader(bootstrap: str) -> Consumer:
+    return Consumer(
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": "creditstream-outbox",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            # An empty partition says so at once.
+            "fetch.wait.max.ms": 10,
+            "queued.max.messages.kbytes": 8 * 1024,
+            "fetch.queue.backoff.ms": 5,
+            "isolation.level": "read_committed",
+            "log_level": 0,
+        }
+    )
 
 
 def find_alert(bootstrap: str, topic: str, partitions: Iterable[int], alert_id: UUID) -> tuple[int, bytes] | None:
