@@ -24,6 +24,7 @@ PURE = (
     "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "streams/periods.py",
     "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/messages.py",
     "sinks/columns.py", "sinks/explain.py",
+    "creditstream/webhooks/deliveries.py", "creditstream/webhooks/schedule.py", "creditstream/webhooks/messages.py",
 )  # fmt: skip
 WITHOUT_SINKS = (
     "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/periods.py", "streams/limits.py",

@@ -28,12 +28,6 @@ WAIT_S_MAX: Final = 30.0
 STOP_S_MAX: Final = 10.0
 PREFIX: Final = "hookscli-"
 SECRET: Final = new_secret()
-PROGRAM: Final = """
-from creditstream.cli import alerts, cli, main, notifier
-for command in (notifier.notifier, alerts.alerts, alerts.listen):
-    cli.add_command(command)
-main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def environ(home: Path, kafka: str = "127.0.0.1:1") -> dict[str, str]:
 
 def run(home: Path, *words: str, kafka: str = "127.0.0.1:1", **extra: str) -> Finished:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words],
+        [sys.executable, "-m", "creditstream", *words],
         capture_output=True, text=True, cwd=ROOT, env=environ(home, kafka) | extra, timeout=WAIT_S_MAX,
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -96,7 +90,7 @@ def running(home: Path, *words: str, kafka: str = "127.0.0.1:1") -> Iterator[Run
     output = home / f"{uuid4()}.out"
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words],
+            [sys.executable, "-m", "creditstream", *words],
             stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT, env=environ(home, kafka),
         )  # fmt: skip
     try:
