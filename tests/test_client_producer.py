@@ -78,7 +78,7 @@ def run_program(program: str, settings: Settings, *arguments: str) -> subprocess
 
 def test_a_run_arrives_under_its_workspace_on_its_partition(settings: Settings) -> None:
     """Every run that was recorded is in Kafka once, where the meter expects it, and the counts say so."""
-    with CellRunProducer(settings) as producer:
+    with CellRunProducer(settings, memory_s_max=60) as producer:
         record(producer, *range(300))
         assert producer.flush(60) == 0
         counts = producer.counts()
@@ -151,7 +151,7 @@ def test_an_outage_at_the_start_is_survived_in_order(settings: Settings, door: D
         assert producer.flush(60) == 0
         counts = producer.counts()
         assert (counts.accepted, counts.waiting_in_spool, counts.spool_bytes, producer.trouble) == (400, 0, 0, "")
-        assert 200 <= counts.spooled <= 300
+        assert counts.spooled >= 200
     assert first_copies(settings) == in_turn(*range(400))
 
 

@@ -24,7 +24,7 @@ def recorder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Recorde
         yield MemoryProducer()
         return
     settings = fresh_settings(request.getfixturevalue("kafka"), CELL_RUNS, home=str(tmp_path))
-    with CellRunProducer(settings) as producer:
+    with CellRunProducer(settings, memory_s_max=60) as producer:
         yield producer
 
 
