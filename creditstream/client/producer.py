@@ -52,9 +52,10 @@ class CellRunProducer:
     the spool on disk. Memory is the usual place, for the 20 ms or so until Kafka acknowledges; a run that is not
     acknowledged within ``memory_s_max``, or for which memory has no room, is moved to the spool. An ordinary end of the
     process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing` child, which must
-    `close`) sends what it can in 10 s and leaves the rest in the spool. So only a ``kill -9``, or a lost machine, loses
-    runs, and only those in memory: 10,000 at the most, and `counts` says how many. With ``write_ahead`` there are none:
-    every run is synced to the spool before it is sent, at the price of an fsync, shared by threads that record at once.
+    `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a ``kill -9`` or a lost
+    machine lose runs, and only those in memory: 10,000 at the most, and `counts` says how many. With ``write_ahead`` no
+    end loses any: every run is synced to the spool before it is sent, at the price of an fsync, which threads that
+    record at once share.
 
     **Order.** First copies of a workspace's runs arrive in the order in which they were recorded by this process.
     After an outage Kafka may have some twice, which the meter does not charge twice.
