@@ -152,7 +152,11 @@ WORKER_ONLY = (
     ("blocked", "used"),
     [
         (EMBEDDED_ONLY, "creditstream.service, creditstream.cli, creditstream.reconcile"),
-        (WORKER_ONLY, "creditstream.cli, creditstream.producing, schemas.codec, streams.topics, streams.settings"),
+        (
+            WORKER_ONLY,
+            "creditstream.cli, creditstream.producing, creditstream.client, creditstream.client.testing, "
+            "schemas.codec, streams.topics, streams.settings",
+        ),
     ],
     ids=["worker", "base"],
 )
