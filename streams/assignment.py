@@ -15,7 +15,7 @@ from sinks.clickhouse import DatabaseError
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
-from streams.balances import Balances, Notice, Opening
+from streams.balances import Balances, Notice
 from streams.duplicates import RunFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
@@ -105,16 +105,10 @@ class Loader:
         background(self._look_back(unit, start.is_seeded and marks[0].rows + marks[1].rows > 0))
         return unit
 
-    async def openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
-        """What the ledger holds of these workspaces."""
-        events = await self._look_up(accounts.facts_of, names)
-        draws = await self._look_up(accounts.draws_of, names, recovery.first_day(now_ms))
-        return openings(names, events, draws)
-
     async def redrive(self, unit: Unit) -> None:
         """Send reversals again that were set aside because their run had not arrived, and now has."""
         chain = unit.event_chain
-        for position, key, value in await self._look_up(accounts.redrivable, chain, REDRIVEN_AT_ONCE):
+        for position, key, value in await self._look_up_aside(accounts.redrivable, chain, REDRIVEN_AT_ONCE):
             self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, position.encode())])
             log.info("redriven", position=position)
 

@@ -21,7 +21,7 @@ from schemas.limits import LimitAlert, TopColumn
 from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
-from sinks.clickhouse import connect
+from sinks.clickhouse import DatabaseError, connect, first_line
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
@@ -32,6 +32,7 @@ from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard
 from streams.publisher import Publisher
 from streams.rating import RatingTable
+from streams.recovery import first_day
 from streams.settings import Settings
 from streams.topics import (
     LIMIT_ALERTS,
@@ -47,6 +48,8 @@ from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
+TROUBLE_WAIT_S: Final = 1.0
+"""How long a question waits before it is asked again of a database that did not answer."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "deliveries")
 
 log: Final = structlog.get_logger()
@@ -102,8 +105,8 @@ class Meter:
             settings,
             self.lanes,
             self._outlets(),
-            self._look_up,
-            functools.partial(self._ask, "aside"),
+            functools.partial(self._ask, "reader"),
+            functools.partial(self._ask_patiently, "aside"),
             self.publisher.send,
             self._on_trouble,
         )
@@ -283,7 +286,22 @@ class Meter:
 
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer a unit, in the reader's thread."""
-        return await self._ask("reader", question, *args)
+        return await self._ask_patiently("reader", question, *args)
+
+    async def _ask_patiently(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
+        """Ask until the database answers, as an insert waits for it: waiting is the back-pressure."""
+        had_trouble = False
+        while True:
+            try:
+                answer = await self._ask(thread, question, *args)
+            except DatabaseError as error:
+                had_trouble = True
+                self._on_trouble(first_line(error))
+                await asyncio.sleep(TROUBLE_WAIT_S)
+            else:
+                if had_trouble:
+                    self._on_trouble("")
+                return answer
 
     async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._pools[thread], question, self._clients[thread], *args)
@@ -293,7 +311,9 @@ class Meter:
         return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
 
     async def _find_openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
-        return await self._loader.openings(names, now_ms)
+        events = await self._look_up(accounts.facts_of, names)
+        draws = await self._look_up(accounts.draws_of, names, first_day(now_ms))
+        return account_events.openings(names, events, draws)
 
     async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
         events: Mapping[Any, Any] = {}
@@ -313,7 +333,7 @@ class Meter:
         return columns
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
-        await _in_thread(self._pools["writer"], accounts.note_alerts, self._clients["writer"], alerts)
+        await self._ask_patiently("writer", accounts.note_alerts, alerts)
 
     def _on_trouble(self, what: str) -> None:
         self.trouble = what

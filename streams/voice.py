@@ -17,6 +17,7 @@ from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitAlert, TopColumn, state_key
 from sinks.accounts import TopQuestion
+from sinks.clickhouse import DatabaseError
 from sinks.ledger import Chain
 from streams.balances import Account, Balances, Key, Notice
 from streams.messages import Source, alert_of, runs_out_on, state_of
@@ -140,8 +141,8 @@ class Voice:
             try:
                 async with asyncio.timeout(COURTESY_S_MAX):
                     self._courtesies |= await self._outlets.find_top_columns(unknown)
-            except TimeoutError:
-                return alerts
+            except (TimeoutError, DatabaseError):
+                return alerts  # a ledger that does not answer holds no alert up
         return [
             msgspec.structs.replace(alert, top_columns=self._courtesies.get(question))
             for alert, question in zip(alerts, questions, strict=True)

@@ -25,6 +25,7 @@ from schemas.cell_run import CellRun, Outcome
 from schemas.ledger import Pool
 from schemas.limits import Cause, state_key
 from streams.app import EXIT_RESTART
+from tests.clickhouse_server import ClickHouseServer
 from tests.limit_messages import (
     ROWS,
     SMALL_PLAN_NAMES,
@@ -319,6 +320,39 @@ def test_f20_of_two_processes_with_one_instance_id_the_first_ends_and_names_it(
         assert second.stop() == 0
 
     assert_told(second, Reference(client.query(ROWS).result_rows))
+
+
+@OVER_HTTP
+def test_f9_alerts_leave_while_clickhouse_is_down(
+    tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], http_server: ClickHouseServer, client: Client
+) -> None:
+    """The worker lives through an outage amid copies, crossings and new workspaces; no alert waits for its end."""
+    traffic = Traffic(9)
+    with WorkerProcess(tmp_path / "home", kafka, prefix, **fields) as worker:
+        worker.create_topic()
+        worker.bill([*traffic.first_plans(), a_plan("ws_spender", "p200", datetime.now(UTC) - PLANNED_DAYS_AGO)])
+        worker.produce(traffic.cell_runs(2000))
+        worker.start().wait_until_told()
+        http_server.kill()
+        try:
+            worker.produce(draw("ws_spender", 200))
+            wait_until(lambda: ("ws_spender", "exhausted") in alerted(worker), "alerting without a ledger")
+            worker.produce(traffic.cell_runs(1000))
+            worker.bill(traffic.account_events(20))
+            worker.wait_until(lambda status: not status.ready, "aware of the outage")
+        finally:
+            http_server.start()
+        worker.wait_until_told(JOIN_S_MAX)
+        worker.wait_until_ready()
+        assert_books_close(worker.reconcile())
+        assert worker.stop() == 0
+
+    assert_told(worker, Reference(client.query(ROWS).result_rows))
+
+
+def alerted(worker: WorkerProcess) -> set[tuple[str, str]]:
+    """Whom the alerts on the topic are about, and what they tell."""
+    return {(alert.workspace_id, str(alert.kind)) for alert in published_alerts(worker.configured)}
 
 
 def test_sigterm_under_load_leaves_nothing_to_fold_again(
