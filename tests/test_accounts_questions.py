@@ -147,9 +147,9 @@ def test_a_statement_foots_and_says_so_r10(client: Client) -> None:
     rows.run(at("2026-01-21"), 0, reason="error", outcome="error")
     rows.run(at("2026-01-22"), 30, pool=Pool.PREMIUM)
     rows.reverse(run, at("2026-02-20"))
-    rows.grant(at("2026-02-16"), 5)
+    rows.grant(at("2026-02-15"), 5)
     rows.run(at("2026-02-17"), 20_001)
-    rows.run(at("2026-02-18"), 80, pool=Pool.PREMIUM)
+    rows.run(at("2026-02-15"), 80, pool=Pool.PREMIUM)
     rows.write(client)
 
     january = lines(client, date(2026, 2, 14), at("2026-03-20"))
