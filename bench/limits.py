@@ -8,10 +8,12 @@ from the call of the producer to the moment at which the reader, or the gate, kn
 """
 
 import argparse
+import random
 import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import quantiles
@@ -43,6 +45,7 @@ from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure
 
 RATE = 1_000
 ALLOWANCE = 100
+ACTIVE = 50
 UPGRADES = 100
 PLANS = """
 version = 1
@@ -74,22 +77,25 @@ class Clocks:
 
 
 def produce(settings: Settings, clocks: Clocks, seconds: int) -> None:
-    """A steady stream: each workspace runs until its credits are gone; some are upgraded then, beside the stream."""
+    """A steady stream over fifty workspaces at a time; one whose credits are gone makes way for the next."""
     producer, topic = open_producer(settings.kafka_bootstrap), cell_runs_topic(settings)
-    started, sent = time.monotonic(), 0
-    total = seconds * RATE
+    started, sent, dice = time.monotonic(), 0, random.Random(1)
+    total, active, ran = seconds * RATE, list(range(ACTIVE)), Counter[int]()
     while sent < total:
         for _ in range(min(total, int((time.monotonic() - started) * RATE)) - sent):
-            # Fifty workspaces are busy at a time.
-            workspace = f"ws_{sent // (50 * ALLOWANCE)}_{sent % 50}"
+            place = dice.randrange(ACTIVE)
+            number = active[place]
+            workspace = f"ws_{number}"
+            ran[number] += 1
             run = CellRun(
                 run_id=uuid7(), workspace_id=workspace, table_id="tbl_1", column_id=f"col_{sent % 7}",
                 row_id=f"row_{sent}", action="enrich_person", outcome=Outcome.DATA, ran_at=datetime.now(UTC),
             )  # fmt: skip
             now = time.monotonic()
             clocks.sent[run.run_id] = now
-            if sent % (50 * ALLOWANCE) // 50 == ALLOWANCE - 1:
+            if ran[number] == ALLOWANCE:
                 clocks.exhausting[workspace] = now
+                active[place] = max(active) + 1
             producer.produce(topic, encode_run(run), workspace)
             sent += 1
         producer.poll(0)
@@ -151,10 +157,10 @@ def measure(settings: Settings, home: Home, plans: Path, seconds: int) -> Clocks
     clocks = Clocks()
     with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap, plans_dir=str(plans)) as answers:
         producer = open_producer(settings.kafka_bootstrap)
-        for place in range(seconds * RATE // ALLOWANCE):
-            plan_set(producer, account_events_topic(settings), f"ws_{place // 50}_{place % 50}", "small")
+        for place in range(seconds * RATE // ALLOWANCE + ACTIVE):
+            plan_set(producer, account_events_topic(settings), f"ws_{place}", "small")
         producer.flush(30)
-        while answers.status().written.get("plan/plan_changed", 0) < seconds * RATE // ALLOWANCE:
+        while answers.status().written.get("plan/plan_changed", 0) < seconds * RATE // ALLOWANCE + ACTIVE:
             time.sleep(0.1)
         with Gate(settings, on_unknown="allow", on_stale="allow") as gate:
             gate.wait_ready(30)

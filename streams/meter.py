@@ -87,7 +87,7 @@ class Meter:
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
         url = ledger_url(settings)
-        self._clients = {name: connect(url, settings.ledger_password) for name in THREADS[:4]}
+        self._clients = {name: connect(url, settings.ledger_password) for name in THREADS}
         if url.startswith("chdb:"):
             migrate(self._clients["writer"])
         else:
@@ -333,7 +333,7 @@ class Meter:
         return columns
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
-        await self._ask_patiently("writer", accounts.note_alerts, alerts)
+        await self._ask_patiently("deliveries", accounts.note_alerts, alerts)
 
     def _on_trouble(self, what: str) -> None:
         self.trouble = what

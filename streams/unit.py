@@ -114,7 +114,7 @@ class Unit:
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
         self._written: list[Event] = []
-        self._settling = asyncio.Lock()
+        self._is_to_settle = asyncio.Event()
         self._settled_at = 0.0
         self._draining = False
         self._is_tick_due = False
@@ -169,6 +169,7 @@ class Unit:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._meter())
                 tasks.create_task(self._write())
+                tasks.create_task(self._settle())
                 tasks.create_task(self._tick())
         except* Incident as group:
             incident = group.exceptions[0]
@@ -302,7 +303,7 @@ class Unit:
         if chunk:
             await self._write_account_events(chunk)
         self._written += events
-        await self._settle()
+        self._is_to_settle.set()
 
     async def _write_account_events(self, chunk: Any) -> None:
         lanes = self._lanes
@@ -339,7 +340,7 @@ class Unit:
             self._written += batch.events
             now = asyncio.get_running_loop().time()
             if self._draining or batch.is_full(self._lanes.batching) or now - self._settled_at >= STATES_EVERY_S:
-                await self._settle()
+                self._is_to_settle.set()
             self._sealed.task_done()
 
     def _count(self, written: Counter[str], chain: Chain) -> None:
@@ -348,8 +349,12 @@ class Unit:
             log.warning("dead_letters", chain=str(chain), mark=self.folded, **letters)
 
     async def _settle(self) -> None:
-        """Steps 8 and 9, for every chunk whose rows are in the ledger."""
-        async with self._settling:
+        """Steps 8 and 9, for every chunk whose rows are in the ledger. Neither the sequence nor the writer waits for
+        it: what it has not acknowledged counts as in flight, which is bounded.
+        """
+        while True:
+            await self._is_to_settle.wait()
+            self._is_to_settle.clear()
             self._settled_at = asyncio.get_running_loop().time()
             events, self._written = self._written, []
             self.voice.tell_moved(self.balances, self.folded)
@@ -366,7 +371,7 @@ class Unit:
                 self._waiting.put_nowait(_NUDGE)
             waits = self._written or self.balances.moved or self.voice.has_unflushed
             if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
-                await self._settle()
+                self._is_to_settle.set()
 
     async def _look_at_the_clock(self) -> None:
         chores, self.chores = self.chores, []
