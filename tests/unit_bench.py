@@ -18,7 +18,7 @@ from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
 from sinks.ledger import Chain, Ledger
-from streams import account_events
+from streams import account_events, recovery
 from streams.assignment import Loader, Place
 from streams.batches import Batching, Event
 from streams.duplicates import Identity, Original
@@ -162,7 +162,9 @@ class Bench:
         self.loads += 1
         if self.on_load:
             await self.on_load()
-        return await self.loader.openings(names, now_ms)
+        events = await self.look_up(accounts.facts_of, names)
+        draws = await self.look_up(accounts.draws_of, names, recovery.first_day(now_ms))
+        return account_events.openings(names, events, draws)
 
     def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
         """One fetched chunk of one topic."""
