@@ -11,6 +11,7 @@ import structlog
 
 from schemas.ledger import Pool
 from sinks import accounts, queries
+from sinks.accounts import AccountRow
 from sinks.clickhouse import DatabaseError
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
@@ -180,14 +181,17 @@ class Loader:
 
     async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
         """What time alone told of these workspaces between two instants: each one's first instant, then the second."""
-        known = openings(names, await self._look_up_aside(accounts.facts_of, names), [])
-        left = {name: recovery.instants_of(opening.facts, from_ms, to_ms) for name, opening in known.items()}
+        known: dict[str, list[AccountRow]] = {name: [] for name in names}
+        for row in await self._look_up_aside(accounts.facts_of, names):
+            known[row.workspace_id].append(row)
+        left = {name: recovery.instants_of(rows, from_ms, to_ms) for name, rows in known.items()}
         told: list[tuple[Notice, Source | None]] = []
         while due := {name: instants[0] for name, instants in left.items() if instants}:
-            draws = await self._look_up_aside(accounts.draws_recorded_by, due, recovery.first_day(from_ms))
+            before = {name: instant - 1 for name, instant in due.items()}
+            draws = await self._look_up_aside(accounts.draws_recorded_by, before, recovery.first_day(from_ms))
             then = openings(due, [], draws)
             for name, instant in due.items():
-                told += recovery.told_at(name, known[name].facts, instant, then[name])
+                told += recovery.told_at(name, known[name], instant, then[name])
                 left[name] = left[name][1:]
         return told
 

@@ -19,7 +19,7 @@ from schemas.credits import Millicredits
 from schemas.ledger import POOLS, Pool
 from schemas.limits import AlertKind, Cause, State
 from streams.limits import FOREVER_MS, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
-from streams.periods import DAY_MS, Day, Period, day_of
+from streams.periods import Day, Period, day_of
 
 DAYS_KEPT: Final = 40
 """Days before "now" whose debits an account holds: a billing period has at most 31."""
@@ -70,8 +70,8 @@ class Account:
     """One workspace as of a moment. Made by `Balances.load`."""
 
     __slots__ = (
-        "_days", "_enrichment", "_first_day", "_next_lines", "_premium", "_used", "_used_premium", "awaited_ms",
-        "facts", "name", "offset", "told", "until_ms",
+        "_days", "_enrichment", "_first_day", "_last_effect_ms", "_next_lines", "_premium", "_used", "_used_premium",
+        "awaited_ms", "facts", "name", "offset", "told", "until_ms",
     )  # fmt: skip
 
     def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
@@ -108,8 +108,10 @@ class Account:
 
     @property
     def waits(self) -> bool:
-        """Whether time alone may have something to tell: it is not `ok`, or something is to take effect."""
-        return self.enrichment.state in NOT_OK or self.until_ms < self.period.end * DAY_MS
+        """Whether time alone may have something to tell: it is not `ok`, or something is to take effect, if only in a
+        later period.
+        """
+        return self.enrichment.state in NOT_OK or self._last_effect_ms >= self.until_ms
 
     @property
     def period(self) -> Period:
@@ -167,6 +169,7 @@ class Account:
         self._enrichment = terms_of(self.facts, Pool.ENRICHMENT, now_ms)
         self._used = self.used_between(self.period)
         self.until_ms = min(self._enrichment.until_ms, self._premium.until_ms)
+        self._last_effect_ms = self.facts.last_effect_ms
         self.aim()
 
     def aim(self) -> None:

@@ -47,19 +47,11 @@ class Facts(NamedTuple):
     grants: tuple[Grant, ...] = ()
     thresholds: Thresholds | None = None
 
-    def known_at(self, at_ms: int) -> "Facts":
-        """What had been recorded by then."""
-        return Facts(
-            tuple(change for change in self.plans if change.arrival[0] <= at_ms),
-            tuple(grant for grant in self.grants if grant.arrival[0] <= at_ms),
-            self.thresholds if self.thresholds and self.thresholds.arrival[0] <= at_ms else None,
-        )
-
-    def next_arrival(self, after_ms: int) -> int:
-        """When the next of them was recorded; `FOREVER_MS` when none was."""
-        arrivals = [change.arrival[0] for change in self.plans] + [grant.arrival[0] for grant in self.grants]
-        arrivals += [self.thresholds.arrival[0]] if self.thresholds else []
-        return min([arrival for arrival in arrivals if arrival > after_ms], default=FOREVER_MS)
+    @property
+    def last_effect_ms(self) -> int:
+        """When the last of the plans and grants takes effect; 0 when there are none."""
+        last = [change.effective_ms for change in self.plans[-1:]]
+        return max(last + [grant.effective_ms for grant in self.grants], default=0)
 
 
 class Line(NamedTuple):

@@ -18,9 +18,9 @@ import numpy as np
 from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
-from streams.account_events import fold_event
+from streams.account_events import fold_event, with_event
 from streams.balances import DAYS_KEPT, METERED, NOT_OK, Balances, Debits, Notice, Opening, notice_of_time
-from streams.limits import Facts, Standing, Terms, terms_of
+from streams.limits import FOREVER_MS, Facts, Standing, Terms, terms_of
 from streams.messages import Source, seeded_alert
 from streams.periods import day_of, to_date
 from streams.voice import Voice
@@ -137,14 +137,16 @@ def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Seque
     voice.tell(balances, folded, [])
 
 
-def instants_of(facts: Facts, from_ms: int, to_ms: int) -> tuple[int, ...]:
-    """When time alone may have told of a workspace, by what was known at each of these instants."""
+def instants_of(rows: Sequence[AccountRow], from_ms: int, to_ms: int) -> tuple[int, ...]:
+    """When time alone may have told of a workspace, by what was known at each of these instants. ``rows``: all of its
+    account events.
+    """
     instants: list[int] = []
     now_ms = from_ms
     while True:
-        known = facts.known_at(now_ms)
+        known = _known_at(rows, now_ms)
         comes = min(terms_of(known, pool, now_ms).until_ms for pool in METERED)
-        learns = facts.next_arrival(now_ms)
+        learns = min([row.recorded_ms for row in rows if row.recorded_ms > now_ms], default=FOREVER_MS)
         if min(comes, learns) > to_ms:
             return tuple(instants)
         if comes <= learns:
@@ -152,16 +154,27 @@ def instants_of(facts: Facts, from_ms: int, to_ms: int) -> tuple[int, ...]:
         now_ms = min(comes, learns)
 
 
-def told_at(name: str, facts: Facts, instant: int, opening: Opening) -> list[tuple[Notice, Source | None]]:
-    """What an instant told of a workspace. ``opening``: the debits that had been recorded by then, since with later
-    ones it would have told something else.
+def told_at(
+    name: str, rows: Sequence[AccountRow], instant: int, opening: Opening
+) -> list[tuple[Notice, Source | None]]:
+    """What an instant told of a workspace. ``opening``: the debits that had been recorded before it, since with later
+    ones it would have told something else; so it would with later events, or without those that they have replaced.
     """
-    known = facts.known_at(instant - 1)
+    known = _known_at(rows, instant - 1)
     notices: list[Notice] = []
     for pool in METERED:
         old, new = (_standing(terms_of(known, pool, at_ms), opening) for at_ms in (instant - 1, instant))
         notices += notice_of_time(name, known, old, new, instant)
     return [(notice, None) for notice in notices]
+
+
+def _known_at(rows: Sequence[AccountRow], at_ms: int) -> Facts:
+    """What had been recorded by then."""
+    facts = Facts()
+    for row in rows:
+        if row.recorded_ms <= at_ms:
+            facts = with_event(facts, row)
+    return facts
 
 
 def _standing(terms: Terms, opening: Opening) -> Standing:
