@@ -240,7 +240,7 @@ class WorkerAnswers:
         """What the worker does now."""
         return self._get("/v1/status", Status)
 
-    def _get(self, path: str, kind: type[T], **parameters: Any) -> T:
+    def _get(self, path: str, kind: type[T], /, **parameters: Any) -> T:
         import urllib.error  # a tenth of the time that `--help` may take
         import urllib.parse
         import urllib.request

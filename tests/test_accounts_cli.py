@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -11,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from schemas.answers import PoolBalance
-from tests.worker_process import Finished, WorkerProcess, cell_run, creditstream, event_of
+from tests.worker_process import WAIT_S_MAX, Finished, WorkerProcess, cell_run, creditstream, event_of
 
 WORKSPACE: Final = "ws_0001"
 NOW: Final = datetime.now(UTC)
@@ -190,6 +191,25 @@ def test_an_event_that_is_sent_again_counts_once(settings: dict[str, str | int])
     lost = creditstream("reverse", event_id, "--workspace", "ws_again", "--wait", settings=settings)
     assert lost.code == 1
     assert lost.err.startswith("creditstream: the event was set aside as unknown_run: ")
+
+
+def test_a_crossing_is_explained_by_the_run_that_caused_it(
+    worker: WorkerProcess, settings: dict[str, str | int]
+) -> None:
+    """The alert that the worker published stands with its run, and in the list of alerts."""
+    assert creditstream("grant", "ws_close", "4", "--wait", settings=settings).code == 0
+    runs = [cell_run("ws_close", action="clearbit_enrich_company") for _ in range(3)]
+    worker.produce(map(event_of, runs))
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not (alerts := worker.answers.alerts("ws_close", "crossed", 10, None)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (alert,) = alerts
+    assert (alert.used, alert.allowance, alert.thresholds, alert.run_id) == ("2", "4", [50], str(runs[1].run_id))
+    done = creditstream("explain", str(runs[1].run_id), settings=settings)
+    assert "  balance    3 -> 2 of 4 premium credits, no plan" in done.out
+    assert "  alert      crossed 50 %, sent " in done.out
+    assert [row.period_end > NOW.date() for row in worker.answers.periods("ws_close", None)] == [True]
 
 
 def test_every_question_has_the_same_answer_without_the_worker(

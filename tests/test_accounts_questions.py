@@ -17,6 +17,7 @@ from schemas.problem import UnknownId
 from tests.account_rows import SECOND, AccountRows, at
 from tests.records import EXAMPLES, STEADY
 
+pytestmark = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 DAY = timedelta(days=1)
 
 
@@ -172,7 +173,6 @@ def test_a_statement_foots_and_says_so_r10(client: Client) -> None:
     drawn=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 400_000), st.booleans(), st.booleans()), max_size=30),
     asked=st.integers(0, 100),
 )
-@pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 def test_every_statement_foots(client: Client, drawn: list[tuple[int, int, bool, bool]], asked: int) -> None:
     """Whatever was drawn and reversed in whichever period, at whatever instant: both pools, of every period, foot, and
     a pool opens with what it closed with.

@@ -64,16 +64,15 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize(("action", "asked", "allowed", "reason", "credits", "remaining"), CHECKS)
 @ON_CHDB
-def test_a_check_follows_the_rules_of_the_gate(
-    drawn: Client, action: str, asked: dict[str, Any], allowed: bool, reason: str, credits: str, remaining: str | None
-) -> None:
+def test_a_check_follows_the_rules_of_the_gate(drawn: Client) -> None:
     """Own key and free actions pass, an unknown action never; otherwise cells times price against what remains."""
-    found = check(drawn, action, **asked)
-    assert (found.allowed, found.reason, found.credits, found.remaining) == (allowed, reason, credits, remaining)
+    for action, asked, *expected in CHECKS:
+        found = check(drawn, action, **asked)
+        assert [found.allowed, found.reason, found.credits, found.remaining] == expected, (action, asked)
 
 
+@ON_CHDB
 def test_a_workspace_without_a_plan_is_decided_by_the_caller(client: Client) -> None:
     """Its state says so."""
     rows = AccountRows()
@@ -154,6 +153,7 @@ def test_an_expectation_is_never_too_small_nor_above_the_worst_case(worst: int, 
         assert found == worst
 
 
+@ON_CHDB
 def test_top_lists_who_comes_close(client: Client) -> None:
     """By the share of the allowance, premium too; by the day on which credits will be gone; nobody without a limit."""
     rows = AccountRows()
@@ -188,7 +188,7 @@ def test_top_lists_who_comes_close(client: Client) -> None:
 def test_top_and_balance_forecast_alike(client: Client) -> None:
     """For any pace, at the edges of a period and of the week, both name the same day, or none."""
     rows = AccountRows()
-    names = [f"ws_{n:02}" for n in range(40)]
+    names = [f"ws_{n:02}" for n in range(21)]
     for n, name in enumerate(names):
         rows.workspace_id = name
         rows.plan(at("2026-01-01") + (n % 9) * DAY)
@@ -222,7 +222,6 @@ def served(client: Client, home: str) -> Iterator[Any]:
         yield api
 
 
-@ON_CHDB
 def test_the_api_answers_as_the_functions_do(drawn: Client, tmp_path: Any) -> None:
     """Every question has a route with the same record; an unknown workspace is 404, a wrong value 400."""
     import msgspec

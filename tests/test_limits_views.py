@@ -232,21 +232,6 @@ def test_every_column_of_every_view_has_a_comment(client: Client) -> None:
     assert commented == dict.fromkeys(VIEWS, 0)
 
 
-@ON_CHDB
-@pytest.mark.parametrize("view", ["usage_by_period", "balances", "billing_periods", "usage_by_column", "usage_by_day"])
-def test_one_workspace_is_read_through_the_projection(client: Client, pasts: dict[str, Past], view: str) -> None:
-    """What a view costs for a workspace depends on no other one's rows: the filter reaches every table it reads."""
-    reads = [
-        line.strip()
-        for (line,) in client.query(
-            f"EXPLAIN projections = 1, indexes = 1 SELECT * FROM {view} WHERE workspace_id = 'ws_0007'"
-        ).result_rows
-        if "ReadFromMergeTree" in line or "workspace_id in" in line
-    ]
-    assert [line for line in reads if "ReadFromMergeTree (usage)" in line]
-    assert len(reads) == 2 * len([line for line in reads if "ReadFromMergeTree" in line])
-
-
 class Explaining:
     """A client that keeps the plan of every sum over debits that it answers."""
 
@@ -262,8 +247,20 @@ class Explaining:
 
 
 @ON_CHDB
-def test_questions_of_now_are_served_by_the_projection(client: Client, pasts: dict[str, Past]) -> None:
-    """Balance, periods and statement read no raw run."""
+def test_one_workspace_is_read_through_the_projection(client: Client, pasts: dict[str, Past]) -> None:
+    """What is asked of a workspace depends on no other one's rows: the filter reaches every table that a view reads,
+    and questions of now read no raw run.
+    """
+    for view in ("usage_by_period", "balances", "billing_periods", "usage_by_column", "usage_by_day"):
+        reads = [
+            line.strip()
+            for (line,) in client.query(
+                f"EXPLAIN projections = 1, indexes = 1 SELECT * FROM {view} WHERE workspace_id = 'ws_0007'"
+            ).result_rows
+            if "ReadFromMergeTree" in line or "workspace_id in" in line
+        ]
+        assert [line for line in reads if "ReadFromMergeTree (usage)" in line], view
+        assert len(reads) == 2 * len([line for line in reads if "ReadFromMergeTree" in line]), view
     for question in (accounts.balance, accounts.periods, accounts.statement):
         asked = Explaining(client)
         question(cast(Client, asked), "ws_0007")
