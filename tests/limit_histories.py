@@ -36,14 +36,14 @@ THRESHOLDS: Final = (None, (), (20, 70))
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> list[Step]:
+def histories(draw: st.DrawFn, min_size: int = 5) -> list[Step]:
     """Records of `NAMES` in the order of their times, in which they were also taken in."""
     stories = [Story(name) for name in NAMES]
     runs: list[list[int]] = [[] for _ in NAMES]
     effects: list[list[datetime]] = [[] for _ in NAMES]
     steps: list[Step] = []
     now = at("Jan 25 22:00")
-    for number in range(draw(st.integers(5, 60))):
+    for number in range(draw(st.integers(min_size, 60))):
         now += draw(st.sampled_from(PAUSES))
         who = draw(st.integers(0, len(NAMES) - 1))
         story = stories[who]

@@ -27,6 +27,7 @@ from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
 from streams.rating import RatingTable
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
+from tests.records import Record
 from tests.unit_bench import Bench
 
 CHUNK: Final = 2_000
@@ -82,6 +83,12 @@ def rated(steps: Sequence[Step]) -> list[Rated]:
                 days[step.event["run_id"]] = day
         found.append(Rated(step, record.offset, expected, day))
     return found
+
+
+def kafka_record(record: Rated) -> Record:
+    """The step as Kafka holds it."""
+    step = record.step
+    return Record(record.offset, step.value, step.workspace_id.encode(), to_milliseconds(step.recorded))
 
 
 @cache

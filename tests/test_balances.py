@@ -1,20 +1,34 @@
 """Balances: whatever is cut, evicted, loaded or lost on the way, they are the ledger's, and so are the alerts."""
 
+import asyncio
 import random
 from collections import Counter
 from decimal import Decimal
-from itertools import takewhile
+from functools import partial
+from itertools import count, groupby, takewhile
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
 
+import pytest
+from clickhouse_connect.driver.client import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from creditstream.reference_limits import ReferenceLimits
+from creditstream.reference_limits import ReferenceLimits, Told
 from schemas.cell_run import to_milliseconds
+from sinks.clickhouse import connect
+from sinks.migrate import migrate
 from streams.balances import METERED
+from streams.unit import Unit
 from tests.account_records import Step
+from tests.ledger_rows import wait_until_grown
 from tests.limit_histories import NAMES, SILENCE_MAX, Life, histories, live, referred
-from tests.limit_voices import Rated, Seen, rated, seen_of
+from tests.limit_voices import Rated, Seen, kafka_record, rated, seen_by_sql, seen_of, told_of
 from tests.records import STEADY
+from tests.unit_bench import Bench
+
+NUMBERS: Final = count(1)
 
 
 def lived(records: list[Rated], dice: random.Random, accounts_max: int) -> Life:
@@ -84,3 +98,75 @@ def assert_balances(life: Life, reference: dict[str, ReferenceLimits], records: 
                 found = reference[account.name].balance(pool, now)
                 seen = Seen(found.used, found.allowance or Decimal(0), found.state, found.period, found.plan)
                 assert seen_of(account.standing(pool)) == seen, account.name
+
+
+async def live_through(client: Client, records: list[Rated], dice: random.Random) -> dict[UUID, Told]:
+    """Real units, one after the other, each killed at some moment; every alert that any of them published."""
+    told: dict[UUID, Told] = {}
+    committed: list[int | None] = [0, 0]
+
+    async def insert_slowly(function: Any, *args: Any) -> Any:
+        await asyncio.sleep(dice.choice([0, 0, 0.03]))
+        return await asyncio.to_thread(function, *args)
+
+    finished = False
+    while not finished:
+        bench = await Bench.open(client, committed=committed, accounts_max=2, batch_rows=3, in_writer=insert_slowly)
+        task = bench.start()
+        finished = await live_until(bench, task, records, dice)
+        await bench.kill(task)
+        await bench.unit.voice.flush()
+        committed = bench.committed
+        for alert in bench.alerts:
+            assert told.setdefault(alert.alert_id, told_of(alert)) == told_of(alert), "one id for two crossings"
+    return told
+
+
+async def live_until(bench: Bench, task: "asyncio.Task[None]", records: list[Rated], dice: random.Random) -> bool:
+    """Feed a unit what its ledger has not; False when it is to be killed before the end."""
+    unit = bench.unit
+    left = records_from(records, [mark + 1 for mark in unit.folded])
+    for of_account, part in groupby(left, lambda record: record.step.of_account):
+        for ready in in_threes(list(part)):
+            now_ms = to_milliseconds(ready[-1].step.recorded)
+            unit.clock_ms = partial(int, now_ms)
+            unit.is_at_end = lambda: True
+            bench.deliver([kafka_record(record) for record in ready], of_account=of_account)
+            if dice.random() < 0.1:
+                return False
+            await bench.wait(task, partial(has_come, unit, of_account, ready[-1].offset, now_ms))
+    unit.drain()
+    await bench.wait(task, lambda: unit.is_settled and unit.mark.last == unit.read[0])
+    return True
+
+
+def in_threes(records: list[Rated]) -> list[list[Rated]]:
+    """Chunks as Kafka may deliver them."""
+    return [records[first : first + 3] for first in range(0, len(records), 3)]
+
+
+def has_come(unit: Unit, of_account: bool, offset: int, now_ms: int) -> bool:
+    """Whether it has read so far, and heard the clock."""
+    return unit.read[of_account] == offset and not any(a.waits and a.until_ms <= now_ms for a in unit.balances)
+
+
+@settings(STEADY, max_examples=4)
+@given(histories(min_size=30), st.integers(0, 1 << 32))
+def test_f19_real_units_and_a_slow_ledger(chdb_dir: Path, steps: list[Step], seed: int) -> None:
+    """Units that load, evict and die while inserts are slow: SQL's balances and all alerts are the reference's."""
+    records = rated(steps)
+    reference = referred(records)
+    database = f"lives_{next(NUMBERS)}"
+    with pytest.MonkeyPatch.context() as patch, connect(f"chdb://{chdb_dir}?database={database}") as client:
+        patch.setattr("streams.unit.TICK_S", 0.01)
+        migrate(client)
+        wait_until_grown(client)
+        told = asyncio.run(live_through(client, records, random.Random(seed)))
+        assert Counter(told.values()) == Counter(told for limits in reference.values() for told in limits.alerts)
+        now = records[-1].step.recorded
+        for name, limits in reference.items():
+            for pool in METERED:
+                found = limits.balance(pool, now)
+                seen = Seen(found.used, found.allowance or Decimal(0), found.state, found.period, found.plan)
+                assert seen_by_sql(client, name, pool, now) == seen, name
+        client.command(f"DROP DATABASE {database} SYNC")
