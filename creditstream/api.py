@@ -114,9 +114,9 @@ def create_api(meter: Meter) -> Litestar:
 
     @get("/v1/audit/partitions")
     async def audit_partitions() -> list[PartitionAudit]:
-        """What each partition's rows say of themselves. Reads every row of the topic."""
-        audits: list[PartitionAudit] = await meter.ask(queries.audit_partitions, meter.topic.name)
-        return audits
+        """What each partition's rows say of themselves, of both topics. Reads every row of them."""
+        topics = meter.topic.name, meter.event_topic.name
+        return [audit for topic in topics for audit in await meter.ask(queries.audit_partitions, topic)]
 
     @get("/v1/audit/sums")
     async def audit_sums() -> SumAudit:

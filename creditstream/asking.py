@@ -172,7 +172,7 @@ class WorkerAnswers:
         return self._get(f"/v1/dead-letters/{partition}/{offset}", DeadLetter)
 
     def audit_partitions(self, topic: str) -> list[PartitionAudit]:
-        """See `sinks.queries.audit_partitions`; the worker knows one topic, its own."""
+        """See `sinks.queries.audit_partitions`; the worker knows its own two topics."""
         return [audit for audit in self._get("/v1/audit/partitions", list[PartitionAudit]) if audit.topic == topic]
 
     def audit_sums(self) -> SumAudit:

@@ -18,12 +18,12 @@ from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, Tri
 from creditstream.demo_view import Facts, alert_line, live_view
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
-from creditstream.reconcile import Reconciliation, reconcile
+from creditstream.reconcile import AccountTopic, Reconciliation, reconcile
 from schemas.credits import format_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
 from streams.settings import Settings
-from streams.topics import Broker, cell_runs_topic, ensure_topics
+from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
 CATCH_UP_S_MAX: Final = 60.0
 LOOK_S: Final = 0.25
@@ -126,7 +126,8 @@ def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reco
             break
         time.sleep(0.1)
     console.print("\nreconciling: Kafka's log against the ledger, every event rated a second time ...")
-    return reconcile(answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir))
+    accounts = AccountTopic(account_events_topic(settings), Path(settings.plans_dir))
+    return reconcile(answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir), accounts=accounts)
 
 
 def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None, home: str | None) -> None:

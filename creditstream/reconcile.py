@@ -1,22 +1,23 @@
-"""Every event accounted for: Kafka's log against the ledger, offset by offset.
+"""Every event accounted for: Kafka's logs against the ledger, offset by offset.
 
-For each partition the topic is read again, rated by the reference rater, and compared with the ledger's rows: one row
-for every offset up to the mark, with the same kind, reason, pool and credits. What lies behind the mark is not wrong,
-only not metered yet.
+For each partition the topics are read again, rated by the reference raters, and compared with the ledger's rows: one
+row for every offset up to the mark, with the same kind, reason, pool and credits. What lies behind the mark is not
+wrong, only not metered yet.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from creditstream.asking import Answers
-from creditstream.reference import Expected, ReferenceRater
-from schemas.answers import LedgerRow, PartitionAudit, SumAudit
+from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
+from schemas.answers import Delivery, LedgerRow, PartitionAudit, SumAudit
 from schemas.problem import Problem, Unreachable
 from streams.topics import Broker, LogRange, Topic
 
@@ -28,8 +29,9 @@ EXAMPLES_MAX = 5
 
 
 class PartitionBooks(msgspec.Struct, frozen=True, kw_only=True):
-    """One partition: what Kafka holds, what the ledger holds, and how they differ."""
+    """One partition of a topic: what Kafka holds, what the ledger holds, and how they differ."""
 
+    topic: str
     partition: int
     log_start: int
     log_end: int
@@ -47,7 +49,7 @@ class PartitionBooks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole topic. ``closes``: nothing is missing, doubled or different, and projections equal raw sums."""
+    """All topics. ``closes``: nothing is missing, doubled or different, and projections equal raw sums."""
 
     topic: str
     closes: bool
@@ -73,25 +75,37 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class AccountTopic(NamedTuple):
+    """The topic of account events, and the plan lists that they were rated by."""
+
+    topic_name: str
+    plans_dir: Path
+
+
 def reconcile(
-    answers: Answers, bootstrap: str, topic_name: str, catalogue_dir: Path, say: Callable[[str], None] = lambda _: None
+    answers: Answers,
+    bootstrap: str,
+    topic_name: str,
+    catalogue_dir: Path,
+    say: Callable[[str], None] = lambda _: None,
+    accounts: AccountTopic | None = None,
 ) -> Reconciliation:
-    """Compare a topic with its ledger. Reads every event that Kafka still has; ``say`` hears of the progress."""
+    """Compare the topic of cell runs, and with ``accounts`` that of account events, with the ledger. Reads every event
+    that Kafka still has; ``say`` hears of the progress.
+    """
     broker = Broker(bootstrap)
-    topic = broker.topic(topic_name)
-    if topic is None:
-        raise Problem(f"topic {topic_name} does not exist", f"on {bootstrap}", "Run `creditstream topics`.")
-    chains = answers.audit_partitions(topic_name)
-    audits = {chain.partition: chain for chain in chains if chain.topic_id == topic.id}
-    made_again = {chain.partition for chain in chains if chain.topic_id != topic.id}
-    ranges = broker.log_ranges(topic_name, range(topic.partitions))
-    progress = _Progress(say, sum(found.end - found.start for found in ranges.values()))
-    books = [
-        _Books(
-            answers, bootstrap, topic, partition, ranges[partition], audits.get(partition), partition in made_again
-        ).close(catalogue_dir, progress)
-        for partition in range(topic.partitions)
-    ]
+    # Account events first: a run that one of them reverses was in the ledger before it.
+    event_log = _Log.read(answers, broker, accounts.topic_name) if accounts else None
+    run_log = _Log.read(answers, broker, topic_name)
+    logs = [log for log in (run_log, event_log) if log]
+    progress = _Progress(say, sum(found.end - found.start for log in logs for found in log.ranges.values()))
+    books = []
+    for partition in range(run_log.topic.partitions):
+        rater = ReferenceRater(catalogue_dir, partition, run_log.topic.partitions)
+        books.append(_Books(answers, bootstrap, run_log, partition).close(_Runs(rater), progress))
+        if event_log and accounts:
+            events = ReferenceBilling(accounts.plans_dir, partition, event_log.topic.partitions, rater.debits)
+            books.append(_Books(answers, bootstrap, event_log, partition).close(_Events(events), progress))
     sums = answers.audit_sums()
     sums_equal = (sums.credits_projected, sums.rows_projected) == (sums.credits_raw, sums.rows_raw)
     wrong = any(book.missing or book.doubled or book.different for book in books)
@@ -105,8 +119,76 @@ def reconcile(
         credits=f"{sum(Decimal(book.credits) for book in books):f}",
         credits_reference=f"{sum(Decimal(book.credits_reference) for book in books):f}",
         sums=sums,
-        partitions=books,
+        partitions=sorted(books, key=lambda book: (book.topic != topic_name, book.partition)),
     )
+
+
+class _Log(NamedTuple):
+    """One topic: Kafka's log of each partition, and what the ledger's rows say of themselves."""
+
+    topic: Topic
+    ranges: dict[int, LogRange]
+    audits: dict[int, PartitionAudit]
+    made_again: set[int]
+    """Partitions of which the ledger has rows under another topic id."""
+
+    @classmethod
+    def read(cls, answers: Answers, broker: Broker, name: str) -> "_Log":
+        """Problem when the topic does not exist."""
+        topic = broker.topic(name)
+        if topic is None:
+            raise Problem(f"topic {name} does not exist", f"on {broker.bootstrap}", "Run `creditstream topics`.")
+        chains = answers.audit_partitions(name)
+        return cls(
+            topic,
+            broker.log_ranges(name, range(topic.partitions)),
+            {chain.partition: chain for chain in chains if chain.topic_id == topic.id},
+            {chain.partition for chain in chains if chain.topic_id != topic.id},
+        )
+
+
+class _Referee(Protocol):
+    """A reference rater, and what it cannot know."""
+
+    def expect(self, message: Message) -> Expected:
+        """The verdict on the next record."""
+
+    def excuses(self, row: LedgerRow, expected: Expected, books: "_Books") -> bool:
+        """Whether the ledger differs for a good reason; then the rater has forgotten the record."""
+
+
+class _Runs:
+    def __init__(self, rater: ReferenceRater) -> None:
+        self._rater = rater
+
+    def expect(self, message: Message) -> Expected:
+        return self._rater.expect(message.key(), message.value(), message.timestamp()[1])
+
+    def excuses(self, row: LedgerRow, expected: Expected, books: "_Books") -> bool:
+        """A copy of a run that this log does not hold, or an action that the catalogue did not know yet."""
+        excused = expected.kind == "run" != row.kind and (row.reason == "unknown_action" or books.is_copy_of_older(row))
+        if excused:
+            self._rater.forget(row.workspace_id, row.run_id)
+        return excused
+
+
+class _Events:
+    def __init__(self, rater: ReferenceBilling) -> None:
+        self._rater = rater
+
+    def expect(self, message: Message) -> Expected:
+        return self._rater.expect(message.key(), message.value())
+
+    def excuses(self, row: LedgerRow, expected: Expected, books: "_Books") -> bool:
+        """A run that had not arrived, or that Kafka no longer has; a plan that no list knew yet; a copy of an event
+        that this log does not hold.
+        """
+        if expected.reason == UNKNOWN_RUN:
+            return row.kind == "reversal" and books.was_debited(row)
+        early = (expected.reason, row.reason) in (("reversed", UNKNOWN_RUN), ("plan_changed", "unknown_plan"))
+        if excused := early or (expected.kind not in ("dead_letter", "duplicate") and books.is_copy_of_older(row)):
+            self._rater.forget()
+        return excused
 
 
 class _Progress:
@@ -124,26 +206,17 @@ class _Progress:
 class _Books:
     """One partition's two accounts, walked side by side."""
 
-    def __init__(
-        self,
-        answers: Answers,
-        bootstrap: str,
-        topic: Topic,
-        partition: int,
-        log_range: LogRange,
-        audit: PartitionAudit | None,
-        made_again: bool,
-    ) -> None:
-        self._answers, self._bootstrap, self._topic, self._partition = answers, bootstrap, topic, partition
-        self._log, self._audit, self._made_again = log_range, audit, made_again
-        self._mark = audit.last if audit else -1
+    def __init__(self, answers: Answers, bootstrap: str, log: _Log, partition: int) -> None:
+        self._answers, self._bootstrap, self._topic, self._partition = answers, bootstrap, log.topic, partition
+        self._log, self._audit = log.ranges[partition], log.audits.get(partition)
+        self._made_again = partition in log.made_again
+        self._mark = self._audit.last if self._audit else -1
         self._examples: list[str] = []
         self._missing = self._different = self._events = 0
         self._credits = self._credits_reference = Decimal(0)
 
-    def close(self, catalogue_dir: Path, progress: _Progress) -> PartitionBooks:
+    def close(self, referee: _Referee, progress: _Progress) -> PartitionBooks:
         """Walk both to the mark and say what was found."""
-        rater = ReferenceRater(catalogue_dir, self._partition, self._topic.partitions)
         rows = self._ledger_rows()
         row = next(rows, None)
         for message in self._messages():
@@ -152,33 +225,29 @@ class _Books:
             self._events += 1
             while row and row.offset < offset:
                 row = next(rows, None)
-            expected = rater.expect(message.key(), message.value(), message.timestamp()[1])
+            expected = referee.expect(message)
             if row and row.offset == offset:
-                self._compare(row, expected, rater)
+                self._compare(row, expected, referee)
             else:
                 self._missing += 1
-                self._example(
-                    f"[{self._partition}]@{offset}: no ledger row, expected {expected.kind}/{expected.reason}"
-                )
+                self._example(f"{self._place(offset)}: no ledger row, expected {expected.kind}/{expected.reason}")
         return self._report()
 
-    def _compare(self, row: LedgerRow, expected: Expected, rater: ReferenceRater) -> None:
+    def _compare(self, row: LedgerRow, expected: Expected, referee: _Referee) -> None:
         credits = Decimal(row.credits) / 1000
         self._credits += credits
-        if expected.kind == "run" and row.kind != "run" and self._is_copy_of_older(row):
+        found = row.kind, row.reason, row.pool, credits
+        if found != expected and referee.excuses(row, expected, self):
             self._credits_reference += credits
-            rater.forget(row.workspace_id, row.run_id)
             return
         self._credits_reference += expected.credits
-        if (row.kind, row.reason, row.pool, credits) != expected:
+        if found != expected:
             self._different += 1
-            self._example(
-                f"[{self._partition}]@{row.offset}: ledger {row.kind}/{row.reason} {credits}, expected {expected}"
-            )
+            self._example(f"{self._place(row.offset)}: ledger {row.kind}/{row.reason} {credits}, expected {expected}")
 
-    def _is_copy_of_older(self, row: LedgerRow) -> bool:
-        """A copy of a run that this log does not hold: it lay before the log's start, or in a deleted topic of this
-        name. The ledger names the original's position; a run that comes later in this log is compared there.
+    def is_copy_of_older(self, row: LedgerRow) -> bool:
+        """A copy of an event that this log does not hold: it lay before the log's start, or in a deleted topic of this
+        name. The ledger names the original's position; one that comes later in this log is compared there.
         """
         if row.reason not in ("duplicate", "conflicting_duplicate"):
             return False
@@ -186,9 +255,18 @@ class _Books:
         number = place.partition(" ")[0].rstrip(",")
         if number.isdigit() and int(number) < self._log.start:
             return True
-        return self._made_again and any(
-            delivery.kind == "run" for delivery in self._answers.explanation(UUID(row.run_id)).deliveries
-        )
+        return self._made_again and any(delivery.kind == "run" for delivery in self._deliveries(row))
+
+    def was_debited(self, row: LedgerRow) -> bool:
+        """Whether a run that Kafka no longer has drew what this row takes back."""
+        drawn = -Decimal(row.credits) / 1000
+        return any(one.kind == "run" and Decimal(one.credits) == drawn for one in self._deliveries(row))
+
+    def _deliveries(self, row: LedgerRow) -> list[Delivery]:
+        return self._answers.explanation(UUID(row.run_id)).deliveries
+
+    def _place(self, offset: int) -> str:
+        return f"{self._topic.name}[{self._partition}]@{offset}"
 
     def _example(self, text: str) -> None:
         if len(self._examples) < EXAMPLES_MAX:
@@ -235,6 +313,7 @@ class _Books:
     def _report(self) -> PartitionBooks:
         audit = self._audit
         return PartitionBooks(
+            topic=self._topic.name,
             partition=self._partition,
             log_start=self._log.start,
             log_end=self._log.end,

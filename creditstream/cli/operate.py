@@ -10,8 +10,8 @@ from schemas.problem import Difference
 from streams.settings import Origin, origins, read_settings, unknown_variables
 
 BOOK_COLUMNS = (
-    "partition", "events", "rows", "missing", "doubled", "different", "behind", "offsets_without_event", "credits",
-    "credits_reference",
+    "topic", "partition", "events", "rows", "missing", "doubled", "different", "behind", "offsets_without_event",
+    "credits", "credits_reference",
 )  # fmt: skip
 
 
@@ -19,13 +19,13 @@ BOOK_COLUMNS = (
 @source_options
 @click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")
 def reconcile(home: str, url: str, form: str) -> None:
-    """Prove that every event is accounted for: Kafka's log against the ledger, offset by offset.
+    """Prove that every event is accounted for: Kafka's logs against the ledger, offset by offset.
 
-    Reads the whole topic, rates it a second time by other code, and compares. Exit 3 on a difference.
+    Reads cell runs and account events, rates them a second time by other code, and compares. Exit 3 on a difference.
     """
-    from creditstream.reconcile import PartitionBooks
+    from creditstream.reconcile import AccountTopic, PartitionBooks
     from creditstream.reconcile import reconcile as compare
-    from streams.topics import cell_runs_topic
+    from streams.topics import account_events_topic, cell_runs_topic
 
     settings = settings_of(home)
     with ask(settings, url) as answers:
@@ -35,6 +35,7 @@ def reconcile(home: str, url: str, form: str) -> None:
             cell_runs_topic(settings),
             Path(settings.catalogue_dir),
             say=lambda line: click.echo(line, err=True),
+            accounts=AccountTopic(account_events_topic(settings), Path(settings.plans_dir)),
         )
     if form == "json":
         show_record(books)
