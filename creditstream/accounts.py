@@ -7,13 +7,14 @@ what the ledger knew at an instant; without it, for what it knows now.
 
 import time
 from collections.abc import Iterable
-from datetime import date, datetime
-from typing import NamedTuple
+from datetime import UTC, date, datetime
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import msgspec
 from clickhouse_connect.driver.client import Client
 
+from schemas.account import LATEST_EFFECTIVE_AT
 from schemas.answers import (
     BalanceMove,
     Delivery,
@@ -26,11 +27,11 @@ from schemas.answers import (
     StatementLine,
 )
 from schemas.catalogue import Catalogue
-from schemas.cell_run import from_milliseconds, to_milliseconds
+from schemas.cell_run import EARLIEST_RAN_AT, from_milliseconds, to_milliseconds
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind, Pool
 from schemas.limits import DEFAULT_THRESHOLDS
-from schemas.problem import UnknownId
+from schemas.problem import Problem, UnknownId
 from sinks import account_queries, queries
 from sinks.account_queries import DaySum
 from sinks.accounts import facts_of
@@ -40,7 +41,8 @@ from streams.limits import REMAINING_BELOW, Facts
 from streams.messages import runs_out_on
 from streams.periods import DAY_MS, Day, Period, allowance_of, day_of, in_effect, period_of, to_date, to_day
 
-ALERTS_MAX = 10_000
+ALERTS_MAX: Final = 10_000
+_FIRST_DAY: Final = to_day(EARLIEST_RAN_AT.date())
 
 
 class Moment(NamedTuple):
@@ -56,10 +58,15 @@ class Moment(NamedTuple):
 
 
 def moment(as_of: datetime | None) -> Moment:
-    """``as_of``, or now."""
+    """``as_of``, UTC where it names no offset; or now. Problem when it lies outside of what the ledger can date."""
     if as_of is None:
         return Moment(time.time_ns() // 1_000_000, None)
-    return Moment(to_milliseconds(as_of), to_milliseconds(as_of))
+    aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
+    if not EARLIEST_RAN_AT <= aware < LATEST_EFFECTIVE_AT:
+        raise Problem(
+            f"nothing is known as of {as_of}", "it lies before 2020 or after 2099", "Ask for another instant."
+        )
+    return Moment(to_milliseconds(aware), to_milliseconds(aware))
 
 
 def facts(client: Client, workspace_id: str, at: Moment) -> Facts:
@@ -159,12 +166,13 @@ def statement(
 ) -> list[StatementLine]:
     """Both pools over the billing period that holds ``day`` (UTC; None: today), from opening to closing.
 
-    UnknownId as `balance`, and for a day that has not come.
+    UnknownId as `balance`, and for a day that has not come, or before 2020.
     """
     at = moment(as_of)
     wanted = at.day if day is None else to_day(day)
-    if wanted > at.day:
-        raise UnknownId(f"no period holds {day} yet", "it lies in the future", "Ask for a day that has begun.")
+    if not _FIRST_DAY <= wanted <= at.day:
+        why = "it lies in the future" if wanted > at.day else "the ledger begins with 2020"
+        raise UnknownId(f"no period holds {day}", why, "Ask for another day.")
     said = facts(client, workspace_id, at)
     period = period_of(wanted, said.plans, at.ms)
     sums = account_queries.day_sums(client, workspace_id, period, at.known_ms)

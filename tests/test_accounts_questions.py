@@ -13,7 +13,7 @@ from schemas.answers import PoolBalance, StatementLine
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import Pool
-from schemas.problem import UnknownId
+from schemas.problem import Problem, UnknownId
 from tests.account_rows import SECOND, AccountRows, at
 from tests.records import EXAMPLES, STEADY
 
@@ -205,8 +205,20 @@ def test_a_period_to_come_has_no_statement(client: Client) -> None:
     rows = AccountRows()
     rows.run(at("2026-01-10"))
     rows.write(client)
-    with pytest.raises(UnknownId, match="no period holds 2026-02-01 yet"):
-        accounts.statement(client, "ws_1", date(2026, 2, 1), at("2026-01-31"))
+    for day in (date(2026, 2, 1), date(1960, 1, 1)):
+        with pytest.raises(UnknownId, match=f"no period holds {day}"):
+            accounts.statement(client, "ws_1", day, at("2026-01-31"))
+
+
+def test_an_instant_without_an_offset_is_in_utc(client: Client) -> None:
+    """And one that no row can have is refused."""
+    rows = AccountRows()
+    rows.run(at("2026-01-10"))
+    rows.write(client)
+    assert enrichment(client, datetime(2026, 1, 11)) == enrichment(client, at("2026-01-11"))  # noqa: DTZ001
+    for instant in (at("2019-12-31"), at("2100-01-01"), datetime.max.replace(tzinfo=UTC)):
+        with pytest.raises(Problem, match="nothing is known as of"):
+            accounts.balance(client, "ws_1", instant)
 
 
 def test_a_workspace_of_free_runs_has_a_balance(client: Client) -> None:
