@@ -27,7 +27,6 @@ from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from sinks import queries
 from sinks.clickhouse import connect
 from sinks.migrate import migrate
-from streams.periods import period_of, to_date
 
 CHUNK = 1_000_000
 DAYS = 360
@@ -79,17 +78,15 @@ def questions(client: Client, workspace: str) -> dict[str, Question]:
     catalogue = Catalogue.load(EXAMPLE_CATALOGUES)
     run = _a_run(client, workspace)
 
-    def usage_of_the_period() -> object:
-        at = accounts.moment(None)
-        period = period_of(at.day, accounts.facts(client, workspace, at).plans, at.ms)
-        return queries.usage(client, workspace, By.COLUMN, *map(to_date, period))
-
+    today = datetime.now(UTC).date()
     views = ("usage_by_period", "billing_periods", "balances", "usage_by_column", "debits", "late_runs")
     asked: dict[str, Question] = {
         "API: usage of a day range": lambda: queries.usage(
             client, workspace, By.COLUMN, date(2026, 1, 1), date(2026, 2, 1)
         ),
-        "API: usage of the running period, by column": usage_of_the_period,
+        "API: usage of the running period, by column": lambda: accounts.period_usage(
+            client, workspace, By.COLUMN, today
+        ),
         "API: balance": lambda: accounts.balance(client, workspace),
         "API: balance, as of an instant": lambda: accounts.balance(client, workspace, datetime.now(UTC)),
         "API: periods": lambda: accounts.periods(client, workspace),

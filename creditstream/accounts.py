@@ -17,6 +17,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.account import LATEST_EFFECTIVE_AT
 from schemas.answers import (
     BalanceMove,
+    By,
     Delivery,
     Explanation,
     LimitsInForce,
@@ -25,6 +26,7 @@ from schemas.answers import (
     PoolBalance,
     PublishedAlert,
     StatementLine,
+    UsageRow,
 )
 from schemas.catalogue import Catalogue
 from schemas.cell_run import EARLIEST_RAN_AT, from_milliseconds, to_milliseconds
@@ -169,12 +171,8 @@ def statement(
     UnknownId as `balance`, and for a day that has not come, or before 2020.
     """
     at = moment(as_of)
-    wanted = at.day if day is None else to_day(day)
-    if not _FIRST_DAY <= wanted <= at.day:
-        why = "it lies in the future" if wanted > at.day else "the ledger begins with 2020"
-        raise UnknownId(f"no period holds {day}", why, "Ask for another day.")
     said = facts(client, workspace_id, at)
-    period = period_of(wanted, said.plans, at.ms)
+    period = period_of(_asked_day(day, at), said.plans, at.ms)
     sums = account_queries.day_sums(client, workspace_id, period, at.known_ms)
     if said == Facts() and not sums:
         _require_known(client, workspace_id)
@@ -257,6 +255,23 @@ def _line(
         foots=opening + granted - debited + given_back - expired == closing,
         as_of=from_milliseconds(at.ms),
     )
+
+
+def period_usage(client: Client, workspace_id: str, by: By, day: date) -> list[UsageRow]:
+    """`sinks.queries.usage` over the billing period that holds a UTC day: the period first, then a range of days, which
+    is a third of what the view `usage_by_period` costs.
+    """
+    at = moment(None)
+    period = period_of(_asked_day(day, at), facts(client, workspace_id, at).plans, at.ms)
+    return queries.usage(client, workspace_id, by, to_date(period.start), to_date(period.end))
+
+
+def _asked_day(day: date | None, at: Moment) -> Day:
+    wanted = at.day if day is None else to_day(day)
+    if not _FIRST_DAY <= wanted <= at.day:
+        why = "it lies in the future" if wanted > at.day else "the ledger begins with 2020"
+        raise UnknownId(f"no period holds {day}", why, "Ask for another day.")
+    return wanted
 
 
 def plans(client: Client, workspace_id: str, as_of: datetime | None = None) -> list[PlanRow]:

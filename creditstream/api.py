@@ -65,9 +65,11 @@ def create_api(meter: Meter) -> Litestar:
         by: FromQuery[By] = By.COLUMN,
         start: Annotated[date | None, QueryParameter(name="from", description="first UTC day")] = None,
         end: Annotated[date | None, QueryParameter(name="to", description="the day after the last one")] = None,
+        period: Annotated[date | None, QueryParameter(description="any UTC day of a billing period, instead")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
-        rows: list[UsageRow] = await meter.ask(queries.usage, workspace_id, by, start, end)
+        question = (accounts.period_usage, period) if period else (queries.usage, start, end)
+        rows: list[UsageRow] = await meter.ask(question[0], workspace_id, by, *question[1:])
         return rows
 
     @get("/v1/workspaces")

@@ -61,6 +61,7 @@ class Answers(Protocol):
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
     def audit_sums(self) -> SumAudit: ...  # noqa: D102
     def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
+    def period_usage(self, workspace_id: str, by: By, day: date) -> list[UsageRow]: ...  # noqa: D102
     def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]: ...  # noqa: D102
     def periods(self, workspace_id: str, as_of: datetime | None) -> list[PeriodRow]: ...  # noqa: D102
     def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]: ...  # noqa: D102
@@ -183,6 +184,10 @@ class WorkerAnswers:
         """See `sinks.queries.ledger_rows`."""
         chain = {"topic_id": topic_id, "partition": partition}
         return self._get("/v1/audit/rows", list[LedgerRow], **chain, after=after, limit=limit)
+
+    def period_usage(self, workspace_id: str, by: By, day: date) -> list[UsageRow]:
+        """See `creditstream.accounts.period_usage`."""
+        return self._get("/v1/usage", list[UsageRow], workspace_id=workspace_id, by=by, period=day)
 
     def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]:
         """See `creditstream.accounts.balance`."""

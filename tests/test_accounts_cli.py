@@ -64,6 +64,7 @@ def read_json(done: Finished) -> Any:
 QUESTIONS: Final = [
     ("balance", WORKSPACE),
     ("statement", WORKSPACE),
+    ("usage", WORKSPACE, "--period", f"{NOW:%Y-%m-%d}"),
     ("check", WORKSPACE, "find_work_email", "--cells", "10"),
     ("top",),
     ("explain", str(MAILS[0].run_id)),
@@ -73,7 +74,7 @@ AT: Final = ("--as-of", "2099-01-01")
 
 def fixed(words: tuple[str, ...]) -> tuple[str, ...]:
     """The question at an instant, so that two answers can be equal."""
-    return words if words[0] == "explain" else (*words, *AT)
+    return words if words[0] in ("explain", "usage") else (*words, *AT)
 
 
 def test_billing_is_seen_in_every_answer(settings: dict[str, str | int]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from creditstream import accounts
-from schemas.answers import PoolBalance, StatementLine
+from schemas.answers import By, PoolBalance, StatementLine
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import Pool
@@ -195,6 +195,23 @@ def test_every_statement_foots(client: Client, drawn: list[tuple[int, int, bool,
         assert parse_credits(found["enrichment"].debited) >= parse_credits(found["enrichment"].reversed) >= 0
         assert carried in (None, found["premium"].opening)
         carried = found["premium"].closing
+
+
+def test_usage_of_a_period_is_that_of_its_days(client: Client) -> None:
+    """The period that holds a day, by the plans known now; it adds up to what the statement debits and gives back."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-31"))
+    rows.run(at("2026-02-27 23:59:59.999"), 1)
+    run = rows.run(at("2026-02-28"), 2)
+    rows.run(at("2026-03-30 23:59:59"), 4, column_id="col_2")
+    rows.run(at("2026-03-31"), 8)
+    rows.reverse(run, at("2026-04-10"))
+    rows.write(client)
+
+    found = accounts.period_usage(client, "ws_1", By.COLUMN, date(2026, 3, 1))
+    assert [(row.column_id, row.credits, row.runs) for row in found] == [("col_2", "4", 1), ("col_1", "0", 1)]
+    assert moves(lines(client, date(2026, 3, 1), at("2026-05-01"))["enrichment"])[2:4] == ("6", "2")
+    assert accounts.period_usage(client, "ws_1", By.TABLE, date(2026, 2, 27))[0].credits == "1"
 
 
 def test_a_period_to_come_has_no_statement(client: Client) -> None:

@@ -15,7 +15,7 @@ from litestar.testing import TestClient
 from creditstream import accounts, spending
 from creditstream.api import create_api
 from creditstream.client.testing import MemoryGate
-from schemas.answers import Estimate, ShareOfRuns, SpendCheck, TopBy
+from schemas.answers import By, Estimate, ShareOfRuns, SpendCheck, TopBy
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Pool
 from schemas.problem import UnknownId
@@ -247,6 +247,9 @@ def test_the_api_answers_as_the_functions_do(drawn: Client, tmp_path: Any) -> No
             found = api.get(path, params=as_of if path == "/v1/top" else asked)
             assert found.status_code == 200, (path, found.text)
             assert msgspec.json.decode(found.content) == msgspec.to_builtins(answer), path
+        found = api.get("/v1/usage", params={"workspace_id": "ws_1", "period": "2026-01-20"})
+        usage = accounts.period_usage(drawn, "ws_1", By.COLUMN, date(2026, 1, 31))
+        assert msgspec.json.decode(found.content) == msgspec.to_builtins(usage)
         assert api.get("/v1/balance", params={"workspace_id": "ws_none"}).status_code == 404
         assert api.get("/v1/check", params=mine | {"action": "enrich_person", "cells": 0}).status_code == 400
         paths = api.get("/schema/openapi.json").json()["paths"]

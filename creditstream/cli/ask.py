@@ -35,10 +35,18 @@ LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id",
 @click.option("--by", type=click.Choice([str(by) for by in By]), default="column", help="What to sum by.")
 @click.option("--from", "start", type=_DAY, metavar="YYYY-MM-DD", help="First UTC day.")
 @click.option("--to", "end", type=_DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
+@click.option("--period", type=_DAY, metavar="YYYY-MM-DD", help="The billing period that holds this UTC day, instead.")
 @source_options
 @format_option
 def usage(
-    workspace: str, by: str, start: datetime | None, end: datetime | None, home: str, url: str, form: str
+    workspace: str,
+    by: str,
+    start: datetime | None,
+    end: datetime | None,
+    period: datetime | None,
+    home: str,
+    url: str,
+    form: str,
 ) -> None:
     """Credits and runs of a workspace.
 
@@ -46,8 +54,14 @@ def usage(
     """
     days = [day.date() if day else None for day in (start, end)]
     _require_order(*days)
+    if period and (start or end):
+        raise click.UsageError("Give --period, or --from and --to.")
     with ask(settings_of(home), url) as answers:
-        rows = answers.usage(workspace, By(by), *days)
+        rows = (
+            answers.period_usage(workspace, By(by), period.date())
+            if period
+            else answers.usage(workspace, By(by), *days)
+        )
     columns = (*_COLUMNS_OF[By(by)], *(("pool",) if by != "pool" else ()), "credits", "runs", "free_runs")
     show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
 
