@@ -219,7 +219,8 @@ class Workspace:
 
     def _plans(self, events: int) -> list[LedgerRow]:
         known = [row for row in self.events[:events] if row.kind == "plan"]
-        return sorted(known, key=lambda row: (row.effective_ms, row.recorded_ms, row.offset))
+        standing = {row.effective_ms: row for row in sorted(known, key=lambda row: row.offset)}
+        return [standing[at] for at in sorted(standing)]
 
     def _period(self, events: int) -> tuple[date, date]:
         """That of today: from the day of the first plan, which is less than a month ago; else the calendar month."""

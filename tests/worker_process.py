@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -196,14 +197,13 @@ class WorkerProcess:
     def produce(self, events: Iterable[Event]) -> None:
         """Send records to the worker's topic, and wait until Kafka has them."""
         settings = self.configured
-        producer = open_producer(settings.kafka_bootstrap)
-        send(producer, cell_runs_topic(settings), events)
+        send(_producer(settings.kafka_bootstrap), cell_runs_topic(settings), events)
 
     def bill(self, events: Iterable[AccountEvent]) -> None:
         """Send account events, as billing does, and wait until Kafka has them."""
         settings = self.configured
         records = [Event(event.workspace_id.encode(), encode_account_event(event)) for event in events]
-        send(open_producer(settings.kafka_bootstrap), account_events_topic(settings), records)
+        send(_producer(settings.kafka_bootstrap), account_events_topic(settings), records)
 
     def wait_until_told(self, seconds: float = WAIT_S_MAX) -> None:
         """Until Kafka's commit is at the end of both topics: rows are in the ledger, and alerts and states are out."""
@@ -256,6 +256,12 @@ class WorkerProcess:
         if error:
             tail = "\n".join(line[:600] for line in self.log_lines()[-LOG_LINES_SHOWN:])
             error.add_note(f"the end of {self.log}:\n{tail}")
+
+
+@cache
+def _producer(bootstrap: str) -> Producer:
+    """One for all tests: an idempotent producer takes half a second to begin."""
+    return open_producer(bootstrap)
 
 
 def send(producer: Producer, topic: str, events: Iterable[Event]) -> None:
