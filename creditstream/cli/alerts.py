@@ -2,23 +2,47 @@
 
 import os
 import signal
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
 import rich_click as click
 
+from creditstream.asking import ask
 from creditstream.cli.notifier import endpoints_option
-from creditstream.cli.options import format_option, home_option, settings_of, show_rows, utc
+from creditstream.cli.options import (
+    as_of_option,
+    format_option,
+    home_option,
+    settings_of,
+    show_rows,
+    source_options,
+    utc,
+)
+from schemas.answers import PublishedAlert
+from schemas.limits import AlertKind
 from schemas.problem import Problem
 from schemas.webhook import DeliveryState, Format
 
 PORT = 8630
+ALERT_COLUMNS = (
+    "at",
+    "workspace_id",
+    "pool",
+    "kind",
+    "thresholds",
+    "used",
+    "allowance",
+    "cause",
+    "position",
+    "alert_id",
+)
 DELIVERY_COLUMNS = ("state", "endpoint", "alert_id", "attempts", "when", "said")
 
 
 @click.group()
 def alerts() -> None:
-    """Limit alerts: test a receiver, see deliveries, send one again."""
+    """Limit alerts: which left, what was delivered, and how to try a receiver or send one again."""
 
 
 @alerts.command()
@@ -84,6 +108,26 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
         refused += [] if answer.is_success else [name]
     if refused:
         raise Problem("the alert was not accepted", f"by {', '.join(refused)}", "See above.")
+
+
+@alerts.command("list")
+@click.option("--workspace", metavar="WORKSPACE", help="Only of this one.")
+@click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only these.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many, newest first.")
+@as_of_option
+@source_options
+@format_option
+def list_alerts(
+    workspace: str | None, kind: str | None, limit: int, as_of: datetime | None, home: str, url: str, form: str
+) -> None:
+    """The newest limit alerts that left the meter.
+
+    Example: `creditstream alerts list --kind exhausted`
+    """
+    with ask(settings_of(home), url) as answers:
+        found = answers.alerts(workspace or "", kind or "", limit, as_of)
+    columns = ALERT_COLUMNS if form == "text" else PublishedAlert.__struct_fields__
+    show_rows(found, form, columns, "No alerts.")
 
 
 @alerts.command("deliveries")
