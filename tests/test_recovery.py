@@ -1,0 +1,149 @@
+"""Where a unit begins, and what it does again: from the ledger's marks and Kafka's commits."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+import pytest
+from clickhouse_connect.driver.client import Client
+
+from schemas.cell_run import to_milliseconds
+from schemas.ledger import Kind, Pool
+from sinks.accounts import AccountRow, Tail
+from sinks.ledger import Chain
+from streams.account_events import openings
+from streams.recovery import TAIL_ROWS_MAX, Start, instants_of, starting_point, told_at, without
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
+from tests.account_records import Story, Topics, at
+from tests.limit_voices import seen_of
+from tests.unit_bench import CHAINS, Bench
+
+ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
+NO_DEBITS: Final = pa.table({name: pa.array([], pa.int64()) for name in ("workspace_id", "pool", "credits", "day")})
+
+
+@pytest.mark.parametrize(
+    ("marks", "committed", "start"),
+    [
+        ((-1, -1), (None, None), Start(-1, -1, False)),
+        ((-1, -1), (0, 0), Start(-1, -1, False)),
+        ((9, 3), (10, 4), Start(9, 3, False)),
+        ((9, 3), (5, 4), Start(4, 3, False)),
+        ((9, 3), (None, 4), Start(9, 3, True)),
+        ((9, -1), (10, None), Start(9, -1, False)),
+        ((9, 3), (11, 4), Start(9, 3, True)),
+        ((TAIL_ROWS_MAX, 3), (0, 4), Start(TAIL_ROWS_MAX, 3, True)),
+    ],
+)
+def test_where_a_fold_begins(marks: tuple[int, int], committed: tuple[int | None, int | None], start: Start) -> None:
+    """At the commit; without one, with one above the mark, or with too much behind it, at the mark, and seeded."""
+    assert starting_point(marks, committed) == start
+
+
+def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000, plan: str = "10") -> AccountRow:
+    """A plan of ``ws_1`` as the ledger holds it."""
+    return AccountRow(
+        "ws_1", Kind.PLAN, to_milliseconds(at(recorded)), offset, to_milliseconds(at(effective)), plan, allowance,
+        False, (), -1, "enrichment", 0, 0,
+    )  # fmt: skip
+
+
+def test_f13_a_tail_takes_out_its_own_events_and_not_those_of_a_deleted_topic() -> None:
+    """Offsets begin again in a topic that was made again: an equal one is another event."""
+    old, new = plan_row("Jan 1", "Jan 1", 0), plan_row("Feb 1", "Feb 1", 0)
+    events, _ = without(Tail(NO_DEBITS, [(1, new)]), [old, new], [])
+    assert events == [old]
+
+
+def test_an_instant_tells_what_was_known_then() -> None:
+    """An event that was replaced later still told; one that came later did not."""
+    effective = "Jan 20 12:00"
+    first = plan_row("Jan 10", effective, 0, 0, "cancelled")
+    rows = [first, plan_row("Jan 21", effective, 1)]
+    from_ms, to_ms = to_milliseconds(at("Jan 19")), to_milliseconds(at("Jan 22"))
+    instant = to_milliseconds(at(effective))
+    assert instants_of(rows, from_ms, to_ms) == (instant,)
+    ((notice, source),) = told_at("ws_1", rows, instant, openings(["ws_1"], [], [])["ws_1"])
+    assert (notice.kind, notice.standing.terms.plan, notice.at_ms, source) == ("exhausted", "cancelled", instant, None)
+    assert instants_of(rows[1:], from_ms, to_ms) == ()
+
+
+async def live(
+    client: Client,
+    committed: Sequence[int | None],
+    *chunks: tuple[bool, list[Any]],
+    chains: tuple[Chain, Chain] = CHAINS,
+) -> Bench:
+    """A unit that takes these chunks one after the other, and is killed."""
+    bench = await Bench.open(client, committed=committed, chains=chains)
+    task = bench.start()
+    for of_account, records in chunks:
+        done = bench.acknowledged + 1
+        bench.deliver(records, of_account=of_account)
+        bench.unit.drain()
+        await bench.wait(task, lambda done=done: bench.acknowledged == done)  # type: ignore[misc]
+    await bench.wait(task, lambda: not bench.unit.chores)
+    await bench.kill(task)
+    await bench.unit.voice.flush()
+    return bench
+
+
+@ON_CHDB
+async def test_f6_what_the_commit_has_not_seen_is_told_again_with_the_same_ids(client: Client) -> None:
+    """Rows are in the ledger, nobody heard: the next owner tells the same alerts, and no others."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(6, at("Jan 16"), at("Jan 17"))
+    story.plan("20", at("Jan 18"))
+    story.runs(4, at("Jan 19"), at("Jan 20"))
+    told = (await live(client, (0, 0), *Topics().append(story.steps))).alerts
+    assert [(str(alert.kind), alert.thresholds) for alert in told] == [
+        ("crossed", (50,)), ("recovered", ()), ("crossed", (50,))
+    ]  # fmt: skip
+
+    heard_nothing = await live(client, (0, 0))
+    heard_half = await live(client, (6, 1))
+    heard_all = await live(client, (10, 2))
+
+    plain = [(alert.alert_id, alert.position, alert.used, alert.run_id) for alert in told]
+    assert [(a.alert_id, a.position, a.used, a.run_id) for a in heard_nothing.alerts] == plain
+    assert [alert.alert_id for alert in heard_half.alerts] == [alert.alert_id for alert in told[1:]]
+    assert heard_all.alerts == []
+    for bench in (heard_nothing, heard_half, heard_all):
+        seen = seen_of(bench.unit.balances["ws_1"].standing(Pool.ENRICHMENT))
+        assert (seen.used, seen.allowance, seen.state) == (10, 20, "warning")
+
+
+@ON_CHDB
+async def test_without_a_commit_standing_lines_are_told_as_seeded(client: Client) -> None:
+    """There is no history to fold again: what stands is told, and notifies nobody."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(9, at("Jan 16"), at("Jan 17"))
+    await live(client, (0, 0), *Topics().append(story.steps))
+
+    bench = await live(client, (None, None))
+
+    (alert,) = bench.alerts
+    assert (alert.seeded, str(alert.kind), alert.thresholds, alert.used) == (True, "crossed", (50, 80), "9")
+    assert {key: str(state.state) for key, state in bench.states.items()} == {
+        b"enrichment/ws_1": "warning", b"premium/ws_1": "exhausted"
+    }  # fmt: skip
+
+
+@ON_CHDB
+async def test_f13_balances_go_on_when_a_topic_was_made_again(client: Client) -> None:
+    """Plans and debits of the old topic count; the new one's events at the same offsets are added."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(3, at("Jan 16"), at("Jan 17"))
+    await live(client, (0, 0), *Topics().append(story.steps))
+
+    again = Story()
+    again.plan("20", at("Jan 18"))
+    again.runs(3, at("Jan 19"), at("Jan 20"))
+    chains = Chain(CELL_RUNS, "topic-3", 0), Chain(ACCOUNT_EVENTS, "topic-4", 0)
+    for chunks in (Topics().append(again.steps), []):
+        bench = await live(client, (0, 0), *chunks, chains=chains)
+        seen = seen_of(bench.unit.balances["ws_1"].standing(Pool.ENRICHMENT))
+        assert (seen.used, seen.allowance, seen.state, seen.plan) == (6, 20, "ok", "20")
