@@ -289,8 +289,9 @@ class Balances:
         ``cause``, and no ``used`` moves unseen.
         """
         account = self._touch(name)
-        notices = self._advance(account, at_ms)
+        # An event may lag behind the runs: no instant up to now is skipped by computing the terms as of now.
         self.now_ms = max(self.now_ms, at_ms)
+        notices = self._advance(account, self.now_ms)
         before = account.enrichment, account.premium
         change(account)
         account.renew(self.now_ms)

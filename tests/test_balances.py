@@ -21,7 +21,7 @@ from sinks.clickhouse import connect
 from sinks.migrate import migrate
 from streams.balances import METERED
 from streams.unit import Unit
-from tests.account_records import Step
+from tests.account_records import Step, Story, at
 from tests.ledger_rows import wait_until_grown
 from tests.limit_histories import NAMES, SILENCE_MAX, Life, histories, live, referred
 from tests.limit_voices import Rated, Seen, kafka_record, rated, seen_by_sql, seen_of, told_of
@@ -98,6 +98,22 @@ def assert_balances(life: Life, reference: dict[str, ReferenceLimits], records: 
                 found = reference[account.name].balance(pool, now)
                 seen = Seen(found.used, found.allowance or Decimal(0), found.state, found.period, found.plan)
                 assert seen_of(account.standing(pool)) == seen, account.name
+
+
+def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:
+    """Received before a period's end and taken in when other runs have passed it: the end is told by time, as ever."""
+    warned, other = Story("ws_a"), Story("ws_b")
+    warned.plan("10", at("Jan 15"))
+    warned.runs(10, at("Jan 16"), at("Jan 17"))
+    other.run(at("Feb 15 01:00"))
+    warned.plan("20", at("Feb 14 23:00"))
+    life = Life(100)
+    for record in rated([*warned.steps[:-1], *other.steps, warned.steps[-1]]):
+        (life.take_events if record.step.of_account else life.take)([record])
+    assert [(told.kind, told.cause, told.at) for told in life.told.values()][3:] == [
+        ("period_started", "time", at("Feb 15"))
+    ]
+    assert seen_of(life.balances["ws_a"].enrichment)[:3] == (0, 20, "ok")
 
 
 async def live_through(client: Client, records: list[Rated], dice: random.Random) -> dict[UUID, Told]:
