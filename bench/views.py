@@ -154,7 +154,8 @@ def main() -> None:
         client = ledger(directory, "one")
         fill(client, chosen.rows, 2_000, burst=200, skew=3)
         found = client.query(
-            "SELECT workspace_id, count() AS runs FROM ledger WHERE kind = 'run' GROUP BY workspace_id ORDER BY runs DESC"
+            "SELECT workspace_id, count() AS runs FROM ledger WHERE kind = 'run' GROUP BY workspace_id "
+            "ORDER BY runs DESC"
         ).result_rows
         for workspace, rows in (found[0], found[len(found) // 2]):
             table = Table(
