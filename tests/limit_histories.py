@@ -18,7 +18,7 @@ from streams.balances import Balances, Notice
 from streams.messages import Source, alert_of
 from streams.periods import to_date
 from tests.account_records import Step, Story, at
-from tests.limit_voices import Rated, account_row_of, debits_of, refer, told_of
+from tests.limit_voices import Rated, Seen, account_row_of, debits_of, refer, seen_of, told_of
 from tests.records import run_id
 
 NAMES: Final = ("ws_a", "ws_b", "ws_c")
@@ -95,6 +95,8 @@ class Life:
         self.committed = [-1, -1]
         """The last offsets of both chains that Kafka's commit has seen."""
         self.told: dict[Any, Told] = {}
+        self.states: dict[tuple[str, Pool], Seen] = {}
+        """What was told last of each pool."""
         self.balances = Balances(accounts_max, 0)
         self.balances.knows_all = True
         self._inserts = 0
@@ -145,12 +147,16 @@ class Life:
             self._tell(notice, None)
 
     def tell_states(self) -> None:
-        """All states are told."""
+        """The states that changed are told, of whoever is in memory."""
+        for name, pool in {*self.balances.moved, *self.balances.urgent}:
+            if name in self.balances:
+                self.states[name, pool] = seen_of(self.balances[name].standing(pool))
         self.balances.moved.clear()
         self.balances.urgent.clear()
 
     def commit(self) -> None:
-        """Kafka has seen that alerts are out and rows are in."""
+        """Kafka has seen that alerts and states are out and rows are in."""
+        self.tell_states()
         self.committed = self.marks
 
     def crash(self) -> None:
@@ -181,6 +187,18 @@ class Life:
                 for notice, source in recovery.told_at(name, rows, instant, opening):
                     self._tell(notice, source)
         self._load(NAMES)
+
+    def assert_used(self) -> None:
+        """Every account in memory has used what the ledger holds, and what is on its way there."""
+        folded = [*(row.record for row in self.ledger), *self.unwritten]
+        for account in self.balances:
+            for pool, days in ((Pool.ENRICHMENT, account.period), (Pool.PREMIUM, range(1 << 20))):
+                drawn = [
+                    record.expected.credits
+                    for record in folded
+                    if record.step.workspace_id == account.name and record.expected.pool == pool and record.day in days
+                ]
+                assert seen_of(account.standing(pool)).used == sum(drawn)
 
     def _load(self, names: Iterable[str]) -> None:
         if missing := self.balances.missing(names):

@@ -42,8 +42,10 @@ def lived(records: list[Rated], dice: random.Random, accounts_max: int) -> Life:
         part = list(takewhile(lambda r: r.step.of_account == of_account, following[: dice.choice([1, 1, 2, 5])]))  # noqa: B023
         (life.take_events if of_account else life.take)(part)
         at[of_account] += len(part)
+        life.assert_used()
         if dice.random() < 0.5:
             life.write(dice.choice([None, 1]))
+        if dice.random() < 0.5:
             life.tell_states()
         if dice.random() < 0.3 and not life.unwritten:
             life.commit()
@@ -54,6 +56,7 @@ def lived(records: list[Rated], dice: random.Random, accounts_max: int) -> Life:
             at = [mark + 1 for mark in life.marks]
     life.write()
     life.come(records[-1].step.recorded)
+    life.tell_states()
     assert at == [len(topic) for topic in by_topic]
     return life
 
@@ -77,6 +80,7 @@ def test_f19_accidents_change_no_balance_and_no_alert(steps: list[Step], seed: i
     life = lived(records, random.Random(seed), accounts_max)
     assert life.told == uncut.told
     assert_balances(life, reference, records)
+    assert_states(life, reference, records)
     life.crash()
     life.come(records[-1].step.recorded)
     assert life.told == uncut.told
@@ -98,6 +102,14 @@ def assert_balances(life: Life, reference: dict[str, ReferenceLimits], records: 
                 found = reference[account.name].balance(pool, now)
                 seen = Seen(found.used, found.allowance or Decimal(0), found.state, found.period, found.plan)
                 assert seen_of(account.standing(pool)) == seen, account.name
+
+
+def assert_states(life: Life, reference: dict[str, ReferenceLimits], records: list[Rated]) -> None:
+    """What was told last of a pool is so, unless a period has begun since for one that waits for nothing."""
+    for (name, pool), told in life.states.items():
+        found = reference[name].balance(pool, records[-1].step.recorded)
+        if told.period == found.period:
+            assert (told.used, told.state) == (found.used, found.state), name
 
 
 def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:

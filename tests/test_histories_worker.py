@@ -1,5 +1,7 @@
 """Histories through Kafka and a real worker, all at once; and both topics reconciled with its ledger."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -12,7 +14,7 @@ from creditstream.reconcile import AccountTopic, Reconciliation, reconcile
 from streams.topics import account_events_topic, cell_runs_topic
 from tests.account_records import PLANS_DIR, Step, Story
 from tests.limit_messages import newest_states, published_alerts
-from tests.worker_process import Event, WorkerProcess, ask_ledger
+from tests.worker_process import ROOT, Event, WorkerProcess, ask_ledger, creditstream
 
 NOW: Final = datetime.now(UTC).replace(microsecond=0)
 YESTERDAY: Final = NOW - timedelta(days=1)
@@ -158,3 +160,20 @@ def test_sql_says_the_same_once_the_worker_has_ended(told: WorkerProcess) -> Non
     found = {(name, pool): (Decimal(used), Decimal(allowance), state) for name, pool, used, allowance, state in rows}
     for name, (pool, used, allowance, state, _) in EXPECTED.items():
         assert found[name, pool] == (used, allowance, state), name
+
+
+def test_reconcile_finds_a_reversal_that_gives_back_too_much(told: WorkerProcess) -> None:
+    """Exit code 3, the topic and the offset."""
+    change = "ALTER TABLE ledger UPDATE credits = credits * 2 WHERE kind = 'reversal'"
+    script = (
+        "import sys\nfrom sinks.clickhouse import connect\n"
+        "with connect(sys.argv[1]) as client: client.command(sys.argv[2], settings={'mutations_sync': 1})"
+    )
+    subprocess.run([sys.executable, "-c", script, f"chdb://{told.home.ledger}", change], cwd=ROOT, check=True)
+
+    done = creditstream("reconcile", settings=told.settings | {"home": str(told.home.path)})
+
+    assert done.code == 3
+    assert f"{account_events_topic(told.configured)}[" in done.err
+    assert "ledger reversal/reversed -4" in done.err
+    assert "account-events" in done.out
