@@ -112,6 +112,29 @@ def assert_states(life: Life, reference: dict[str, ReferenceLimits], records: li
             assert (told.used, told.state) == (found.used, found.state), name
 
 
+def test_f19_who_may_be_evicted() -> None:
+    """Who was touched longest ago: not with rows above the mark, not with a state untold, not while waiting."""
+    idle, busy, warned = Story("ws_a"), Story("ws_b"), Story("ws_c")
+    warned.plan("4", at("Jan 15"))
+    warned.runs(2, at("Jan 16"))
+    idle.run(at("Jan 17"))
+    busy.run(at("Jan 18"))
+    life = Life(1)
+    for record in rated([*warned.steps, *idle.steps, *busy.steps]):
+        (life.take_events if record.step.of_account else life.take)([record])
+
+    def left(durable: int) -> list[str]:
+        life.balances.evict(durable)
+        return sorted(account.name for account in life.balances)
+
+    assert left(durable=3) == ["ws_a", "ws_b", "ws_c"], "their states are not told"
+    life.tell_states()
+    assert left(durable=1) == ["ws_a", "ws_b", "ws_c"], "their rows are on their way"
+    assert left(durable=2) == ["ws_b", "ws_c"]
+    assert left(durable=3) == ["ws_c"], "it waits for its period's end"
+    assert left(durable=3) == ["ws_c"]
+
+
 def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:
     """Received before a period's end and taken in when other runs have passed it: the end is told by time, as ever."""
     warned, other = Story("ws_a"), Story("ws_b")
