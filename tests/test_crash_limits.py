@@ -349,6 +349,38 @@ def test_f9_alerts_leave_while_clickhouse_is_down(
     assert_told(worker, Reference(client.query(ROWS).result_rows))
 
 
+@OVER_HTTP
+def test_f4_what_is_in_the_ledger_and_was_not_told_is_told_after_a_kill_9(
+    tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], http_server: ClickHouseServer, client: Client
+) -> None:
+    """Killed between an insert and its answer: the successor has no record to read, and tells alert and states."""
+    with WorkerProcess(tmp_path / "home", kafka, prefix, instance="one", **fields) as worker:
+        worker.create_topic()
+        worker.bill([a_plan("ws_1", "p200", datetime.now(UTC) - PLANNED_DAYS_AGO)])
+        worker.start().wait_until_told()
+        worker.produce(draw("ws_1", 150))
+        worker.wait_until_told()
+
+        kill_once_it_is_in_the_ledger(
+            worker, http_server, lambda: worker.bill([a_plan("ws_1", "p900", datetime.now(UTC))])
+        )
+        assert ("ws_1", "recovered") not in alerted(worker)
+        worker.start().wait_until_told()
+        assert ("ws_1", "recovered") in alerted(worker)
+        assert worker.stop() == 0
+
+    assert_told(worker, Reference(client.query(ROWS).result_rows))
+
+
+def kill_once_it_is_in_the_ledger(worker: WorkerProcess, server: ClickHouseServer, produce: Callable[[], None]) -> None:
+    """SIGKILL while the worker waits for the answer of the insert that this causes."""
+    server.forget_log()
+    server.fault("late_after", 5, containing="ledger")
+    produce()
+    server.wait_for(fault="late_after", state="executed", seconds=WAIT_S_MAX)
+    worker.kill()
+
+
 def alerted(worker: WorkerProcess) -> set[tuple[str, str]]:
     """Whom the alerts on the topic are about, and what they tell."""
     return {(alert.workspace_id, str(alert.kind)) for alert in published_alerts(worker.configured)}
