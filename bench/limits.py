@@ -46,7 +46,7 @@ from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure
 RATE = 1_000
 ALLOWANCE = 100
 ACTIVE = 50
-UPGRADES = 100
+UPGRADE_EVERY_S = 0.5
 PLANS = """
 version = 1
 effective_from = 2020-01-01T00:00:00Z
@@ -127,14 +127,14 @@ def read_alerts(settings: Settings, clocks: Clocks) -> None:
 def ask_gate(settings: Settings, gate: Gate, clocks: Clocks) -> None:
     """A worker that may no longer run, and then may again."""
     producer, topic = open_producer(settings.kafka_bootstrap), account_events_topic(settings)
-    deadline = None
+    deadline, upgraded_at = None, 0.0
     while deadline is None or time.monotonic() < deadline:
         now = time.monotonic()
         for workspace in [name for name in list(clocks.exhausting) if name not in clocks.no]:
             if not gate.check(workspace, "enrich_person").allowed:
                 clocks.no[workspace] = now
-                if len(clocks.upgraded) < UPGRADES:
-                    clocks.upgraded[workspace] = time.monotonic()
+                if now - upgraded_at > UPGRADE_EVERY_S:
+                    clocks.upgraded[workspace] = upgraded_at = time.monotonic()
                     plan_set(producer, topic, workspace, "large")
         for workspace in [name for name in clocks.upgraded if name not in clocks.yes]:
             if gate.check(workspace, "enrich_person").allowed:

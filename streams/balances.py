@@ -70,8 +70,8 @@ class Account:
     """One workspace as of a moment. Made by `Balances.load`."""
 
     __slots__ = (
-        "_days", "_enrichment", "_first_day", "_last_effect_ms", "_next_lines", "_premium", "_used", "_used_premium",
-        "awaited_ms", "facts", "name", "offset", "told", "until_ms",
+        "_days", "_enrichment", "_first_day", "_last_effect_ms", "_looked_at", "_next_lines", "_premium", "_used",
+        "_used_premium", "awaited_ms", "facts", "name", "offset", "told", "until_ms",
     )  # fmt: skip
 
     def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
@@ -85,6 +85,7 @@ class Account:
         self.until_ms = 0
         """The next instant at which something changes by time alone."""
         self.renew(now_ms)
+        self._looked_at = [self._used, self._used_premium]
         self.awaited_ms = FOREVER_MS
         """The instant for which it stands in the heap of boundaries."""
         self.offset = -1
@@ -171,6 +172,13 @@ class Account:
         self.until_ms = min(self._enrichment.until_ms, self._premium.until_ms)
         self._last_effect_ms = self.facts.last_effect_ms
         self.aim()
+
+    def look_ahead(self, pool: Pool) -> bool:
+        """Whether a line is reached within three times what was drawn since it was asked this before."""
+        place = METERED.index(pool)
+        used = self.standing(pool).used
+        drawn, self._looked_at[place] = used - self._looked_at[place], used
+        return drawn > 0 and used + 3 * drawn >= self._next_lines[place]
 
     def aim(self) -> None:
         """Look up the next lines, after a balance has crossed one or fallen."""

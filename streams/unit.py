@@ -176,6 +176,8 @@ class Unit:
             assert isinstance(incident, Incident)
             self.incident = incident
             self._lanes.on_incident(self, incident)
+        finally:
+            self.voice.close()
 
     def close(self) -> None:
         """Stop waiting for a database that does not answer."""
@@ -366,6 +368,7 @@ class Unit:
         """The clock's part: what waits for time alone, and chunks that wait for their states."""
         while True:
             await asyncio.sleep(TICK_S)
+            self.voice.refresh()
             if not self._is_tick_due:
                 self._is_tick_due = True
                 self._waiting.put_nowait(_NUDGE)

@@ -1,9 +1,8 @@
 """A unit's voice: hands alerts and states to the producer in the order of the fold, and knows when Kafka has them.
 
-States leave at once. Alerts wait at most `COURTESY_S_MAX` for the columns that drew most, which is a courtesy: it may
-be a second old, and an alert that cannot have it leaves without. Published alerts are also noted in the ledger's
-database, for the view ``alerts``; before Kafka's commit, so none is missing there, and after a crash one may be noted
-twice.
+States leave at once, alerts when they have what `streams.courtesies` can tell. Published alerts are also noted in the
+ledger's database, for the view ``alerts``: before Kafka's commit, so none is missing there, and after a crash one may
+be noted twice.
 """
 
 import asyncio
@@ -15,18 +14,14 @@ import structlog
 
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
-from schemas.limits import AsOf, LimitAlert, TopColumn, state_key
+from schemas.limits import AsOf, LimitAlert, state_key
 from sinks.accounts import TopQuestion
-from sinks.clickhouse import DatabaseError
 from sinks.ledger import Chain
 from streams.balances import Account, Balances, Key, Notice
+from streams.courtesies import Courtesies
 from streams.messages import Source, alert_of, runs_out_on, state_of
+from streams.periods import to_date
 from streams.topics import LIMIT_ALERTS, LIMIT_STATES
-
-COURTESY_S_MAX: Final = 0.05
-COURTESY_AGE_S_MAX: Final = 1.0
-COURTESY_ALERTS_MAX: Final = 20
-"""With more alerts at once than this, none waits for its columns."""
 
 log: Final = structlog.get_logger()
 
@@ -56,8 +51,7 @@ class Voice:
         self._outlets = outlets
         self._pending: asyncio.Task[None] | None = None
         self._unnoted: list[LimitAlert] = []
-        self._courtesies: dict[TopQuestion, tuple[TopColumn, ...]] = {}
-        self._asked_at = 0.0
+        self._courtesies = Courtesies(outlets.find_top_columns)
         self.has_unflushed = False
         self.unanswered: dict[Key, AsOf] = {}
         """What other owners have said last of each pool, where this unit may still have to answer."""
@@ -81,13 +75,23 @@ class Voice:
         self._publish_states(balances, folded, keys)
 
     def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
-        """Hand over the states of which only ``used`` has moved."""
+        """Hand over the states of which only ``used`` has moved, and ask ahead for pools that near a line."""
+        near = [key for key in balances.moved if key[0] in balances and balances[key[0]].look_ahead(key[1])]
+        self._courtesies.watch([_top_question(balances[name], pool) for name, pool in near])
         self._publish_states(balances, folded, list(balances.moved))
+
+    def refresh(self) -> None:
+        """Now and then: keep what was asked ahead fresh."""
+        self._courtesies.refresh()
 
     def publish_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         """Hand alerts over, behind those that still wait for their columns."""
         self.has_unflushed = True
         self._pending = asyncio.create_task(self._publish(alerts, self._pending))
+
+    def close(self) -> None:
+        """The unit is released: nothing is asked ahead any more."""
+        self._courtesies.close()
 
     async def flush(self) -> None:
         """Return once Kafka has everything, and the database every alert. Raises what went wrong with any of it."""
@@ -122,8 +126,7 @@ class Voice:
         self._outlets.publish(LIMIT_STATES, self._partition, state_key(account.name, pool), state)
 
     async def _publish(self, alerts: Sequence[LimitAlert], before: "asyncio.Task[None] | None") -> None:
-        if len(alerts) <= COURTESY_ALERTS_MAX:
-            alerts = await self._with_columns(alerts)
+        alerts = await self._with_columns(alerts)
         if before:
             await before
         for alert in alerts:
@@ -133,17 +136,14 @@ class Voice:
 
     async def _with_columns(self, alerts: Sequence[LimitAlert]) -> Sequence[LimitAlert]:
         questions = [TopQuestion(a.workspace_id, str(a.pool), a.period_start, a.period_end) for a in alerts]
-        now = asyncio.get_running_loop().time()
-        if now - self._asked_at > COURTESY_AGE_S_MAX:
-            self._courtesies.clear()
-            self._asked_at = now
-        if unknown := [question for question in questions if question not in self._courtesies]:
-            try:
-                async with asyncio.timeout(COURTESY_S_MAX):
-                    self._courtesies |= await self._outlets.find_top_columns(unknown)
-            except (TimeoutError, DatabaseError):
-                return alerts  # a ledger that does not answer holds no alert up
+        columns = await self._courtesies.columns(questions)
         return [
-            msgspec.structs.replace(alert, top_columns=self._courtesies.get(question))
+            msgspec.structs.replace(alert, top_columns=columns.get(question))
             for alert, question in zip(alerts, questions, strict=True)
         ]
+
+
+def _top_question(account: Account, pool: Pool) -> TopQuestion:
+    period = account.standing(pool).terms.period
+    days = (to_date(period.start), to_date(period.end)) if period else (None, None)
+    return TopQuestion(account.name, str(pool), *days)

@@ -1,0 +1,75 @@
+"""Which columns drew most: what an alert says beside its crossing, if it can be had without delay.
+
+Asking the ledger costs 10 ms and more beside an insert, so what is likely to be asked for is asked ahead: a pool that
+at its present pace reaches a line within the next seconds is watched, and its answer kept fresh.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
+
+from schemas.limits import TopColumn
+from sinks.accounts import TopQuestion
+from sinks.clickhouse import DatabaseError
+
+WAIT_S_MAX: Final = 0.05
+"""How long an alert waits for its columns; without an answer it leaves without."""
+AGE_S_MAX: Final = 1.0
+FRESH_S: Final = 0.4
+"""A watched answer is asked for again when it is this old."""
+QUESTIONS_MAX: Final = 20
+"""Asked at once, at the most: with more alerts than this, none waits."""
+
+Columns = tuple[TopColumn, ...]
+
+
+class Courtesies:
+    """Of one unit. ``find`` (awaitable: questions → columns) asks the ledger where no unit waits for it."""
+
+    def __init__(self, find: Callable[[Sequence[TopQuestion]], Any]) -> None:
+        self._find = find
+        self._known: dict[TopQuestion, tuple[float, Columns]] = {}
+        self._watched: list[TopQuestion] = []
+        self._asking: asyncio.Task[None] | None = None
+
+    def watch(self, questions: Collection[TopQuestion]) -> None:
+        """These will probably be asked soon; nothing else is kept fresh."""
+        self._watched = list(questions)[:QUESTIONS_MAX]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Ask ahead for what is watched and no longer fresh, unless that is under way."""
+        stale = [question for question in self._watched if self._age(question) > FRESH_S]
+        if stale and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.create_task(self._learn(stale))
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._watched.clear()
+        if self._asking:
+            self._asking.cancel()
+
+    async def columns(self, questions: Sequence[TopQuestion]) -> Mapping[TopQuestion, Columns]:
+        """What is known within `WAIT_S_MAX`: at once where it was asked ahead."""
+        unknown = [question for question in questions if self._age(question) > AGE_S_MAX]
+        if unknown and len(unknown) <= QUESTIONS_MAX:
+            try:
+                async with asyncio.timeout(WAIT_S_MAX):
+                    await self._learn(unknown)
+            except TimeoutError:
+                pass
+        return {question: self._known[question][1] for question in questions if self._age(question) <= AGE_S_MAX}
+
+    def _age(self, question: TopQuestion) -> float:
+        known = self._known.get(question)
+        return asyncio.get_running_loop().time() - known[0] if known else math.inf
+
+    async def _learn(self, questions: Sequence[TopQuestion]) -> None:
+        now = asyncio.get_running_loop().time()
+        try:
+            found: dict[TopQuestion, Columns] = await self._find(questions)
+        except DatabaseError:
+            return  # a ledger that does not answer holds no alert up
+        self._known = {asked: known for asked, known in self._known.items() if now - known[0] <= AGE_S_MAX}
+        self._known |= {question: (now, columns) for question, columns in found.items()}
