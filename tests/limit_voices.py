@@ -250,7 +250,7 @@ def in_credits(millicredits: int) -> Decimal:
 async def by_unit(story: Story, client: Client, number: int, rating: RatingTable | None = None) -> Heard:
     """A real unit on chains of its own; ``seen`` is what SQL says, after the unit's own account said the same."""
     chains = (Chain("cell-runs", f"runs-{number}", 0), Chain("account-events", f"events-{number}", 0))
-    bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01, rating=rating)
+    bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01, rating=rating, accounts_max=2)
     task = bench.start()
     topics, delivered = Topics(), 0
     seen = []

@@ -201,7 +201,7 @@ def has_come(unit: Unit, of_account: bool, offset: int, now_ms: int) -> bool:
     return unit.read[of_account] == offset and not any(a.waits and a.until_ms <= now_ms for a in unit.balances)
 
 
-@settings(STEADY, max_examples=4)
+@settings(STEADY, max_examples=3)
 @given(histories(min_size=30), st.integers(0, 1 << 32))
 def test_f19_real_units_and_a_slow_ledger(chdb_dir: Path, steps: list[Step], seed: int) -> None:
     """Units that load, evict and die while inserts are slow: SQL's balances and all alerts are the reference's."""
