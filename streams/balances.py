@@ -241,19 +241,21 @@ class Balances:
         """The first record of a unit whose ledger is empty: before it there was no time."""
         self.now_ms = self.now_ms or at_ms
 
-    def missing(self, names: Iterable[str]) -> list[str]:
+    def missing(self, names: Iterable[str], at_ms: int = FOREVER_MS) -> list[str]:
         """Those that must be loaded before they can be folded; the new ones of a unit that knows all are made."""
         absent = [name for name in names if name not in self._accounts]
         if absent and self.knows_all:
-            self.load(dict.fromkeys(absent, NOTHING))
+            self.load(dict.fromkeys(absent, NOTHING), at_ms)
             return []
         return absent
 
-    def load(self, openings: Mapping[str, Opening]) -> None:
-        """Take accounts in, as of ``now_ms``. Those that are in memory already stay as they are."""
+    def load(self, openings: Mapping[str, Opening], at_ms: int = FOREVER_MS) -> None:
+        """Take accounts in, as of ``now_ms``, or of ``at_ms`` where that is older. Those that are in memory already
+        stay as they are.
+        """
         for name, opening in openings.items():
             if name not in self._accounts:
-                account = self._accounts[name] = Account(name, opening, self.now_ms)
+                account = self._accounts[name] = Account(name, opening, min(at_ms, self.now_ms))
                 self._await(account)
 
     def evict(self, durable: int) -> None:

@@ -12,8 +12,9 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 8. states whose ``used`` moved are handed over, too; the producer is flushed
 9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
-Account events are a barrier: the open batch is written and read back, whatever waits of them is rated against the
-ledger, inserted at once, read back, and then folded. So a reversal sees durable rows only.
+Account events are a barrier: the open batch is written and read back, they are rated against the ledger, inserted at
+once, read back, and then folded. So a reversal sees durable rows only. Of what waits, the broker's time decides which
+topic comes first.
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
 the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
@@ -22,7 +23,7 @@ the next is prepared; every queue between them is bounded.
 
 import asyncio
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ from streams.balances import Balances, Notice
 from streams.batches import Batching, Event, OpenBatch, batch_month, chunk_bytes
 from streams.duplicates import Identity, Original, RunFilter, settle
 from streams.intake import read_chunk
+from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.rating import RatingTable
 from streams.rows import (
@@ -107,9 +109,10 @@ class Unit:
         self.incident: Problem | None = None
         self._lanes = lanes
         self._position = self._folded = self.mark.last
-        self._waiting: asyncio.Queue[Event] = asyncio.Queue()
-        self._account_events: list[Event] = []
-        """Chunks of account events that wait; they go before the runs that wait, all in one barrier."""
+        self._runs: deque[Event] = deque()
+        self._account_events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        """Something waits, or whoever waits for it is wanted elsewhere."""
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
@@ -118,6 +121,7 @@ class Unit:
         self._settled_at = 0.0
         self._draining = False
         self._is_tick_due = False
+        self._is_nudged = False
         self._closing = threading.Event()
         self.chores: list[Callable[[Unit], Any]] = []
         """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
@@ -145,7 +149,7 @@ class Unit:
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits that it has been given."""
-        return self._waiting.empty() and not self._account_events
+        return not self._runs and not self._account_events
 
     @property
     def folded(self) -> tuple[int, int]:
@@ -154,14 +158,13 @@ class Unit:
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
-        if event.of_account:
-            self._account_events.append(event)
-        self._waiting.put_nowait(_NUDGE if event.of_account else event)
+        (self._account_events if event.of_account else self._runs).append(event)
+        self._arrived.set()
 
     def drain(self) -> None:
         """Write what is there at once: the worker stops, or the partition moves."""
         self._draining = True
-        self._waiting.put_nowait(_NUDGE)
+        self._nudge()
 
     async def run(self) -> None:
         """The unit's life. An incident ends it quietly; anything else that goes wrong is the process's end."""
@@ -187,7 +190,7 @@ class Unit:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
             await self._take_runs(await self._take())
-            if self._account_events:
+            if self._is_barrier_next():
                 await self._take_account_events()
             if self._is_tick_due:
                 self._is_tick_due = False
@@ -198,7 +201,7 @@ class Unit:
         chunks = [chunk for event in events if (chunk := self._unread(event))]
         if chunks:
             await self._rate(chunks)
-        self._open.events.extend(event for event in events if event is not _NUDGE)
+        self._open.events.extend(events)
         if self._is_time_to_seal():
             await self._seal()
 
@@ -215,7 +218,8 @@ class Unit:
         self._open = OpenBatch(self._position)
 
     async def _take(self) -> list[Event]:
-        """What waits, up to a full batch; nothing when the open batch has lingered enough, or account events wait.
+        """Cell runs that wait, up to a full batch, or up to account events that the broker had received before the next
+        of them; none when the open batch has lingered enough, or something else is wanted.
 
         A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
         """
@@ -225,15 +229,31 @@ class Unit:
         rows = 0
         try:
             async with asyncio.timeout_at(deadline) as waiting:
-                while rows < room and not (events and self._waiting.empty() and len(events[-1].chunk) < BACKLOG_CHUNK):
-                    if self._account_events:
-                        break
-                    events.append(await self._waiting.get())
+                while rows < room and not self._is_barrier_next():
+                    if not self._runs:
+                        if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
+                            break
+                        self._arrived.clear()
+                        await self._arrived.wait()
+                        continue
+                    events.append(self._runs.popleft())
                     rows += len(events[-1].chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
             pass
+        self._is_nudged = False
         return events
+
+    def _is_barrier_next(self) -> bool:
+        """Of what waits, the broker's time decides which topic comes first; at one instant the runs do."""
+        if not self._account_events:
+            return False
+        return not self._runs or self._runs[0].chunk[0].timestamp > self._account_events[0].chunk[0].timestamp
+
+    def _nudge(self) -> None:
+        """Let `_take` come back, even without anything."""
+        self._is_nudged = True
+        self._arrived.set()
 
     def _unread(self, event: Event) -> Any:
         """The chunk without what this unit has had before, as after a seek that came twice."""
@@ -279,27 +299,34 @@ class Unit:
         """Steps 3 and 4."""
         debits = drawn(take)
         self.balances.begin(int(debits.recorded_ms[0]))
-        await self.load(debits.drawing())
+        await self.load(debits.drawing(), int(debits.recorded_ms[0]))
         notices = self.balances.fold(debits)
         self._folded = take.last
         self._tell(notices, lambda notice: source_of(take, notice.row))
         self.balances.evict(self.mark.last)
 
-    async def load(self, names: Sequence[str]) -> None:
-        """Bring accounts into memory. One that is not there has no rows above the mark, since such are not evicted: so
-        what the ledger holds of it is all there is, whatever is being inserted meanwhile.
+    async def load(self, names: Sequence[str], at_ms: int = FOREVER_MS) -> None:
+        """Bring accounts into memory, as of now, or of the record that asks for them where that is older.
+
+        One that is not there has no rows above the mark, since such are not evicted: so what the ledger holds of it is
+        all there is, whatever is being inserted meanwhile.
         """
-        while missing := self.balances.missing(names):
-            self.balances.load(await self._lanes.find_openings(missing, self.balances.now_ms))
+        while missing := self.balances.missing(names, at_ms):
+            openings = await self._lanes.find_openings(missing, min(at_ms, self.balances.now_ms))
+            self.balances.load(openings, at_ms)
 
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
     async def _take_account_events(self) -> None:
-        """The barrier: everything before is durable, then these chunks are, then they are folded."""
+        """The barrier: everything before is durable, then these chunks are, then they are folded. All that came before
+        the next run share it.
+        """
         await self._seal()
         await self._sealed.join()
-        events, self._account_events = self._account_events, []
+        events = []
+        while self._is_barrier_next():
+            events.append(self._account_events.popleft())
         chunk = [record for event in events for record in event.chunk]
         chunk = [record for record in chunk if record.offset > self.event_mark.last]
         if chunk:
@@ -314,7 +341,7 @@ class Unit:
         rows = account_events.rate_events(received, lambda r: f"{self.event_chain}@{r.offset}", known, lanes.plans)
         told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
         self.balances.begin(chunk[0].timestamp)
-        await self.load([row.workspace_id for row in told])
+        await self.load([row.workspace_id for row in told], chunk[0].timestamp)
         month = batch_month(chunk[0].timestamp)
         table = account_events.account_rows(self.event_chain, self.event_mark.last, rows, month)
         batch = Batch(self.event_chain, self.event_mark.last, chunk[-1].offset, table)
@@ -331,7 +358,7 @@ class Unit:
         """Steps 6 to 9, batch after batch."""
         while True:
             batch = await self._sealed.get()
-            self._waiting.put_nowait(_NUDGE)  # a lingering batch may be sealed now
+            self._nudge()  # a lingering batch may be sealed now
             if batch.takes:
                 self.mark = await self._lanes.in_writer(
                     self._lanes.ledger.append, batch.close(self.chain), self.mark, self._closing
@@ -371,7 +398,7 @@ class Unit:
             self.voice.refresh()
             if not self._is_tick_due:
                 self._is_tick_due = True
-                self._waiting.put_nowait(_NUDGE)
+                self._nudge()
             waits = self._written or self.balances.moved or self.voice.has_unflushed
             if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
                 self._is_to_settle.set()
@@ -382,10 +409,3 @@ class Unit:
             await chore(self)
         if self.is_idle and self.is_at_end():
             self._tell(self.balances.come(self.clock_ms()), lambda _: Source(self.chain, -1))
-
-
-async def _nothing() -> None:
-    """A nudge needs no acknowledgement."""
-
-
-_NUDGE: Final = Event([], _nothing)

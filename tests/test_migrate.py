@@ -1,5 +1,6 @@
 """Migrations and the pinned catalogue: what a ledger accepts of the program that opens it."""
 
+import re
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,8 @@ from sinks.queries import pin_catalogue, token_window
 from tests.ledger_rows import assert_books_close, batch, recorded_ms, wait_until_grown, write
 
 CHAIN = Chain("cell-runs", "topic-id-1", 0)
+MAKES = re.compile(r"CREATE (?:OR REPLACE )?(?:TABLE|VIEW) (?:IF NOT EXISTS )?(\w+)")
+MAKES_A_VIEW = re.compile(r"CREATE OR REPLACE VIEW")
 STATEMENTS = [statement for migration in read_migrations() for statement in migration.statements]
 
 
@@ -79,14 +82,15 @@ def test_a_half_applied_file_is_run_again(client: Client) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
-@pytest.mark.parametrize("done", range(len(STATEMENTS)))
+@pytest.mark.parametrize("done", [n for n, statement in enumerate(STATEMENTS) if not MAKES_A_VIEW.match(statement)])
 def test_a_migration_may_die_after_any_statement(empty: Client, done: int) -> None:
-    """From each statement on, running everything again leads to the same tables."""
+    """From each statement on, running everything again leads to the same tables; a view is only made again."""
     for statement in STATEMENTS[:done]:
         empty.command(statement)
     migrate(empty)
     require_migrated(empty)
-    assert len(tables(empty)) == len(STATEMENTS) + 1
+    made = [found[1] for statement in STATEMENTS if (found := MAKES.match(statement))]
+    assert set(tables(empty)) == {*made, "schema_migrations"}
 
 
 def test_a_migration_that_fails_is_not_booked(empty: Client, directory: Path) -> None:
