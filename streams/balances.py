@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.credits import Millicredits
-from schemas.ledger import POOLS, Pool
+from schemas.ledger import POOLS, Pool, number_of
 from schemas.limits import AlertKind, Cause, State
 from streams.limits import FOREVER_MS, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
 from streams.periods import Day, Period, day_of
@@ -290,7 +290,7 @@ class Balances:
             else:
                 self.moved.update([(name, pool) for pool in moved])
         self.now_ms = max(self.now_ms, latest_ms)
-        return sorted(notices, key=lambda notice: notice.at_ms)
+        return sorted(notices, key=lambda notice: (notice.at_ms, notice.row))
 
     def apply(
         self, name: str, cause: Cause | None, change: Callable[[Account], None], at_ms: int, row: int
@@ -336,19 +336,36 @@ class Balances:
         return account
 
     def _walk(self, account: Account, debits: Debits, rows: Integers) -> list[Notice]:
-        """One workspace, record by record."""
+        """One workspace through lines and instants: from one instant to the next its sums tell which records cross."""
         notices: list[Notice] = []
-        for row in rows.tolist():
-            at_ms = int(debits.recorded_ms[row])
-            notices += self._advance(account, at_ms)
-            pool = POOLS[debits.pool[row] - 1]
-            used = account.standing(pool).used
-            self._draw(account, pool, int(debits.day[row]), int(debits.credits[row]))
-            after = account.standing(pool)
-            if lines := crossed(after.terms, used, after.used):
-                notices.append(Notice(kind_of(lines), account.name, after, lines, at_ms, Cause.RUN, row))
+        while len(rows):
+            notices += self._advance(account, int(debits.recorded_ms[rows[0]]))
+            beyond = np.flatnonzero(debits.recorded_ms[rows] >= account.until_ms)
+            end = int(beyond[0]) if len(beyond) else len(rows)
+            for pool in METERED:
+                notices += self._cross(account, pool, debits, rows[:end][debits.pool[rows[:end]] == number_of(pool)])
+            rows = rows[end:]
         account.aim()
         self._settle(account)
+        return notices
+
+    def _cross(self, account: Account, pool: Pool, debits: Debits, rows: Integers) -> list[Notice]:
+        """Debits of one pool between two instants: draw them, and find the records by which lines are crossed."""
+        before, (start, end) = account.standing(pool), account.period
+        counting = rows
+        if pool == Pool.ENRICHMENT:
+            counting = rows[(debits.day[rows] >= start) & (debits.day[rows] < end)]
+        reached = before.used + np.cumsum(debits.credits[counting])  # a run draws nothing negative, so it ascends
+        crossing: dict[int, list[Line]] = {}
+        for line in crossed(before.terms, before.used, int(reached[-1]) if len(reached) else before.used):
+            crossing.setdefault(int(np.searchsorted(reached, line.used_at)), []).append(line)
+        for day in np.unique(debits.day[rows]).tolist():
+            self._draw(account, pool, day, int(debits.credits[rows[debits.day[rows] == day]].sum()))
+        notices = []
+        for place, lines in crossing.items():
+            row, after = int(counting[place]), Standing(before.terms, int(reached[place]))
+            at_ms = int(debits.recorded_ms[row])
+            notices.append(Notice(kind_of(lines), account.name, after, tuple(lines), at_ms, Cause.RUN, row))
         return notices
 
     def _draw(self, account: Account, pool: Pool, day: Day, credits: Millicredits) -> None:
