@@ -20,8 +20,11 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: .venv/installed  ## how fast one worker drains a backlog, and what it stands on
+bench: .venv/installed  ## throughput, latency of limits, the gate, the views: about 20 minutes
 	@$(BIN)/python -m bench.throughput
+	@$(BIN)/python -m bench.limits
+	@$(BIN)/python -m bench.gate
+	@$(BIN)/python -m bench.views
 
 lint: .venv/installed  ## style and strict types
 	$(BIN)/ruff format --check .

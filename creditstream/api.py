@@ -279,12 +279,15 @@ def status_of(meter: Meter) -> Status:
             UnitStatus(
                 partition=partition,
                 mark=unit.mark.last,
+                event_mark=unit.event_mark.last,
+                balances=len(unit.balances),
                 rows_unwritten=unit.rows_unwritten,
                 incident=str(unit.incident or ""),
             )
             for partition, unit in sorted(meter.units.items())
         ],
         written=dict(meter.written),
+        told=dict(meter.told),
         uptime_s=int(time.time() - meter.started_at),
         duplicate_filter_bytes=sum(unit.run_filter.nbytes for unit in meter.units.values()),
     )

@@ -115,18 +115,17 @@ def _say_alerts(console: Console, listener: Listener, said: int) -> int:
 
 def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reconciliation:
     """Wait until everything is metered, then compare topic and ledger."""
-    topic = cell_runs_topic(settings)
-    ends = {
-        p: found.end
-        for p, found in Broker(settings.kafka_bootstrap).log_ranges(topic, range(settings.partitions)).items()
-    }
+    topic, events = cell_runs_topic(settings), account_events_topic(settings)
+    broker, partitions = Broker(settings.kafka_bootstrap), range(settings.partitions)
+    runs_end, events_end = broker.log_ranges(topic, partitions), broker.log_ranges(events, partitions)
     deadline = time.monotonic() + CATCH_UP_S_MAX
-    while any(unit.mark < ends[unit.partition] - 1 for unit in answers.status().units):
-        if time.monotonic() > deadline:
-            break
+    while time.monotonic() < deadline and any(
+        unit.mark < runs_end[unit.partition].end - 1 or unit.event_mark < events_end[unit.partition].end - 1
+        for unit in answers.status().units
+    ):
         time.sleep(0.1)
     console.print("\nreconciling: Kafka's log against the ledger, every event rated a second time ...")
-    accounts = AccountTopic(account_events_topic(settings), Path(settings.plans_dir))
+    accounts = AccountTopic(events, Path(settings.plans_dir))
     return reconcile(answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir), accounts=accounts)
 
 

@@ -188,16 +188,20 @@ class LedgerRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One partition of the worker."""
+    """One partition of both topics. The marks are the last offsets that have ledger rows; ``balances`` counts the
+    workspaces in memory.
+    """
 
     partition: int
     mark: int
+    event_mark: int
+    balances: int
     rows_unwritten: int
     incident: str
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What the worker does: ``written`` counts rows by kind/reason since its start."""
+    """What the worker does. Since its start: ``written`` counts rows by kind/reason, ``told`` alerts and states."""
 
     version: str
     ready: bool
@@ -206,6 +210,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     kafka_bootstrap: str
     units: list[UnitStatus]
     written: dict[str, int]
+    told: dict[str, int]
     uptime_s: int
     duplicate_filter_bytes: int
 

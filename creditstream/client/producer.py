@@ -49,7 +49,7 @@ class CellRunProducer:
     """Records cell runs, from any thread, until `close`.
 
     **What accepted means.** When `record` returns, the run is in memory, in the queue of the Kafka client, or synced to
-    the spool on disk. Memory is the usual place, for the 20 ms or so until Kafka acknowledges; a run that is not
+    the spool on disk. Memory is the usual place, for the 10 ms or so until Kafka acknowledges; a run that is not
     acknowledged within ``memory_s_max``, or for which memory has no room, is moved to the spool. An ordinary end of the
     process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing` child, which must
     `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a ``kill -9`` or a lost
