@@ -8,7 +8,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import msgspec
 
@@ -31,22 +31,16 @@ POLL_S: Final = 0.1
 def make_event(kind: str, workspace_id: str, event_id: UUID | None = None, **fields: Any) -> AccountEvent:
     """The event of this kind (``plan_changed``, ``premium_granted``, ``run_reversed``, ``limits_changed``).
 
-    A field of None is left out; without an ``event_id`` it gets a new UUIDv7. Problem naming the field that is wrong.
+    A field of None is left out; without an ``event_id`` it gets a new one. Problem naming the field that is wrong.
     """
     from schemas.codec import decode_account_event, name_field
 
-    plain = {"type": kind, "event_id": event_id or _new_id(), "workspace_id": workspace_id} | fields
+    plain = {"type": kind, "event_id": event_id or uuid4(), "workspace_id": workspace_id} | fields
     given = {name: value for name, value in plain.items() if value is not None}
     try:
         return decode_account_event(msgspec.json.encode(given))
     except msgspec.DecodeError as error:
         raise Problem(f"the {kind} event is wrong", name_field(str(error)), "Nothing was sent.") from error
-
-
-def _new_id() -> UUID:
-    from uuid_utils.compat import uuid7
-
-    return uuid7()
 
 
 def require_plan(settings: Settings, plan: str, effective_at: datetime) -> Plan:

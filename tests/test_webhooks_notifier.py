@@ -180,8 +180,11 @@ def test_killed_after_any_step_it_loses_and_repeats_nothing(
     assert sorted(set(receiver.ids)) == ids
     assert all(receiver.ids.count(webhook_id) <= 2 for webhook_id in ids)
     assert [record.state for record in stage.records()] == [DeliveryState.DELIVERED] * 2
-    if step in (Step.READ, Step.PLANNED, Step.COMMITTED) or (step is Step.RECORDED and not down_first):
+    if step in (Step.READ, Step.PLANNED, Step.COMMITTED):
         assert len(receiver.received) == 2
+    if step is Step.RECORDED and not down_first:
+        # The other one may have been on its way when the first was recorded.
+        assert min(receiver.ids.count(webhook_id) for webhook_id in ids) == 1
 
 
 def delivered(stage: Stage) -> list[Delivery]:
