@@ -20,6 +20,8 @@ from schemas.limits import LimitAlert, TopColumn
 from sinks.ledger import Chain
 
 TOP_COLUMNS: Final = 3
+NEAR_OFFSETS: Final = 100_000
+"""A range of offsets that the index of offsets finds in a few parts, however large the ledger."""
 EPOCH: Final = date(1970, 1, 1)
 """In place of the days of a pool without a period."""
 MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
@@ -237,13 +239,22 @@ def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_
 
 
 def last_recorded_ms(client: Client, chain: Chain, up_to: int) -> int:
-    """The broker's time of a chain's newest row up to an offset; 0 when there is none."""
-    ((found,),) = client.query(
-        "SELECT toUnixTimestamp64Milli(max(recorded_at)) FROM ledger "
-        f"WHERE {MARKED} AND kafka_offset <= {{after:Int64}}",
-        parameters=_after(chain, up_to),
-    ).result_rows
-    return max(0, int(found))
+    """The broker's time of a chain's newest row up to an offset. Where the chain has none, that of the newest row of
+    its partition in an earlier topic of this name; 0 when there is none either.
+    """
+    questions = (
+        f"{MARKED} AND kafka_offset <= {{after:Int64}} AND kafka_offset > {{after:Int64}} - {NEAR_OFFSETS}",
+        f"{MARKED} AND kafka_offset <= {{after:Int64}}",
+        "topic = {topic:String} AND kafka_partition = {partition:UInt16} AND topic_id != {topic_id:String}",
+    )
+    for condition in questions:
+        ((found,),) = client.query(
+            f"SELECT toUnixTimestamp64Milli(max(recorded_at)) FROM ledger WHERE {condition}",
+            parameters=_after(chain, up_to) | {"topic": chain.topic},
+        ).result_rows
+        if found > 0:
+            return int(found)
+    return 0
 
 
 def _after(chain: Chain, offset: int) -> dict[str, Any]:

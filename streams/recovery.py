@@ -27,8 +27,8 @@ from streams.voice import Voice
 
 TAIL_ROWS_MAX: Final = 1_000_000
 """More rows than this behind the commit are not folded again."""
-PRELOADED_MAX: Final = 2_000
-"""Workspaces of a unit that are loaded at its assignment."""
+PRELOADED_MAX: Final = 500
+"""Workspaces of a unit that are loaded at its assignment; the others when they run."""
 LOADED_AT_ONCE: Final = 2_000
 LOOK_BACK_MS: Final = 48 * 60 * 60 * 1000
 

@@ -16,9 +16,12 @@ ALTER TABLE ledger ADD COLUMN IF NOT EXISTS allowance Decimal(18, 3) CODEC(ZSTD(
 ALTER TABLE ledger ADD COLUMN IF NOT EXISTS restart_period Bool AFTER allowance;
 ALTER TABLE ledger ADD COLUMN IF NOT EXISTS thresholds Array(UInt8) CODEC(ZSTD(1)) AFTER restart_period;
 ALTER TABLE ledger ADD COLUMN IF NOT EXISTS remaining_below Decimal(18, 3) DEFAULT -1 CODEC(ZSTD(1)) AFTER thresholds;
--- Account rows are few among many runs: granules that hold none are skipped.
+-- Account rows are few among many runs: granules that hold none are skipped. So are old parts, where a worker that
+-- starts asks for the last offsets.
 ALTER TABLE ledger ADD INDEX IF NOT EXISTS kind_range kind TYPE minmax GRANULARITY 1;
 ALTER TABLE ledger MATERIALIZE INDEX kind_range;
+ALTER TABLE ledger ADD INDEX IF NOT EXISTS offset_range kafka_offset TYPE minmax GRANULARITY 1;
+ALTER TABLE ledger MATERIALIZE INDEX offset_range;
 ALTER TABLE ledger ADD PROJECTION IF NOT EXISTS usage
 (
     SELECT workspace_id, day, table_id, column_id, action, pool, kind, reason, sum(credits), count()
