@@ -1,6 +1,7 @@
 """Three voices that say the same of a story: the pure fold, the reference, and a real unit with its ledger and SQL."""
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -249,7 +250,11 @@ def in_credits(millicredits: int) -> Decimal:
 
 async def by_unit(story: Story, client: Client, number: int, rating: RatingTable | None = None) -> Heard:
     """A real unit on chains of its own; ``seen`` is what SQL says, after the unit's own account said the same."""
-    chains = (Chain("cell-runs", f"runs-{number}", 0), Chain("account-events", f"events-{number}", 0))
+    # A topic of its own: a new topic on an old ledger begins where the one of its name ended.
+    chains = (
+        Chain(f"cell-runs-{number}", f"runs-{number}", 0),
+        Chain(f"account-events-{number}", f"events-{number}", 0),
+    )
     bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01, rating=rating, accounts_max=2)
     task = bench.start()
     topics, delivered = Topics(), 0
@@ -301,9 +306,10 @@ def seen_by_sql(client: Client, workspace_id: str, pool: str, when: datetime) ->
 
 
 def told_of(alert: LimitAlert) -> Told:
-    """A published alert in the words of all voices."""
+    """A published alert in the words of all voices, which know of one topic."""
+    position = re.sub(r"-\d+\[", "[", alert.position)
     return Told(
-        str(alert.kind), str(alert.pool), str(alert.cause), alert.at.astimezone(UTC), alert.position, alert.thresholds,
+        str(alert.kind), str(alert.pool), str(alert.cause), alert.at.astimezone(UTC), position, alert.thresholds,
         None if alert.remaining_below is None else Decimal(alert.remaining_below), str(alert.state),
         Decimal(alert.used), Decimal(alert.allowance),
     )  # fmt: skip
