@@ -19,7 +19,8 @@ LATEST_EFFECTIVE_AT = datetime(2100, 1, 1, tzinfo=UTC)
 
 Credits = Annotated[
     str,
-    Meta(pattern=r"^[0-9]{1,15}(\.[0-9]{1,3})?$", description="credits as text, at most 3 decimals"),
+    # The ledger's Decimal(18, 3) times 1000 must still be one.
+    Meta(pattern=r"^[0-9]{1,12}(\.[0-9]{1,3})?$", description="credits as text, at most 3 decimals, below 10^12"),
 ]
 Percent = Annotated[int, Meta(ge=1, le=100)]
 Percents = Annotated[tuple[Percent, ...], Meta(max_length=20)]

@@ -20,6 +20,9 @@ from schemas.problem import Problem
 EXAMPLE_PLANS: Final = Path(__file__).parent / "plans"
 
 
+_CREDITS_MAX: Final = 10**12 * 1000
+
+
 class PlanProblem(Problem):
     """A plan list that cannot be used; ``why`` names file, plan and field."""
 
@@ -99,7 +102,7 @@ def _plan(entry: _WirePlan) -> Plan:
         below = None if entry.remaining_below is None else parse_credits(entry.remaining_below)
     except ValueError as error:
         raise ValueError(f"plan `{entry.id}`: {error}") from error
-    if allowance < 0 or (below or 0) < 0:
-        raise ValueError(f"plan `{entry.id}`: credits are not negative")
+    if not (0 <= allowance < _CREDITS_MAX and 0 <= (below or 0) < _CREDITS_MAX):
+        raise ValueError(f"plan `{entry.id}`: credits lie between 0 and 10^12")
     thresholds = tuple(sorted(set(entry.thresholds)))
     return Plan(id=entry.id, allowance=allowance, thresholds=thresholds, remaining_below=below)

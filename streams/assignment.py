@@ -103,6 +103,7 @@ class Loader:
             return unit
         start = recovery.starting_point(at, place.committed)
         await self._recover(unit, start)
+        unit.looks_back = True
         background(self._look_back(unit, start.is_seeded and marks[0].rows + marks[1].rows > 0))
         return unit
 
@@ -110,6 +111,9 @@ class Loader:
         """Send reversals again that were set aside because their run had not arrived, and now has."""
         chain = unit.event_chain
         for position, key, value in await self._look_up_aside(accounts.redrivable, chain, REDRIVEN_AT_ONCE):
+            if position in unit.redriven:
+                continue  # it is on its way, behind a backlog
+            unit.redriven.add(position)
             self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, position.encode())])
             log.info("redriven", position=position)
 
@@ -134,8 +138,8 @@ class Loader:
 
     async def _load_older(self, run_filter: RunFilter, chain: Chain, since: float) -> None:
         """The Bloom tier, month by month; meanwhile every run is a candidate."""
-        for month in await self._look_up(queries.months_before, chain, since):
-            keys = await self._look_up(queries.older_run_keys, chain, since, month)
+        for month in await self._look_up_aside(queries.months_before, chain, since):
+            keys = await self._look_up_aside(queries.older_run_keys, chain, since, month)
             for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
                 run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -178,6 +182,7 @@ class Loader:
         for part in recovery.in_parts(names):
             told = await self._told_by_time(part, from_ms, started_ms)
             unit.chores.append(_telling(part, told, is_seeding))
+        unit.chores.append(_looked_back)
 
     async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
         """What time alone told of these workspaces between two instants: each one's first instant, then the second."""
@@ -194,6 +199,10 @@ class Loader:
                 told += recovery.told_at(name, known[name], instant, then[name])
                 left[name] = left[name][1:]
         return told
+
+
+async def _looked_back(unit: Unit) -> None:
+    unit.looks_back = False
 
 
 def _telling(

@@ -237,6 +237,8 @@ class Meter:
     async def _redrive(self, unit: Unit) -> None:
         while True:
             await asyncio.sleep(REDRIVE_EVERY_S)
+            if unit.incident:
+                return
             await self._loader.redrive(unit)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -37,7 +37,7 @@ DRAIN_S_MAX: Final = 8.0
 """How long a stop or a rebalance waits for chunks in flight; what is not written then is read again."""
 
 
-END_AGE_MS_MAX: Final = 5_000
+END_AGE_MS_MAX: Final = 500
 """An older answer of the broker does not tell where its log ends."""
 
 

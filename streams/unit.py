@@ -123,6 +123,10 @@ class Unit:
         self._is_tick_due = False
         self._is_nudged = False
         self._closing = threading.Event()
+        self.redriven: set[str] = set()
+        """Positions of dead letters that were sent again during this life."""
+        self.looks_back = False
+        """Whether what time alone has told is still being found out: a unit that is released before keeps nothing."""
         self.chores: list[Callable[[Unit], Any]] = []
         """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
         self.is_at_end: Callable[[], bool] = lambda: False
@@ -144,7 +148,7 @@ class Unit:
     def is_settled(self) -> bool:
         """Whether what it has folded is in the ledger, and everybody who should know has been told."""
         telling = self.balances.moved or self.balances.urgent or self.voice.has_unflushed
-        return not telling and self._folded == self.mark.last
+        return not telling and not self.looks_back and self._folded == self.mark.last
 
     @property
     def is_idle(self) -> bool:
