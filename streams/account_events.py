@@ -1,10 +1,10 @@
 """Account events: from records to ledger rows and into balances. Pure: no I/O, no clock.
 
-A chunk of account events is rare and small; it is rated event by event, against what the ledger knows (`Known`), which
-its unit has asked for after everything before it was durable. Each record becomes exactly one row.
+A chunk of account events is rare and small; it is rated event by event, against what the ledger and the rows on their
+way there know (`Known`). Each record becomes exactly one row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -16,7 +16,7 @@ from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGra
 from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import decode_account_event, name_field
 from schemas.credits import parse_credits
-from schemas.ledger import Kind, Pool, Reason, number_of
+from schemas.ledger import ACCOUNT_KINDS, Kind, Pool, Reason, number_of
 from schemas.limits import Cause
 from schemas.plan import PlanLists
 from sinks.accounts import AccountRow, RunToReverse
@@ -40,7 +40,7 @@ class Received(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the ledger holds of a chunk's ids."""
+    """What is known of a chunk's ids."""
 
     events: Mapping[Identity, tuple[str, tuple[object, ...]]]
     """(workspace, event id) → position, and what a copy must match (`substance`)."""
@@ -79,6 +79,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+def with_rows(known: Known, rows: Iterable[Row], position: Callable[[Record], str]) -> Known:
+    """With the ids of rows that are not in the ledger yet. What they reverse is not: that must be in the ledger."""
+    events = {
+        (row.workspace_id, row.event_id): (position(row.record), substance_of(account_row(row), row.run_id, row.actor))
+        for row in rows
+        if row.kind in ACCOUNT_KINDS
+    }
+    return known._replace(events={**events, **known.events})
+
+
 def receive(records: Sequence[Record], partition: int, partitions: int) -> list[Received]:
     """Decode and check, in the published order: ``too_large``, ``malformed``, ``misrouted``."""
     return [Received(record, _decode(record, partition, partitions)) for record in records]
@@ -112,7 +122,9 @@ def run_identities(chunk: Iterable[Received]) -> list[Identity]:
     return [(it.event.workspace_id, it.event.run_id) for it in chunk if isinstance(it.event, RunReversed)]
 
 
-def rate_events(chunk: Sequence[Received], position: Any, known: Known, plans: PlanLists) -> list[Row]:
+def rate_events(
+    chunk: Sequence[Received], position: Callable[[Record], str], known: Known, plans: PlanLists
+) -> list[Row]:
     """Rows of a chunk, in its order. ``position`` (record → text) says where a record lies in Kafka.
 
     An event id that is known is a duplicate, or a dead letter where it says something else; a run is reversed once,
@@ -314,7 +326,7 @@ _CAUSES: Final = {Kind.PLAN: Cause.PLAN, Kind.GRANT: Cause.GRANT, Kind.REVERSAL:
 
 
 def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
-    """Fold one event that is in the ledger. Its account is loaded. A closed period's reversal moves nothing."""
+    """Fold one event. Its account is loaded. A closed period's reversal moves nothing."""
 
     def change(account: Account) -> None:
         if row.kind == Kind.REVERSAL:

@@ -53,7 +53,7 @@ class MeterApp(faust.App):
             await asyncio.to_thread(self.meter.open)
         self.meter.on_fatal = self.on_fatal
         self.meter.hold = self._hold
-        self.meter.is_at_end = self._is_at_end
+        self.meter.ends_ms = self._ends_ms
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()
         gc.freeze()
@@ -94,10 +94,11 @@ class MeterApp(faust.App):
         for topic in (self.meter.topic, self.meter.event_topic):
             self.chunks.hold(TP(topic.name, partition))
 
-    def _is_at_end(self, partition: int, last: tuple[int, int]) -> bool:
-        topics = self.meter.topic, self.meter.event_topic
-        return all(
-            self.chunks.is_at_end(TP(topic.name, partition), offset) for topic, offset in zip(topics, last, strict=True)
+    def _ends_ms(self, partition: int, last: tuple[int, int]) -> tuple[int, int]:
+        run, event = last
+        return (
+            self.chunks.end_ms(TP(self.meter.topic.name, partition), run),
+            self.chunks.end_ms(TP(self.meter.event_topic.name, partition), event),
         )
 
     @property
@@ -164,8 +165,11 @@ async def _hand_over(app: MeterApp, stream: Any, of_account: bool) -> None:
     async for event in stream.noack().events():
         unit = app.meter.units.get(event.message.partition)
         # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
-        if unit and event.message.generation_id == app.consumer_generation_id:
+        is_current = event.message.generation_id == app.consumer_generation_id
+        if unit and is_current and not unit.incident:
             unit.receive(Event(event.value, functools.partial(stream.ack, event), of_account))
+        else:
+            app.chunks.forget(event.message)
 
 
 def _faust_settings(settings: Settings) -> dict[str, Any]:

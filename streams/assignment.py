@@ -1,6 +1,7 @@
 """From an assignment to a unit that may go on: marks, the duplicate filter, balances, and what is told at the start."""
 
 import asyncio
+import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -12,7 +13,7 @@ import structlog
 from schemas.ledger import Pool
 from sinks import accounts, queries
 from sinks.accounts import AccountRow
-from sinks.clickhouse import DatabaseError
+from sinks.clickhouse import DatabaseError, first_line
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
@@ -30,11 +31,10 @@ EXACT_DAYS: Final = 30
 """Runs recorded within these days are in the filter's exact tier; older ones in its Bloom filter."""
 OLDER_KEYS_AT_ONCE: Final = 100_000
 """Keys that go into the Bloom filter between two breaths of the event loop."""
-MARK_S_MAX: Final = 60
+LOAD_S_MAX: Final = 60
+"""How long an assignment waits for an answer of the ledger."""
 REDRIVE_EVERY_S: Final = 60.0
 REDRIVEN_AT_ONCE: Final = 1_000
-CLOCK_GRACE_MS: Final = 1_000
-"""The worker's clock speaks of an instant this much later: the broker's may be behind."""
 
 log: Final = structlog.get_logger()
 
@@ -59,8 +59,8 @@ Background = Callable[[Coroutine[Any, Any, None]], Any]
 
 
 class Loader:
-    """Loads units. Every wait is for the ledger; ``look_up`` asks it in the reader's thread, ``look_up_aside`` where
-    no unit waits behind it.
+    """Loads units. Every wait is for the ledger; ``ask`` asks it once, in the reader's thread, ``look_up_aside`` until
+    it answers, where no unit waits behind it.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Loader:
         settings: Settings,
         lanes: Lanes,
         outlets: Outlets,
-        look_up: Callable[..., Awaitable[Any]],
+        ask: Callable[..., Awaitable[Any]],
         look_up_aside: Callable[..., Awaitable[Any]],
         send: Callable[..., None],
         on_trouble: Callable[[str], None],
     ) -> None:
         self._settings, self._lanes, self._outlets = settings, lanes, outlets
-        self._look_up, self._look_up_aside = look_up, look_up_aside
+        self._ask, self._look_up_aside = ask, look_up_aside
         self._send, self._on_trouble = send, on_trouble
         self._lives = 0
 
@@ -117,16 +117,25 @@ class Loader:
             self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, position.encode())])
             log.info("redriven", position=position)
 
+    async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
+        return await self._patiently(functools.partial(self._ask, question, *args))
+
     async def _read_mark(self, chain: Chain) -> Mark:
-        closing = asyncio.get_running_loop().time() + MARK_S_MAX
+        mark: Mark = await self._patiently(
+            functools.partial(self._lanes.in_writer, self._lanes.ledger.mark, chain), f"{chain}: "
+        )
+        return mark
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Any]], whose: str = "") -> Any:
+        """Ask a database that does not answer again, but not for ever: another worker may reach it."""
+        closing = asyncio.get_running_loop().time() + LOAD_S_MAX
         while True:
             try:
-                mark: Mark = await self._lanes.in_writer(self._lanes.ledger.mark, chain)
-                return mark
+                return await ask()
             except DatabaseError as error:
                 if asyncio.get_running_loop().time() > closing:
                     raise
-                self._on_trouble(f"{chain}: {error}")
+                self._on_trouble(f"{whose}{first_line(error)}")
                 await asyncio.sleep(1)
 
     async def _load_filter(self, chain: Chain, background: Background) -> RunFilter:

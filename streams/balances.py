@@ -71,7 +71,7 @@ class Account:
 
     __slots__ = (
         "_days", "_enrichment", "_first_day", "_last_effect_ms", "_looked_at", "_next_lines", "_premium", "_used",
-        "_used_premium", "awaited_ms", "facts", "name", "offset", "told", "until_ms",
+        "_used_premium", "awaited_ms", "event_offset", "facts", "name", "offset", "told", "until_ms",
     )  # fmt: skip
 
     def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
@@ -88,8 +88,8 @@ class Account:
         self._looked_at = [self._used, self._used_premium]
         self.awaited_ms = FOREVER_MS
         """The instant for which it stands in the heap of boundaries."""
-        self.offset = -1
-        """The last offset of the run chain that was folded into it."""
+        self.offset = self.event_offset = -1
+        """The last offset of the run chain, and of the account chain, that was folded into it."""
         self.told = self.outline()
         """What `limit-states` knows of it, without ``used``."""
 
@@ -258,15 +258,16 @@ class Balances:
                 account = self._accounts[name] = Account(name, opening, min(at_ms, self.now_ms))
                 self._await(account)
 
-    def evict(self, durable: int) -> None:
+    def evict(self, durable: int, durable_events: int) -> None:
         """Let go of accounts that were touched longest ago, until the bound holds; never of one that time may move,
-        that has something to tell, or that has records beyond ``durable``, the last offset in the ledger.
+        that has something to tell, or that has records beyond the last offsets in the ledger, of runs and of events.
         """
         excess = len(self._accounts) - self._accounts_max
         if excess <= 0:
             return
         telling = {name for name, _ in (*self.moved, *self.urgent)}
-        idle = (a.name for a in self if a.offset <= durable and not a.waits and a.name not in telling)
+        is_in = (a for a in self if a.offset <= durable and a.event_offset <= durable_events)
+        idle = (a.name for a in is_in if not a.waits and a.name not in telling)
         for name in list(islice(idle, excess)):
             del self._accounts[name]
             self.knows_all = False
@@ -299,6 +300,7 @@ class Balances:
         ``cause``, and no ``used`` moves unseen.
         """
         account = self._touch(name)
+        account.event_offset = row
         # An event may lag behind the runs: no instant up to now is skipped by computing the terms as of now.
         self.now_ms = max(self.now_ms, at_ms)
         notices = self._advance(account, self.now_ms)

@@ -1,7 +1,7 @@
 """What a unit gathers for one insert of cell runs, and when it is written."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from schemas.cell_run import from_milliseconds
 from sinks.ledger import Batch, Chain
+from streams.account_events import Row
 from streams.rows import Take
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
@@ -28,6 +29,14 @@ class Batching(msgspec.Struct, frozen=True):
 
     rows_max: int
     linger_s: float
+
+
+class AccountBatch(msgspec.Struct, frozen=True, eq=False):
+    """Account events that are folded, on their way into the ledger."""
+
+    batch: Batch
+    rows: Sequence[Row]
+    events: Sequence[Event]
 
 
 class OpenBatch:

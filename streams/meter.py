@@ -25,7 +25,7 @@ from sinks.clickhouse import DatabaseError, connect, first_line
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
-from streams.assignment import CLOCK_GRACE_MS, REDRIVE_EVERY_S, Kept, Loader, Place, answer, is_told
+from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, is_told
 from streams.balances import Opening
 from streams.batches import Batching
 from streams.duplicates import Identity, Original
@@ -43,7 +43,7 @@ from streams.topics import (
     cell_runs_topic,
     require_topic,
 )
-from streams.unit import Lanes, Unit
+from streams.unit import NOT_AT_END, Lanes, Unit
 from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
@@ -69,8 +69,8 @@ class Meter:
         self.on_fatal = on_fatal
         self.hold: Callable[[int], None] = lambda partition: None
         """Told of a partition whose unit has an incident: it is fetched no more."""
-        self.is_at_end: Callable[[int, tuple[int, int]], bool] = lambda partition, last: False
-        """Whether Kafka has nothing in a partition of both topics behind these offsets."""
+        self.ends_ms: Callable[[int, tuple[int, int]], tuple[int, int]] = lambda partition, last: NOT_AT_END
+        """Until when (Unix ms) Kafka had nothing in a partition of both topics behind these offsets."""
         self.is_open = False
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
@@ -186,8 +186,7 @@ class Meter:
         chain = place.chains[0]
         unit = await self._loader.load(place, self._kept.get(chain), self._in_background)
         self.units[chain.partition] = unit
-        unit.is_at_end = lambda: self.is_at_end(chain.partition, unit.read)
-        unit.clock_ms = lambda: time.time_ns() // 1_000_000 - CLOCK_GRACE_MS
+        unit.ends_ms = lambda: self.ends_ms(chain.partition, unit.read)
         log.info(
             "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
             behind=place.logs[0].end - unit.mark.next, accounts=len(unit.balances),

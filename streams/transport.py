@@ -14,7 +14,6 @@ The overridden methods are private names of pinned versions; ``tests/test_transp
 """
 
 import asyncio
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
@@ -35,10 +34,10 @@ delays a busy one by as much."""
 CHUNK_RECORDS_MAX: Final = 2000
 DRAIN_S_MAX: Final = 8.0
 """How long a stop or a rebalance waits for chunks in flight; what is not written then is read again."""
-
-
-END_AGE_MS_MAX: Final = 500
-"""An older answer of the broker does not tell where its log ends."""
+CLOCK_GRACE_MS: Final = 1_000
+"""An answer of the broker tells where its log ended this much earlier: its clock may be behind ours."""
+ANSWERS_APART_MS_MAX: Final = 2_000
+"""After a longer silence one answer tells nothing: a process that stood still dates it later than it was given."""
 
 
 class Chunk(list[Any]):
@@ -59,6 +58,7 @@ class Consumer(driver.Consumer):
         self._sent: defaultdict[TP, dict[int, bool]] = defaultdict(dict)
         self._records_inflight: Counter[TP] = Counter()
         self._bytes_inflight: Counter[TP] = Counter()
+        self._answered_ms: dict[TP, int] = {}
         self._room = asyncio.Event()
         self.held: set[TP] = set()
         """Partitions that are not fetched, whatever their room: their unit has an incident."""
@@ -132,19 +132,28 @@ class Consumer(driver.Consumer):
             del sent[offset]
         return done[-1] + 1 if done else None
 
-    def is_at_end(self, tp: TP, last: int) -> bool:
-        """Whether Kafka has no record of this partition after ``last``, by a fetch of the last seconds. Behind the
-        last record may lie markers of transactions: then the fetch position tells, once nothing is in flight.
+    def end_ms(self, tp: TP, last: int) -> int:
+        """Until when (Unix ms) Kafka had no record of this partition after ``last``, by its latest answer to a fetch;
+        0: it has one, or has not answered. Behind the last record may lie markers of transactions: then the fetch
+        position tells, once nothing is in flight.
         """
         thread = cast(Any, self._thread)
         consumer = thread and thread._consumer
         if not consumer or tp not in consumer.assignment():
-            return False
+            return 0
         state = consumer._subscription.subscription.assignment.state_value(tp)
-        if state.highwater is None or time.time() * 1000 - (state.timestamp or 0) > END_AGE_MS_MAX:
-            return False
+        if state.highwater is None or state.timestamp is None:
+            return 0
+        before, self._answered_ms[tp] = self._answered_ms.get(tp, 0), state.timestamp
+        if state.timestamp - before > ANSWERS_APART_MS_MAX:
+            return 0
         idle = not self._records_inflight[tp] and state.has_valid_position and state.position >= state.highwater
-        return last + 1 >= state.highwater or idle
+        return state.timestamp - CLOCK_GRACE_MS if last + 1 >= state.highwater or idle else 0
+
+    def forget(self, message: Message) -> None:
+        """Do not wait for this chunk: nobody will acknowledge it."""
+        self._unacked_messages.discard(message)
+        notify(self._waiting_for_ack)
 
     async def commit_start(self, offsets: Mapping[TP, int]) -> None:
         """Commit where a group begins: what follows then counts as not seen by it."""
@@ -154,8 +163,7 @@ class Consumer(driver.Consumer):
         """Fetch this partition no more, and do not wait for its chunks in flight: nobody will acknowledge them."""
         self.held.add(tp)
         for message in [message for message in self._unacked_messages if message.tp == tp]:
-            self._unacked_messages.discard(message)
-        notify(self._waiting_for_ack)
+            self.forget(message)
 
     async def wait_empty(self) -> None:
         """Wait for chunks in flight, at most `DRAIN_S_MAX`: one that hangs must not hang a stop or a rebalance."""

@@ -12,8 +12,9 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 8. states whose ``used`` moved are handed over, too; the producer is flushed
 9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
-Account events are a barrier: the open batch is written and read back, they are rated against the ledger, inserted at
-once, read back, and then folded. So a reversal sees durable rows only. Of what waits, the broker's time decides which
+Account events go the same way, an insert of their own behind the runs that were folded before them: they are rated
+against the ledger and what is on its way there, folded, told, written at once. A reversal is a barrier: everything
+before it is written and read back first, so it sees durable rows only. Of what waits, the broker's time decides which
 topic comes first.
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
@@ -36,7 +37,7 @@ from schemas.problem import Problem
 from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark
 from streams import account_events
 from streams.balances import Balances, Notice
-from streams.batches import Batching, Event, OpenBatch, batch_month, chunk_bytes
+from streams.batches import AccountBatch, Batching, Event, OpenBatch, batch_month, chunk_bytes
 from streams.duplicates import Identity, Original, RunFilter, settle
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
@@ -64,6 +65,8 @@ STATES_EVERY_S: Final = 1.0
 """States whose ``used`` moved are told at most once in this time, and with them chunks are acknowledged."""
 TICK_S: Final = 0.25
 """How often a unit looks at the clock."""
+NOT_AT_END: Final = (0, 0)
+"""Kafka has more of both chains, or has not said."""
 
 log: Final = structlog.get_logger()
 
@@ -109,13 +112,17 @@ class Unit:
         self.incident: Problem | None = None
         self._lanes = lanes
         self._position = self._folded = self.mark.last
+        self._event_position = self.event_mark.last
+        self._read_ms = self._events_read_ms = 0
+        """The broker's time of the last record of each chain."""
         self._runs: deque[Event] = deque()
         self._account_events: deque[Event] = deque()
         self._arrived = asyncio.Event()
         """Something waits, or whoever waits for it is wanted elsewhere."""
         self._open = OpenBatch(self.mark.last)
-        self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
+        self._sealed: asyncio.Queue[OpenBatch | AccountBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
+        self._unwritten_events: list[account_events.Row] = []
         self._written: list[Event] = []
         self._is_to_settle = asyncio.Event()
         self._settled_at = 0.0
@@ -129,10 +136,8 @@ class Unit:
         """Whether what time alone has told is still being found out: a unit that is released before keeps nothing."""
         self.chores: list[Callable[[Unit], Any]] = []
         """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
-        self.is_at_end: Callable[[], bool] = lambda: False
-        """Whether Kafka has nothing more for this unit: only then may the clock speak."""
-        self.clock_ms: Callable[[], int] = lambda: 0
-        """Unix milliseconds by which every record that the broker dated earlier has been seen, once at the end."""
+        self.ends_ms: Callable[[], tuple[int, int]] = lambda: NOT_AT_END
+        """Of each chain, until when (Unix ms) Kafka had nothing behind what this unit has read of it."""
 
     @property
     def rows_unwritten(self) -> int:
@@ -142,23 +147,18 @@ class Unit:
     @property
     def read(self) -> tuple[int, int]:
         """The last offset of each chain that it has taken in."""
-        return self._position, self.event_mark.last
+        return self._position, self._event_position
 
     @property
     def is_settled(self) -> bool:
         """Whether what it has folded is in the ledger, and everybody who should know has been told."""
         telling = self.balances.moved or self.balances.urgent or self.voice.has_unflushed
-        return not telling and not self.looks_back and self._folded == self.mark.last
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing waits that it has been given."""
-        return not self._runs and not self._account_events
+        return not telling and not self.looks_back and self.folded == (self.mark.last, self.event_mark.last)
 
     @property
     def folded(self) -> tuple[int, int]:
         """The last offset of each chain that its balances hold."""
-        return self._folded, self.event_mark.last
+        return self._folded, self._event_position
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
@@ -214,7 +214,8 @@ class Unit:
         backlog batches are large, whatever the linger.
         """
         batching = self._lanes.batching
-        due = self._open.is_due(batching) or (self._draining and bool(self._open.events))
+        known_only = bool(self._open.events) and not self._open.takes  # all of it was read before: nothing to write
+        due = known_only or self._open.is_due(batching) or (self._draining and bool(self._open.events))
         return self._open.is_full(batching) or (due and not self._sealed.full())
 
     async def _seal(self) -> None:
@@ -306,8 +307,9 @@ class Unit:
         await self.load(debits.drawing(), int(debits.recorded_ms[0]))
         notices = self.balances.fold(debits)
         self._folded = take.last
+        self._read_ms = max(self._read_ms, int(debits.recorded_ms[-1]))
         self._tell(notices, lambda notice: source_of(take, notice.row))
-        self.balances.evict(self.mark.last)
+        self.balances.evict(self.mark.last, self.event_mark.last)
 
     async def load(self, names: Sequence[str], at_ms: int = FOREVER_MS) -> None:
         """Bring accounts into memory, as of now, or of the record that asks for them where that is older.
@@ -323,37 +325,42 @@ class Unit:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
     async def _take_account_events(self) -> None:
-        """The barrier: everything before is durable, then these chunks are, then they are folded. All that came before
-        the next run share it.
-        """
-        await self._seal()
-        await self._sealed.join()
+        """All that came before the next run, in one insert."""
         events = []
         while self._is_barrier_next():
             events.append(self._account_events.popleft())
+        if self._open.events:
+            await self._seal()  # what was folded before is written before: a replay folds in the ledger's order
         chunk = [record for event in events for record in event.chunk]
-        chunk = [record for record in chunk if record.offset > self.event_mark.last]
-        if chunk:
-            await self._write_account_events(chunk)
-        self._written += events
-        self._is_to_settle.set()
+        chunk = [record for record in chunk if record.offset > self._event_position]
+        if not chunk:
+            self._written += events
+            self._is_to_settle.set()
+            return
+        rows = await self._rate_account_events(chunk)
+        after, self._event_position = self._event_position, chunk[-1].offset
+        await self._fold_account_events(rows, chunk[0].timestamp)
+        self._events_read_ms = max(self._events_read_ms, chunk[-1].timestamp)
+        table = account_events.account_rows(self.event_chain, after, rows, batch_month(chunk[0].timestamp))
+        self._unwritten_events += rows
+        await self._sealed.put(AccountBatch(Batch(self.event_chain, after, chunk[-1].offset, table), rows, events))
 
-    async def _write_account_events(self, chunk: Any) -> None:
+    async def _rate_account_events(self, chunk: Any) -> list[account_events.Row]:
         lanes = self._lanes
         received = account_events.receive(chunk, self.event_chain.partition, lanes.partitions)
-        known = await lanes.find_known(received)
-        rows = account_events.rate_events(received, lambda r: f"{self.event_chain}@{r.offset}", known, lanes.plans)
+        if account_events.run_identities(received):
+            await self._sealed.join()
+        unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
+        known = account_events.with_rows(await lanes.find_known(received), unwritten, self._event_place)
+        return account_events.rate_events(received, self._event_place, known, lanes.plans)
+
+    def _event_place(self, record: Any) -> str:
+        return f"{self.event_chain}@{record.offset}"
+
+    async def _fold_account_events(self, rows: Sequence[account_events.Row], at_ms: int) -> None:
         told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
-        self.balances.begin(chunk[0].timestamp)
-        await self.load([row.workspace_id for row in told], chunk[0].timestamp)
-        month = batch_month(chunk[0].timestamp)
-        table = account_events.account_rows(self.event_chain, self.event_mark.last, rows, month)
-        batch = Batch(self.event_chain, self.event_mark.last, chunk[-1].offset, table)
-        # Both marks are read again: mark_read_at then orders the rows of both chains as they were folded.
-        stale = msgspec.structs.replace(self.event_mark, age_from=TOO_OLD)
-        self.event_mark = await lanes.in_writer(lanes.ledger.append, batch, stale, self._closing)
-        self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)
-        self._count(Counter(f"{row.kind}/{row.reason}" for row in rows), self.event_chain)
+        self.balances.begin(at_ms)
+        await self.load([row.workspace_id for row in told], at_ms)
         for row in told:
             notices = account_events.fold_event(self.balances, row)
             self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
@@ -361,20 +368,39 @@ class Unit:
     async def _write(self) -> None:
         """Steps 6 to 9, batch after batch."""
         while True:
-            batch = await self._sealed.get()
+            sealed = await self._sealed.get()
             self._nudge()  # a lingering batch may be sealed now
-            if batch.takes:
-                self.mark = await self._lanes.in_writer(
-                    self._lanes.ledger.append, batch.close(self.chain), self.mark, self._closing
-                )
-            for take in batch.takes:
-                self._unwritten.remove(take)
-                self._count(Counter(counts(take)), self.chain)
-            self._written += batch.events
-            now = asyncio.get_running_loop().time()
-            if self._draining or batch.is_full(self._lanes.batching) or now - self._settled_at >= STATES_EVERY_S:
+            if isinstance(sealed, AccountBatch):
+                await self._write_account_events(sealed)
+            else:
+                await self._write_runs(sealed)
+            self._written += sealed.events
+            if self._is_time_to_settle(sealed):
                 self._is_to_settle.set()
             self._sealed.task_done()
+
+    def _is_time_to_settle(self, sealed: OpenBatch | AccountBatch) -> bool:
+        at_once = isinstance(sealed, AccountBatch) or sealed.is_full(self._lanes.batching) or self._draining
+        return at_once or asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S
+
+    async def _write_runs(self, batch: OpenBatch) -> None:
+        if batch.takes:
+            self.mark = await self._append(batch.close(self.chain), self.mark)
+        for take in batch.takes:
+            self._unwritten.remove(take)
+            self._count(Counter(counts(take)), self.chain)
+
+    async def _write_account_events(self, sealed: AccountBatch) -> None:
+        """Both marks are read again: mark_read_at then orders the rows of both chains as they were folded."""
+        stale = msgspec.structs.replace(self.event_mark, age_from=TOO_OLD)
+        self.event_mark = await self._append(sealed.batch, stale)
+        self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)
+        del self._unwritten_events[: len(sealed.rows)]
+        self._count(Counter(f"{row.kind}/{row.reason}" for row in sealed.rows), self.event_chain)
+
+    async def _append(self, batch: Batch, mark: Mark) -> Mark:
+        written: Mark = await self._lanes.in_writer(self._lanes.ledger.append, batch, mark, self._closing)
+        return written
 
     def _count(self, written: Counter[str], chain: Chain) -> None:
         self._lanes.written.update(written)
@@ -411,5 +437,6 @@ class Unit:
         chores, self.chores = self.chores, []
         for chore in chores:
             await chore(self)
-        if self.is_idle and self.is_at_end():
-            self._tell(self.balances.come(self.clock_ms()), lambda _: Source(self.chain, -1))
+        end_ms, events_end_ms = self.ends_ms()
+        until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
+        self._tell(self.balances.come(until_ms), lambda _: Source(self.chain, -1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
+from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -119,26 +120,26 @@ class Life:
         for notice in self.balances.fold(debits):
             self._tell(notice, Source(CHAINS[0], records[notice.row].offset))
         self.unwritten += records
-        self.balances.evict(self.marks[0])
+        self.balances.evict(*self.marks)
 
     def write(self, number: int | None = None) -> None:
-        """Insert what was folded first, or all of it."""
-        self._inserts += 1
+        """Insert what was folded first, or all of it: what follows of one chain together."""
         rows, self.unwritten = self.unwritten[:number], self.unwritten[len(self.unwritten[:number]) :]
-        self.ledger += [Written(self._inserts, record) for record in rows]
+        for _, together in groupby(rows, lambda record: record.step.of_account):
+            self._inserts += 1
+            self.ledger += [Written(self._inserts, record) for record in together]
 
     def take_events(self, records: Sequence[Rated]) -> None:
-        """The barrier: write what was folded, then the chunk, then fold it."""
-        self.write()
-        self._inserts += 1
+        """Fold a chunk of account events; before a reversal everything is written."""
+        if any(record.expected.kind == "reversal" for record in records):
+            self.write()
         rows = [row for record in records if (row := account_row_of(record))]
         self.balances.begin(to_milliseconds(records[0].step.recorded))
         self._load([row.workspace_id for row in rows])
-        self.ledger += [Written(self._inserts, record) for record in records]
         for row in rows:
             for notice in fold_event(self.balances, row):
                 self._tell(notice, Source(CHAINS[1], notice.row))
-        self.tell_states()
+        self.unwritten += records
 
     def come(self, when: datetime) -> None:
         """Nothing waits, and the clock says so."""

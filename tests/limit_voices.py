@@ -27,6 +27,7 @@ from streams.balances import NOTHING, Account, Balances, Debits, Notice
 from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
 from streams.rating import RatingTable
+from streams.unit import NOT_AT_END
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
 from tests.unit_bench import Bench
@@ -289,10 +290,9 @@ def _is_acknowledged(bench: Bench, chunks: int) -> bool:
 
 async def _time_comes(bench: Bench, task: "asyncio.Task[None]", account: Account, when_ms: int) -> None:
     """Nothing more is on the topics, and the clock says so late."""
-    bench.unit.clock_ms = lambda: when_ms
-    bench.unit.is_at_end = lambda: True
+    bench.unit.ends_ms = lambda: (when_ms, when_ms)
     await bench.wait(task, lambda: account.until_ms > when_ms)
-    bench.unit.is_at_end = lambda: False
+    bench.unit.ends_ms = lambda: NOT_AT_END
 
 
 def seen_by_sql(client: Client, workspace_id: str, pool: str, when: datetime) -> Seen:

@@ -123,8 +123,8 @@ def test_f19_who_may_be_evicted() -> None:
     for record in rated([*warned.steps, *idle.steps, *busy.steps]):
         (life.take_events if record.step.of_account else life.take)([record])
 
-    def left(durable: int) -> list[str]:
-        life.balances.evict(durable)
+    def left(durable: int, durable_events: int = 0) -> list[str]:
+        life.balances.evict(durable, durable_events)
         return sorted(account.name for account in life.balances)
 
     assert left(durable=3) == ["ws_a", "ws_b", "ws_c"], "their states are not told"
@@ -133,6 +133,21 @@ def test_f19_who_may_be_evicted() -> None:
     assert left(durable=2) == ["ws_b", "ws_c"]
     assert left(durable=3) == ["ws_c"], "it waits for its period's end"
     assert left(durable=3) == ["ws_c"]
+
+
+def test_f19_who_has_events_above_the_mark_is_not_evicted() -> None:
+    """Its plan is not in the ledger yet: loaded from there, it would have none."""
+    planned, busy = Story("ws_a"), Story("ws_b")
+    planned.plan("4", at("Jan 15"))
+    busy.run(at("Jan 18"))
+    life = Life(1)
+    for record in rated([*planned.steps, *busy.steps]):
+        (life.take_events if record.step.of_account else life.take)([record])
+    life.tell_states()
+    life.balances.evict(-1, -1)
+    assert "ws_a" in life.balances
+    life.balances.evict(-1, 0)
+    assert "ws_a" not in life.balances
 
 
 def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:
@@ -180,8 +195,7 @@ async def live_until(bench: Bench, task: "asyncio.Task[None]", records: list[Rat
     for of_account, part in groupby(left, lambda record: record.step.of_account):
         for ready in in_threes(list(part)):
             now_ms = to_milliseconds(ready[-1].step.recorded)
-            unit.clock_ms = partial(int, now_ms)
-            unit.is_at_end = lambda: True
+            unit.ends_ms = partial(tuple, (now_ms, now_ms))
             bench.deliver([kafka_record(record) for record in ready], of_account=of_account)
             if dice.random() < 0.1:
                 return False

@@ -1,5 +1,6 @@
 """The batch transport: what it overrides must exist, and a commit never passes an unfinished chunk."""
 
+import asyncio
 import inspect
 import itertools
 import struct
@@ -143,6 +144,47 @@ async def test_a_held_partition_is_not_fetched_but_the_others_are(
     assert set(await consumer._getmany({TOPIC, other}, 0.01)) == {other}
     assert await consumer._getmany({TOPIC}, 0.01) == {}
     assert asked == [{other}]
+
+
+async def test_a_chunk_that_nobody_will_acknowledge_is_not_waited_for(consumer: Any) -> None:
+    """As one that comes to a unit with an incident: a stop would wait 8 s for it."""
+    message = deliver(consumer, 1, 2)
+    consumer.forget(message)
+    await asyncio.wait_for(consumer.wait_empty(), 1)
+    assert consumer._new_offset(TOPIC) is None
+
+
+def answered(consumer: Any, **said: Any) -> None:
+    """As if the broker had answered a fetch of `TOPIC` so."""
+    state = SimpleNamespace(**{"highwater": 10, "position": 5, "has_valid_position": True} | said)
+    assignment = SimpleNamespace(state_value=lambda tp: state)
+    subscription = SimpleNamespace(subscription=SimpleNamespace(assignment=assignment))
+    consumer._thread._consumer = SimpleNamespace(assignment=lambda: {TOPIC}, _subscription=subscription)
+
+
+@pytest.mark.parametrize(
+    ("last", "said", "is_end"),
+    [
+        pytest.param(9, {}, True, id="the_last_record_is_read"),
+        pytest.param(8, {}, False, id="one_is_not_read"),
+        pytest.param(8, {"position": 10}, True, id="only_a_marker_is_behind"),
+        pytest.param(8, {"position": 10, "has_valid_position": False}, False, id="it_seeks"),
+        pytest.param(9, {"highwater": None}, False, id="no_answer_yet"),
+    ],
+)
+async def test_where_kafka_ends(consumer: Any, last: int, said: dict[str, Any], is_end: bool) -> None:
+    """By the broker's latest answer, a second before it came."""
+    answered(consumer, timestamp=1_000_000, **said)
+    assert consumer.end_ms(TOPIC, last) == 0, "the first answer may be old"
+    answered(consumer, timestamp=1_000_250, **said)
+    assert consumer.end_ms(TOPIC, last) == (999_250 if is_end else 0)
+
+
+async def test_an_answer_from_before_a_standstill_says_nothing(consumer: Any) -> None:
+    """A stopped process dates it by when it woke, and what came meanwhile is not in it."""
+    for timestamp, until in ((1_000_000, 0), (1_000_500, 999_500), (1_120_500, 0), (1_120_525, 1_119_525)):
+        answered(consumer, timestamp=timestamp)
+        assert consumer.end_ms(TOPIC, 9) == until
 
 
 def raw_batch(codec: int, first: int, *names: bytes) -> bytes:

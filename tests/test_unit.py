@@ -1,13 +1,18 @@
 """A unit: copies that meet on their way to the ledger, the moments around its assignment, what it does at its end."""
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from schemas.cell_run import to_milliseconds
+from schemas.limits import AlertKind, Cause
 from sinks.ledger import ForeignMark, Incident
+from streams.unit import TICK_S
+from tests.account_records import Story, account_record, at
 from tests.ledger_rows import assert_books_close
+from tests.limit_voices import kafka_record, rated
 from tests.records import Record, event, run_id
 from tests.unit_bench import BATCH_ROWS, CHAINS, Bench
 
@@ -43,6 +48,105 @@ async def test_f17_copies_in_adjacent_batches_while_the_first_insert_is_held(cli
     await task
     assert bench.kinds() == {"run": BATCH_ROWS, "duplicate": 3 * BATCH_ROWS}
     assert_books_close(client, CHAIN, range(4 * BATCH_ROWS))
+
+
+class Hold:
+    """A writer's thread that lets nothing through until it is told to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.release: Final = asyncio.Event()
+
+    async def __call__(self, function: Any, *args: Any) -> Any:
+        self.calls += 1
+        await self.release.wait()
+        return await asyncio.to_thread(function, *args)
+
+
+async def test_a_plan_is_told_before_it_is_written(client: Client) -> None:
+    """Who was upgraded may spend at once; runs behind the plan are folded under it, and written behind it."""
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.runs(3, at("Jan 16"))
+    writer = Hold()
+    bench = await Bench.open(client, in_writer=writer)
+    records = rated(story.steps)
+    bench.deliver([kafka_record(records[0])], of_account=True)
+    bench.deliver([kafka_record(record) for record in records[1:]])
+    task = bench.start()
+    await bench.wait(task, lambda: len(bench.alerts) == 1)
+    assert (bench.alerts[0].thresholds, bench.alerts[0].cause) == ((50,), Cause.RUN)
+    assert (writer.calls, bench.kinds(), bench.acknowledged) == (1, {}, 0)
+    writer.release.set()
+    await bench.wait(task, lambda: bench.acknowledged == 2)
+    await bench.kill(task)
+    ((plan_read, run_read),) = client.query(
+        "SELECT maxIf(mark_read_at, kind = 'plan'), minIf(mark_read_at, kind = 'run') FROM ledger"
+    ).result_rows
+    assert plan_read < run_read
+
+
+async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:
+    """An event on its way is a known event."""
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.plan("20", at("Jan 15 12:00"))
+    first, second = (step.event for step in story.steps)
+    writer = Hold()
+    bench = await Bench.open(client, in_writer=writer)
+    bench.deliver([account_record(0, first, at("Jan 15"))], of_account=True)
+    task = bench.start()
+    await bench.wait(task, lambda: writer.calls == 1)
+    bench.deliver([account_record(1, first, at("Jan 15"))], of_account=True)
+    await bench.wait(task, lambda: bench.unit.read == (-1, 1))
+    bench.deliver([account_record(2, second, at("Jan 16")), account_record(3, first, at("Jan 16"))], of_account=True)
+    writer.release.set()
+    await bench.wait(task, lambda: bench.acknowledged == 3)
+    await bench.kill(task)
+    assert bench.kinds() == {"plan": 2, "duplicate": 2}
+    assert_books_close(client, CHAINS[1], range(4))
+
+
+async def test_a_reversal_waits_for_its_run(client: Client) -> None:
+    """What it gives back is read from the ledger, where the run must be before."""
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    run = story.run(at("Jan 16"))
+    story.reverse(run, at("Jan 17"))
+    writer = Hold()
+    bench = await Bench.open(client, in_writer=writer)
+    plan, drawn, reversal = rated(story.steps)
+    for record in (plan, drawn, reversal):
+        bench.deliver([kafka_record(record)], of_account=record.step.of_account)
+    task = bench.start()
+    await bench.wait(task, lambda: writer.calls == 1 and bench.unit.read[0] == 0)
+    await asyncio.sleep(0.1)
+    assert bench.unit.read == (0, 0)
+    writer.release.set()
+    await bench.wait(task, lambda: bench.acknowledged == 3)
+    await bench.kill(task)
+    assert bench.kinds() == {"plan": 1, "run": 1, "reversal": 1}
+    assert bench.unit.balances["ws_1"].enrichment.used == 0
+
+
+@pytest.mark.parametrize("are_events_read", [True, False])
+async def test_time_is_told_while_a_backlog_drains(client: Client, are_events_read: bool) -> None:
+    """By the least instant up to which both topics were read: no workspace waits for the end of another's backlog."""
+    warned, other = Story("ws_a"), Story("ws_b")
+    warned.plan("10", at("Jan 15"))
+    warned.runs(10, at("Jan 16"))
+    other.run(at("Feb 15 01:00"))
+    bench = await Bench.open(client)
+    bench.unit.ends_ms = lambda: (0, to_milliseconds(at("Mar 1")) if are_events_read else 0)
+    for record in rated([*warned.steps, *other.steps]):
+        bench.deliver([kafka_record(record)], of_account=record.step.of_account)
+    task = bench.start()
+    await bench.wait(task, lambda: bench.acknowledged == 12)
+    await asyncio.sleep(2 * TICK_S)
+    await bench.unit.voice.flush()
+    await bench.kill(task)
+    told = [alert.kind for alert in bench.alerts if alert.cause == Cause.TIME]
+    assert told == ([AlertKind.PERIOD_STARTED] if are_events_read else [])
 
 
 async def test_f7_an_owner_that_dies_after_its_assignment_changes_nothing(client: Client) -> None:
@@ -81,6 +185,18 @@ async def test_records_that_come_twice_are_metered_once(client: Client) -> None:
     await bench.until(lambda: bench.acknowledged == 3)
     assert bench.kinds() == {"run": 9}
     assert_books_close(client, CHAIN, range(9))
+
+
+async def test_what_was_read_before_is_acknowledged_without_new_records(client: Client) -> None:
+    """Nothing of it is written again, so nothing is waited for."""
+    bench = await Bench.open(client, linger_s=0.05)
+    bench.deliver(chunk(0, range(6)))
+    task = bench.start()
+    await bench.wait(task, lambda: bench.acknowledged == 1)
+    bench.deliver(chunk(0, range(6)))
+    await bench.wait(task, lambda: bench.acknowledged == 2)
+    await bench.kill(task)
+    assert bench.kinds() == {"run": 6}
 
 
 async def test_a_batch_is_written_when_it_has_lingered(client: Client) -> None:
