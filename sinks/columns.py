@@ -62,7 +62,8 @@ ACCOUNT_SCHEMA: Final = pa.schema(
 
 def instants(milliseconds: Sequence[int] | npt.NDArray[np.int64]) -> pa.Array:
     """Unix milliseconds → DateTime64(3, 'UTC')."""
-    return pa.array(np.asarray(milliseconds, np.int64), pa.int64()).cast(pa.timestamp("ms", "UTC"))
+    values = np.ascontiguousarray(milliseconds, np.int64)
+    return pa.Array.from_buffers(pa.timestamp("ms", "UTC"), len(values), [None, pa.py_buffer(values)])
 
 
 def decimals(millicredits: npt.NDArray[np.int64]) -> pa.Array:

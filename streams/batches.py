@@ -10,10 +10,12 @@ import pyarrow as pa
 from schemas.cell_run import from_milliseconds
 from sinks.ledger import Batch, Chain
 from streams.account_events import Row
-from streams.rows import Take
+from streams.rows import Take, join_takes, ledger_rows
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
+TABLE_ROWS_MIN: Final = 1_000
+"""Fewer rows wait for others before they become columns of the ledger."""
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -40,7 +42,9 @@ class AccountBatch(msgspec.Struct, frozen=True, eq=False):
 
 
 class OpenBatch:
-    """Rows that are gathered for one insert."""
+    """Takes that are gathered for one insert. The rows of small ones are made together: a table has thirty columns, and
+    a price whatever its length.
+    """
 
     def __init__(self, after: int) -> None:
         self.after: Final = after
@@ -48,19 +52,30 @@ class OpenBatch:
         self.rows = 0
         self.takes: list[Take] = []
         self.events: list[Event] = []
+        self._unmade: list[Take] = []
         self._tables: list[pa.Table] = []
         self._bytes = 0
         self._since = 0.0
 
-    def add(self, take: Take, rows: pa.Table, nbytes: int) -> None:
-        """Append the rows of one take; ``nbytes`` as they were in Kafka."""
+    def add(self, take: Take, nbytes: int) -> None:
+        """Append a settled take; ``nbytes`` as it was in Kafka. Its records are let go once its rows are made."""
         if not self.takes:
             self._since = asyncio.get_running_loop().time()
         self.takes.append(take)
-        self._tables.append(rows)
-        self.rows += len(rows)
+        self._unmade.append(take)
+        self.rows += len(take.records)
         self.last = take.last
         self._bytes += nbytes
+        if sum(len(take.records) for take in self._unmade) >= TABLE_ROWS_MIN:
+            self._make()
+
+    def _make(self) -> None:
+        if not self._unmade:
+            return
+        self._tables.append(ledger_rows(join_takes(self._unmade)))
+        for take in self._unmade:
+            take.records.clear()  # half of the worker's memory, and nobody reads them any more
+        self._unmade.clear()
 
     def deadline(self, batching: Batching) -> float | None:
         """Loop time at which it has lingered enough; None while it is empty."""
@@ -79,6 +94,7 @@ class OpenBatch:
         """The batch for the ledger. Its ClickHouse partition follows from its first record alone: a second writer of
         the same place must meet the same deduplication log.
         """
+        self._make()
         rows = pa.concat_tables(self._tables)
         month = batch_month(int(self.takes[0].runs.recorded_ms[0]))
         return Batch(

@@ -109,7 +109,7 @@ def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Ru
         converted = _convert(lean)
         assert converted is not None
     runs = _columns(records, lean, converted, refusals)
-    _refuse_misrouted(runs, records, partition, partitions)
+    _refuse_misrouted(records, [run.workspace_id for run in lean], refusals, partition, partitions)
     _refuse_untimely(runs)
     return runs
 
@@ -201,7 +201,8 @@ def _odd_times(texts: pa.Array) -> Mask:
     if len(letters) % len(texts) == 0 and (length := len(letters) // len(texts)) >= 20:
         grid = letters.reshape(-1, length)
         if (grid[:, _PLACES] == _LETTERS).all() and (grid[:, -1] == ord("Z")).all():
-            return ~np.isin(grid[:, 19], _AFTER_SECONDS)
+            odd: Mask = (grid[:, 19] != ord(".")) & (grid[:, 19] != ord("Z"))
+            return odd
     plain: Mask = pc.match_substring_regex(texts, _RFC_3339).to_numpy(zero_copy_only=False)
     return ~plain
 
@@ -209,7 +210,6 @@ def _odd_times(texts: pa.Array) -> Mask:
 _DASHES: Final = [8, 13, 18, 23]
 _PLACES: Final = [10, 13, 16]
 _LETTERS: Final = np.frombuffer(b"T::", np.uint8)
-_AFTER_SECONDS: Final = np.frombuffer(b".Z", np.uint8)
 
 
 def _columns(
@@ -254,35 +254,44 @@ def partition_of(workspace_id: str, partitions: int) -> int:
     return int(murmur2(workspace_id.encode()) & 0x7FFF_FFFF) % partitions
 
 
-_routes: Final[dict[tuple[str, int], int]] = {}
+_routes: Final[dict[tuple[bytes | None, str, int], int]] = {}
 
 
-def _route(workspace_id: str, partitions: int) -> int:
-    place = workspace_id, partitions
+def _home(key: bytes | None, workspace_id: str, partitions: int) -> int:
+    """The partition in which a record of this key and workspace belongs; `_NOWHERE`: the key is not the workspace."""
+    place = key, workspace_id, partitions
     if (found := _routes.get(place)) is None:
         if len(_routes) >= ROUTES_MAX:
             _routes.clear()
-        found = _routes[place] = partition_of(workspace_id, partitions)
+        is_keyed = key == workspace_id.encode()
+        found = _routes[place] = partition_of(workspace_id, partitions) if is_keyed else _NOWHERE
     return found
 
 
-def _refuse_misrouted(runs: Runs, records: Sequence[Record], partition: int, partitions: int) -> None:
-    workspaces = runs.columns["workspace_id"]
-    keys = pa.array([record.key for record in records], pa.binary())
-    keyed = pc.fill_null(pc.equal(keys, workspaces.cast(pa.binary())), False).to_numpy(zero_copy_only=False)
-    distinct = workspaces.dictionary_encode()
-    routes = np.array([_route(name, partitions) for name in distinct.dictionary.to_pylist()], np.int64)
-    home = routes[distinct.indices.to_numpy()]
-    for row in map(int, np.flatnonzero(~keyed | (home != partition))):
-        if row in runs.refusals:
+_NOWHERE: Final = -1
+
+
+def _refuse_misrouted(
+    records: Sequence[Record], names: list[str], refusals: dict[int, Refusal], partition: int, partitions: int
+) -> None:
+    keys = [record.key for record in records]
+    strays = {
+        (key, name): home
+        for key, name in set(zip(keys, names, strict=True))
+        if (home := _home(key, name, partitions)) != partition
+    }
+    if not strays:
+        return
+    for row, place in enumerate(zip(keys, names, strict=True)):
+        if place not in strays or row in refusals:
             continue
-        workspace = workspaces[row].as_py()
+        key, name = place
         detail = (
-            f"partition {partition}, but the key's murmur2 hash gives {home[row]}"
-            if keyed[row]
-            else f"the Kafka key is {_show(records[row].key)}, the workspace_id {workspace!r}"
+            f"the Kafka key is {_show(key)}, the workspace_id {name!r}"
+            if strays[place] == _NOWHERE
+            else f"partition {partition}, but the key's murmur2 hash gives {strays[place]}"
         )
-        runs.refusals[row] = Refusal(Reason.MISROUTED, detail)
+        refusals[row] = Refusal(Reason.MISROUTED, detail)
 
 
 def _show(key: bytes | None) -> str:

@@ -84,6 +84,21 @@ def join_runs(parts: Sequence[Runs]) -> Runs:
     return Runs(**arrays, columns=columns, refusals=refusals)
 
 
+def join_takes(takes: Sequence[Take]) -> Take:
+    """Consecutive settled takes as one."""
+    if len(takes) == 1:
+        return takes[0]
+    starts = np.cumsum([0] + [len(take.records) for take in takes]).tolist()
+    details = {
+        row + start: detail for start, take in zip(starts, takes, strict=False) for row, detail in take.details.items()
+    }
+    debits = RatedRuns(*(
+        np.concatenate([getattr(take.debits, name) for take in takes]) for name in RatedRuns.__struct_fields__
+    ))  # fmt: skip
+    records = [record for take in takes for record in take.records]
+    return Take(takes[0].chain, takes[0].after, records, join_runs([take.runs for take in takes]), debits, details)
+
+
 def candidates(take: Take, suspected: npt.NDArray[np.bool_]) -> list[Candidate]:
     """The suspected rows that have an identity, in Kafka's order."""
     rows = [row for row in map(int, np.flatnonzero(suspected)) if row not in take.runs.refusals]

@@ -49,7 +49,6 @@ from streams.rows import (
     candidates,
     counts,
     drawn,
-    ledger_rows,
     originals,
     rate_take,
     source_of,
@@ -280,9 +279,9 @@ class Unit:
         self.run_filter.add(take.new_run_keys())
         await self._fold(take)
         self._unwritten.append(take)
-        self._open.add(take, ledger_rows(take), sum(chunk_bytes(chunk) for chunk in chunks))
-        for records in (take.records, *chunks):
-            records.clear()  # half of the worker's memory, and nobody reads them any more
+        self._open.add(take, sum(chunk_bytes(chunk) for chunk in chunks))
+        for chunk in chunks:
+            chunk.clear()
         await asyncio.sleep(0)
 
     async def _settle_copies(self, take: Take) -> None:

@@ -34,7 +34,7 @@ from sinks.ledger import (
 from sinks.queries import find_runs, recent_run_keys
 from streams.intake import read_chunk, run_keys
 from streams.rating import RatingTable
-from streams.rows import ledger_rows, rate_take
+from streams.rows import rate_take
 from streams.unit import OpenBatch
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown, write
@@ -248,7 +248,7 @@ async def test_f8_the_units_batch_takes_the_month_of_its_first_record() -> None:
         for cut in (range(10, 12), range(12, last + 1)):
             records = [Record(offset, recorded_at_months_end(offset)) for offset in cut]
             take = rate_take(CHAIN, cut[0] - 1, [records], [read_chunk(records, CHAIN.partition, 4)], table)
-            open_batch.add(take, ledger_rows(take), 1)
+            open_batch.add(take, 1)
         months.append(set(open_batch.close(CHAIN).rows.column("batch_month").to_pylist()))
     assert months == [{202608}, {202608}]
 
