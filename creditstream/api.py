@@ -289,7 +289,7 @@ def status_of(meter: Meter) -> Status:
         written=dict(meter.written),
         told=dict(meter.told),
         uptime_s=int(time.time() - meter.started_at),
-        duplicate_filter_bytes=sum(unit.run_filter.nbytes for unit in meter.units.values()),
+        duplicate_filter_bytes=sum(unit.filters.nbytes for unit in meter.units.values()),
     )
 
 

@@ -11,12 +11,15 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind
 from schemas.limits import LimitAlert, TopColumn
+from sinks.columns import key_of
 from sinks.ledger import Chain
 
 TOP_COLUMNS: Final = 3
@@ -200,6 +203,15 @@ def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict
             position = f"{topic}[{partition}]@{account_row.offset}"
             known[account_row.workspace_id, event_id] = (position, run_id, actor, account_row)
     return known
+
+
+def event_keys(client: Client, partition: int, partitions: int) -> npt.NDArray[np.uint64]:
+    """Filter keys of a partition's account events, over all topic ids."""
+    table = client.query_arrow(
+        f"SELECT {key_of('event_id')} AS key FROM ledger WHERE {_EVENTS} AND {_OF_PARTITION}",
+        parameters={"partition": partition, "partitions": partitions},
+    )
+    return np.asarray(table.column("key").to_numpy(), np.uint64)
 
 
 class Tail(NamedTuple):

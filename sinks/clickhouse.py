@@ -16,6 +16,7 @@ ANSWER_TIMEOUT_S: Final = 30
 
 SESSION: Final[dict[str, Any]] = {
     "async_insert": 0,
+    "max_threads_for_indexes": 1,
     "insert_deduplicate": 1,
     "optimize_use_projections": 1,
     "max_query_size": 16 * 1024 * 1024,

@@ -18,11 +18,9 @@ from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits
 from schemas.ledger import FREE_REASONS, Reason
 from schemas.problem import Problem, UnknownId
+from sinks.columns import key_of
 from sinks.explain import explain, run_of
 from sinks.ledger import Chain
-
-RUN_KEY_SQL: Final = "bitXor(reinterpretAsUInt64(run_id), toUInt64(toUInt128(run_id)))"
-"""The duplicate filter's key; `streams.intake.run_keys` is the same in numpy, and a test holds them equal."""
 
 _RUNS_OF_CHAIN: Final = "topic = {topic:String} AND kafka_partition = {partition:UInt16} AND kind = 'run'"
 
@@ -49,7 +47,7 @@ def months_before(client: Client, chain: Chain, since: float) -> list[int]:
 
 def _run_keys(client: Client, chain: Chain, since: float, condition: str) -> npt.NDArray[np.uint64]:
     table = client.query_arrow(
-        f"SELECT {RUN_KEY_SQL} AS key FROM ledger WHERE {_RUNS_OF_CHAIN} AND {condition}",
+        f"SELECT {key_of('run_id')} AS key FROM ledger WHERE {_RUNS_OF_CHAIN} AND {condition}",
         parameters=_since(chain, since),
     )
     return np.asarray(table.column("key").to_numpy(), np.uint64)

@@ -10,6 +10,7 @@ from uuid import UUID
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
@@ -23,7 +24,7 @@ from sinks.accounts import AccountRow, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
 from streams.balances import Account, Balances, Notice, Opening
-from streams.intake import Record, Refusal, headers_text, partition_of, redrive_of
+from streams.intake import Record, Refusal, headers_text, partition_of, redrive_of, run_keys
 from streams.limits import Facts, Grant, Thresholds
 from streams.periods import PlanChange, day_of, history
 
@@ -45,6 +46,9 @@ class Known(NamedTuple):
     events: Mapping[Identity, tuple[str, tuple[object, ...]]]
     """(workspace, event id) → position, and what a copy must match (`substance`)."""
     runs: Mapping[Identity, RunToReverse]
+
+
+NOTHING_KNOWN: Final = Known({}, {})
 
 
 def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
@@ -115,6 +119,17 @@ def event_identities(chunk: Iterable[Received]) -> list[Identity]:
     """The ids under which the ledger may know these events."""
     events = [received.event for received in chunk if not isinstance(received.event, Refusal)]
     return [(event.workspace_id, event.event_id) for event in events]
+
+
+def keys_of(chunk: Iterable[Received]) -> npt.NDArray[np.uint64]:
+    """The filter's keys of the events, refused ones left out."""
+    return run_keys(b"".join([event_id.bytes for _, event_id in event_identities(chunk)]))
+
+
+def to_look_up(chunk: Iterable[Received], suspected: Iterable[bool]) -> list[Received]:
+    """Events that the ledger may know, by the masks of their `keys_of`, and those that name a run."""
+    events = [received for received in chunk if not isinstance(received.event, Refusal)]
+    return [it for it, known in zip(events, suspected, strict=True) if known or isinstance(it.event, RunReversed)]
 
 
 def run_identities(chunk: Iterable[Received]) -> list[Identity]:

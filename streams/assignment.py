@@ -18,13 +18,13 @@ from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
 from streams.balances import Balances, Notice
-from streams.duplicates import RunFilter
+from streams.duplicates import KeyFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
 from streams.messages import Source
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, LogRange
-from streams.unit import Lanes, Unit
+from streams.unit import Filters, Lanes, Unit
 from streams.voice import Outlets, Voice
 
 EXACT_DAYS: Final = 30
@@ -51,7 +51,7 @@ class Kept(msgspec.Struct, frozen=True):
     """What a unit had in memory when it was released with nothing on its way, and where both chains stood."""
 
     at: tuple[int, int]
-    run_filter: RunFilter
+    filters: Filters
     balances: Balances
 
 
@@ -92,12 +92,14 @@ class Loader:
         voice = Voice(place.chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
         at = marks[0].last, marks[1].last
         if kept and kept.at == at:
-            unit = Unit(marks, place.chains, kept.run_filter, kept.balances, voice, self._lanes)
+            unit = Unit(marks, place.chains, kept.filters, kept.balances, voice, self._lanes)
             unit.incident = next(iter(incidents), None)
             return unit
-        run_filter = await self._load_filter(place.chains[0], background)
+        filters = Filters(
+            await self._load_runs(place.chains[0], background), KeyFilter(self._filter_bytes(of_runs=False))
+        )
         balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
-        unit = Unit(marks, place.chains, run_filter, balances, voice, self._lanes)
+        unit = Unit(marks, place.chains, filters, balances, voice, self._lanes)
         if incidents:
             unit.incident = incidents[0]
             return unit
@@ -105,6 +107,7 @@ class Loader:
         await self._recover(unit, start)
         unit.looks_back = True
         background(self._look_back(unit, start.is_seeded and marks[0].rows + marks[1].rows > 0))
+        background(self._load_events(filters.events, place.chains[1]))
         return unit
 
     async def redrive(self, unit: Unit) -> None:
@@ -138,14 +141,25 @@ class Loader:
                 self._on_trouble(f"{whose}{first_line(error)}")
                 await asyncio.sleep(1)
 
-    async def _load_filter(self, chain: Chain, background: Background) -> RunFilter:
-        run_filter = RunFilter(self._settings.duplicate_filter_mb_max * 1024 * 1024 // self._settings.partitions)
+    def _filter_bytes(self, of_runs: bool) -> int:
+        """Account events are few: an eighth of the bound is theirs."""
+        bytes_max = self._settings.duplicate_filter_mb_max * 1024 * 1024 // self._settings.partitions
+        return bytes_max * 7 // 8 if of_runs else bytes_max // 8
+
+    async def _load_events(self, event_filter: KeyFilter, chain: Chain) -> None:
+        """All of them, at the end of what is loaded aside; meanwhile every account event is a candidate."""
+        keys = await self._look_up_aside(accounts.event_keys, chain.partition, self._settings.partitions)
+        event_filter.add(keys)
+        event_filter.is_complete = True
+
+    async def _load_runs(self, chain: Chain, background: Background) -> KeyFilter:
+        run_filter = KeyFilter(self._filter_bytes(of_runs=True))
         since = time.time() - EXACT_DAYS * 86_400
         run_filter.add(await self._look_up(queries.recent_run_keys, chain, since))
         background(self._load_older(run_filter, chain, since))
         return run_filter
 
-    async def _load_older(self, run_filter: RunFilter, chain: Chain, since: float) -> None:
+    async def _load_older(self, run_filter: KeyFilter, chain: Chain, since: float) -> None:
         """The Bloom tier, month by month; meanwhile every run is a candidate."""
         for month in await self._look_up_aside(queries.months_before, chain, since):
             keys = await self._look_up_aside(queries.older_run_keys, chain, since, month)

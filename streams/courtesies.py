@@ -16,7 +16,7 @@ from sinks.clickhouse import DatabaseError
 WAIT_S_MAX: Final = 0.05
 """How long an alert waits for its columns; without an answer it leaves without."""
 AGE_S_MAX: Final = 1.0
-FRESH_S: Final = 0.4
+FRESH_S: Final = 0.65
 """A watched answer is asked for again when it is this old."""
 QUESTIONS_MAX: Final = 20
 """Asked at once, at the most: with more alerts than this, none waits."""

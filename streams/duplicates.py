@@ -1,10 +1,10 @@
 """One debit per run: which of the delivered events are copies. Pure: no I/O, no clock.
 
-The identity of a run is (workspace_id, run_id), over all incarnations of a topic. `RunFilter` remembers a 64-bit key
+The identity of a run is (workspace_id, run_id), over all incarnations of a topic. `KeyFilter` remembers a 64-bit key
 of every run of a unit: a key that it does not hold was never seen; one that it holds is a *candidate*, and only
 candidates are compared exactly, against earlier events of the same batch, rows on their way, and the ledger. So a
 false positive costs a look-up and never a charge, and a false negative cannot occur, since the filter is rebuilt from
-the ledger.
+the ledger. Account events have another such filter.
 """
 
 from collections.abc import Iterable
@@ -23,8 +23,8 @@ MERGE_RATIO: Final = 4
 """A sorted run is merged into the one before it unless that is this many times longer: few runs to search."""
 
 
-class RunFilter:
-    """A superset of the run ids of one unit, in two tiers under one bound of memory.
+class KeyFilter:
+    """A superset of the ids of one unit, in two tiers under one bound of memory.
 
     ``recent`` is exact: sorted arrays of keys, 8 bytes each. When it outgrows its half of ``bytes_max``, its oldest
     array moves into ``older``, a Bloom filter in the other half: false positives grow, answers stay safe.
@@ -35,7 +35,7 @@ class RunFilter:
         self._recent_max = bytes_max // 16
         self._older = BloomFilter(bytes_max // 2)
         self.is_complete = False
-        """False while older keys are still loading: until then every run is a candidate."""
+        """False while older keys are still loading: until then everything is a candidate."""
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +43,7 @@ class RunFilter:
         return sum(run.nbytes for run in self._recent) + self._older.nbytes
 
     def add(self, keys: Keys) -> None:
-        """Remember runs that have, or are about to have, a ledger row."""
+        """Remember what has, or is about to have, a ledger row."""
         if not len(keys):
             return
         self._recent.append(np.sort(keys))
@@ -54,7 +54,7 @@ class RunFilter:
             self.add_older(self._recent.pop(0))
 
     def add_older(self, keys: Keys) -> None:
-        """Remember runs of long ago, in the Bloom filter."""
+        """Remember what is of long ago, in the Bloom filter."""
         self._older.add(keys)
 
     def suspect(self, keys: Keys) -> "Suspicion":

@@ -240,7 +240,7 @@ def _columns(
 
 
 def run_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
-    """The filter's keys of joined 16-byte run ids: the XOR of both halves, as `RUN_KEY_SQL` computes it.
+    """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.columns.key_of` says it in SQL.
 
     Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
     """

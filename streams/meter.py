@@ -260,8 +260,8 @@ class Meter:
         await asyncio.gather(*tasks, return_exceptions=True)
         await _in_thread(self._pools["writer"], lambda: None)
         for unit in self.units.values():
-            if unit.is_settled and unit.run_filter.is_complete and not unit.incident:
-                self._kept[unit.chain] = Kept(unit.folded, unit.run_filter, unit.balances)
+            if unit.is_settled and unit.filters.are_complete and not unit.incident:
+                self._kept[unit.chain] = Kept(unit.folded, unit.filters, unit.balances)
         self.units.clear()
         self._tasks.clear()
 

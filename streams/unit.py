@@ -38,7 +38,7 @@ from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark
 from streams import account_events
 from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, Event, OpenBatch, batch_month, chunk_bytes
-from streams.duplicates import Identity, Original, RunFilter, settle
+from streams.duplicates import Identity, KeyFilter, Original, settle
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.messages import Source
@@ -91,6 +91,23 @@ class Lanes(msgspec.Struct, frozen=True):
     on_incident: Callable[["Unit", Problem], None]
 
 
+class Filters(msgspec.Struct, frozen=True):
+    """What a unit may have had before: the run ids, and the ids of account events."""
+
+    runs: KeyFilter
+    events: KeyFilter
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both, bytes."""
+        return self.runs.nbytes + self.events.nbytes
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether all that the ledger has is in them."""
+        return self.runs.is_complete and self.events.is_complete
+
+
 class Unit:
     """One assigned partition, from its first chunk to the last mark."""
 
@@ -98,14 +115,14 @@ class Unit:
         self,
         marks: tuple[Mark, Mark],
         chains: tuple[Chain, Chain],
-        run_filter: RunFilter,
+        filters: Filters,
         balances: Balances,
         voice: Voice,
         lanes: Lanes,
     ) -> None:
         self.chain, self.event_chain = chains
         self.mark, self.event_mark = marks
-        self.run_filter: Final = run_filter
+        self.filters: Final = filters
         self.balances: Final = balances
         self.voice: Final = voice
         self.incident: Problem | None = None
@@ -276,7 +293,7 @@ class Unit:
             await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
         take = rate_take(self.chain, after, chunks, parts, lanes.rating)
         await self._settle_copies(take)
-        self.run_filter.add(take.new_run_keys())
+        self.filters.runs.add(take.new_run_keys())
         await self._fold(take)
         self._unwritten.append(take)
         self._open.add(take, sum(chunk_bytes(chunk) for chunk in chunks))
@@ -286,7 +303,7 @@ class Unit:
 
     async def _settle_copies(self, take: Take) -> None:
         """Step 2. Only candidates cost anything; nearly always there are none, or a few."""
-        suspicion = self.run_filter.suspect(take.runs.keys)
+        suspicion = self.filters.runs.suspect(take.runs.keys)
         if not suspicion.any.any():
             return
         found = candidates(take, suspicion.any)
@@ -349,8 +366,12 @@ class Unit:
         received = account_events.receive(chunk, self.event_chain.partition, lanes.partitions)
         if account_events.run_identities(received):
             await self._sealed.join()
+        keys = account_events.keys_of(received)
+        asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
+        self.filters.events.add(keys)
         unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
-        known = account_events.with_rows(await lanes.find_known(received), unwritten, self._event_place)
+        known = account_events.NOTHING_KNOWN if not asked else await lanes.find_known(asked)
+        known = account_events.with_rows(known, unwritten, self._event_place)
         return account_events.rate_events(received, self._event_place, known, lanes.plans)
 
     def _event_place(self, record: Any) -> str:

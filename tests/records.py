@@ -17,7 +17,7 @@ from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import KINDS, POOLS, REASONS, Reason
 from sinks.ledger import Batch, Chain, Ledger
-from streams.duplicates import Identity, Original, RunFilter, settle
+from streams.duplicates import Identity, KeyFilter, Original, settle
 from streams.intake import read_chunk
 from streams.rating import RatingTable
 from streams.rows import Take, apply_verdicts, candidates, ledger_rows, originals, rate_take
@@ -99,7 +99,7 @@ class Road:
         self.last = -1
         self.ledger: dict[Identity, Original] = {}
         self.unwritten: list[Take] = []
-        self.run_filter: Final = RunFilter(filter_bytes_max)
+        self.run_filter: Final = KeyFilter(filter_bytes_max)
         self.run_filter.is_complete = is_complete
         self._partitions = partitions
         self._table = RatingTable(catalogue)

@@ -17,7 +17,17 @@ from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import encode_account_event
 from schemas.ledger import Kind, Pool, Reason
 from sinks.accounts import RunToReverse, draws_of, facts_of
-from streams.account_events import Known, Row, account_row, fold_event, openings, rate_events, receive, substance
+from streams.account_events import (
+    NOTHING_KNOWN,
+    Known,
+    Row,
+    account_row,
+    fold_event,
+    openings,
+    rate_events,
+    receive,
+    substance,
+)
 from streams.balances import NOTHING, Balances
 from streams.intake import partition_of
 from streams.topics import ACCOUNT_EVENTS
@@ -27,7 +37,6 @@ from tests.ledger_rows import assert_books_close
 from tests.records import STEADY, Record, event, run_id
 from tests.unit_bench import CHAINS, Bench
 
-NOTHING_KNOWN: Final = Known({}, {})
 NOW: Final = at("Jan 20 12:00")
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 
@@ -302,6 +311,19 @@ async def test_an_event_is_taken_once_over_restarts(client: Client) -> None:
         ("run", "charged", 1),
     ]  # fmt: skip
     assert_books_close(client, CHAINS[1], range(10))
+
+
+@ON_CHDB
+async def test_the_ledger_is_asked_for_known_events_only(client: Client) -> None:
+    """An upgrade does not wait for a question whose answer the filter knows: nobody has seen it before."""
+    bench = await Bench.open(client)
+    await take(bench, (True, [account_record(0, plan(1), NOW), account_record(1, plan(2), NOW)]))
+    assert bench.events_looked_up == []
+
+    bench = await Bench.open(client, committed=(0, 2))
+    await take(bench, (True, [account_record(2, plan(2), NOW), account_record(3, plan(3), NOW)]))
+    assert bench.events_looked_up == [{event_id(2)}]
+    assert bench.kinds() == {"plan": 3, "duplicate": 1}
 
 
 @ON_CHDB

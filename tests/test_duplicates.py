@@ -22,8 +22,9 @@ from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Kind, Reason
 from sinks.clickhouse import connect
-from sinks.queries import RUN_KEY_SQL, find_runs
-from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, Original, RunFilter, Verdict, settle
+from sinks.columns import key_of
+from sinks.queries import find_runs
+from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, KeyFilter, Original, Verdict, settle
 from streams.intake import partition_of, run_keys
 from tests.ledger_rows import AUGUST_MS
 from tests.records import STEADY, Record, Road, Row, event, in_words, write_rows
@@ -35,9 +36,9 @@ def keys_of(numbers: Iterable[int]) -> Keys:
     return np.array(list(numbers), np.uint64)
 
 
-def complete(bytes_max: int) -> RunFilter:
+def complete(bytes_max: int) -> KeyFilter:
     """An empty filter that has loaded everything."""
-    run_filter = RunFilter(bytes_max)
+    run_filter = KeyFilter(bytes_max)
     run_filter.is_complete = True
     return run_filter
 
@@ -133,7 +134,7 @@ def test_suspicion_by_the_obvious_count(before: Keys, batch: Keys) -> None:
 
 def test_an_incomplete_filter_suspects_everything() -> None:
     """While older keys still load, every run may have been seen."""
-    suspicion = RunFilter(1 << 16).suspect(keys_of([1, 2]))
+    suspicion = KeyFilter(1 << 16).suspect(keys_of([1, 2]))
 
     assert suspicion.before.all()
     assert suspicion.any.all()
@@ -288,11 +289,11 @@ def engine(chdb_dir: Path) -> Iterator[Client]:
 
 
 def test_the_keys_are_those_of_the_ledger(engine: Client) -> None:
-    """numpy and `RUN_KEY_SQL` compute the same key of every UUID: v1, v4, v7 and the extremes."""
+    """numpy and SQL compute the same key of every UUID: v1, v4, v7 and the extremes."""
     made = [make() for make in (uuid1, uuid4, uuid7) for _ in range(500)] + EXTREME
 
     found = engine.query(
-        f"SELECT {RUN_KEY_SQL} FROM (SELECT arrayJoin({{runs:Array(UUID)}}) AS run_id)",
+        f"SELECT {key_of('run_id')} FROM (SELECT arrayJoin({{runs:Array(UUID)}}) AS run_id)",
         parameters={"runs": [str(run) for run in made]},
     )
 

@@ -57,6 +57,7 @@ class Bench:
         """What a Kafka commit of all that is acknowledged would say: next offsets."""
         self.incidents: list[Problem] = []
         self.looked_up: list[set[Identity]] = []
+        self.events_looked_up: list[set[UUID]] = []
         self.loads = 0
         self.alerts: list[LimitAlert] = []
         self.states: dict[bytes, LimitState] = {}
@@ -150,6 +151,7 @@ class Bench:
         return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
 
     async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
+        self.events_looked_up.append({event_id for _, event_id in account_events.event_identities(chunk)})
         events: dict[tuple[str, UUID], tuple[Any, ...]] = {}
         runs: list[accounts.RunToReverse] = []
         if identities := account_events.event_identities(chunk):
