@@ -5,7 +5,7 @@
 
 Everything runs on this machine: broker, worker with chDB, the producer, the reader of alerts and the gate. Times are
 from the call of the producer to the moment at which the reader, or the gate, knows. In the second half of the stream
-workspaces that are out of credits are upgraded, two a second; each upgrade is a barrier.
+workspaces that are out of credits are upgraded, two a second.
 """
 
 import argparse

@@ -38,7 +38,6 @@ class AccountBatch(msgspec.Struct, frozen=True, eq=False):
 
     batch: Batch
     rows: Sequence[Row]
-    events: Sequence[Event]
 
 
 class OpenBatch:
@@ -52,6 +51,8 @@ class OpenBatch:
         self.rows = 0
         self.takes: list[Take] = []
         self.events: list[Event] = []
+        self.followed_by: AccountBatch | None = None
+        """Account events that were folded behind it, and are written behind it."""
         self._unmade: list[Take] = []
         self._tables: list[pa.Table] = []
         self._bytes = 0

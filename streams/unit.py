@@ -136,7 +136,7 @@ class Unit:
         self._arrived = asyncio.Event()
         """Something waits, or whoever waits for it is wanted elsewhere."""
         self._open = OpenBatch(self.mark.last)
-        self._sealed: asyncio.Queue[OpenBatch | AccountBatch] = asyncio.Queue(maxsize=1)
+        self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
         self._written: list[Event] = []
@@ -210,7 +210,7 @@ class Unit:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
             await self._take_runs(await self._take())
-            if self._is_barrier_next():
+            if self._are_events_next():
                 await self._take_account_events()
             if self._is_tick_due:
                 self._is_tick_due = False
@@ -250,7 +250,7 @@ class Unit:
         rows = 0
         try:
             async with asyncio.timeout_at(deadline) as waiting:
-                while rows < room and not self._is_barrier_next():
+                while rows < room and not self._are_events_next():
                     if not self._runs:
                         if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
                             break
@@ -265,7 +265,7 @@ class Unit:
         self._is_nudged = False
         return events
 
-    def _is_barrier_next(self) -> bool:
+    def _are_events_next(self) -> bool:
         """Of what waits, the broker's time decides which topic comes first; at one instant the runs do."""
         if not self._account_events:
             return False
@@ -290,7 +290,8 @@ class Unit:
         parts = []
         for chunk in chunks:
             parts.append(read_chunk(chunk, self.chain.partition, lanes.partitions))
-            await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
+            if len(chunk) >= BACKLOG_CHUNK:
+                await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
         take = rate_take(self.chain, after, chunks, parts, lanes.rating)
         await self._settle_copies(take)
         self.filters.runs.add(take.new_run_keys())
@@ -343,28 +344,29 @@ class Unit:
     async def _take_account_events(self) -> None:
         """All that came before the next run, in one insert."""
         events = []
-        while self._is_barrier_next():
+        while self._are_events_next():
             events.append(self._account_events.popleft())
-        if self._open.events:
-            await self._seal()  # what was folded before is written before: a replay folds in the ledger's order
         chunk = [record for event in events for record in event.chunk]
         chunk = [record for record in chunk if record.offset > self._event_position]
-        if not chunk:
-            self._written += events
-            self._is_to_settle.set()
-            return
+        if chunk:
+            await self._meter_account_events(chunk)
+        self._open.events += events
+        await self._seal()
+
+    async def _meter_account_events(self, chunk: Any) -> None:
         rows = await self._rate_account_events(chunk)
         after, self._event_position = self._event_position, chunk[-1].offset
         await self._fold_account_events(rows, chunk[0].timestamp)
         self._events_read_ms = max(self._events_read_ms, chunk[-1].timestamp)
         table = account_events.account_rows(self.event_chain, after, rows, batch_month(chunk[0].timestamp))
         self._unwritten_events += rows
-        await self._sealed.put(AccountBatch(Batch(self.event_chain, after, chunk[-1].offset, table), rows, events))
+        self._open.followed_by = AccountBatch(Batch(self.event_chain, after, chunk[-1].offset, table), rows)
 
     async def _rate_account_events(self, chunk: Any) -> list[account_events.Row]:
         lanes = self._lanes
         received = account_events.receive(chunk, self.event_chain.partition, lanes.partitions)
         if account_events.run_identities(received):
+            await self._seal()
             await self._sealed.join()
         keys = account_events.keys_of(received)
         asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
@@ -388,35 +390,34 @@ class Unit:
     async def _write(self) -> None:
         """Steps 6 to 9, batch after batch."""
         while True:
-            sealed = await self._sealed.get()
+            batch = await self._sealed.get()
             self._nudge()  # a lingering batch may be sealed now
-            if isinstance(sealed, AccountBatch):
-                await self._write_account_events(sealed)
-            else:
-                await self._write_runs(sealed)
-            self._written += sealed.events
-            if self._is_time_to_settle(sealed):
+            if batch.takes:
+                await self._write_runs(batch)
+            if batch.followed_by:  # in the order of the fold: a replay folds in the ledger's order
+                await self._write_account_events(batch.followed_by)
+            self._written += batch.events
+            if self._is_time_to_settle(batch):
                 self._is_to_settle.set()
             self._sealed.task_done()
 
-    def _is_time_to_settle(self, sealed: OpenBatch | AccountBatch) -> bool:
-        at_once = isinstance(sealed, AccountBatch) or sealed.is_full(self._lanes.batching) or self._draining
-        return at_once or asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S
+    def _is_time_to_settle(self, batch: OpenBatch) -> bool:
+        at_once = batch.followed_by or batch.is_full(self._lanes.batching) or self._draining
+        return bool(at_once) or asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S
 
     async def _write_runs(self, batch: OpenBatch) -> None:
-        if batch.takes:
-            self.mark = await self._append(batch.close(self.chain), self.mark)
+        self.mark = await self._append(batch.close(self.chain), self.mark)
         for take in batch.takes:
             self._unwritten.remove(take)
             self._count(Counter(counts(take)), self.chain)
 
-    async def _write_account_events(self, sealed: AccountBatch) -> None:
+    async def _write_account_events(self, written: AccountBatch) -> None:
         """Both marks are read again: mark_read_at then orders the rows of both chains as they were folded."""
         stale = msgspec.structs.replace(self.event_mark, age_from=TOO_OLD)
-        self.event_mark = await self._append(sealed.batch, stale)
+        self.event_mark = await self._append(written.batch, stale)
         self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)
-        del self._unwritten_events[: len(sealed.rows)]
-        self._count(Counter(f"{row.kind}/{row.reason}" for row in sealed.rows), self.event_chain)
+        del self._unwritten_events[: len(written.rows)]
+        self._count(Counter(f"{row.kind}/{row.reason}" for row in written.rows), self.event_chain)
 
     async def _append(self, batch: Batch, mark: Mark) -> Mark:
         written: Mark = await self._lanes.in_writer(self._lanes.ledger.append, batch, mark, self._closing)
