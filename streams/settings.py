@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="a batch is written at the latest after this")] = 1000
     batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="rows of one insert at the most")] = 40_000
     duplicate_filter_mb_max: Annotated[
-        int, Meta(ge=8, le=65_536, description="memory of the duplicate filter, all partitions together")
+        int, Meta(ge=8, le=65_536, description="memory of the filters for copies, all partitions together")
     ] = 250
     balances_max: Annotated[
         int, Meta(ge=1_000, le=50_000_000, description="workspaces whose balance is kept in memory, at the most")

@@ -14,8 +14,8 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 
 Account events go the same way, an insert of their own behind the runs that were folded before them: they are rated
 against the ledger and what is on its way there, folded, told, written at once. A reversal is a barrier: everything
-before it is written and read back first, so it sees durable rows only. Of what waits, the broker's time decides which
-topic comes first.
+before it is written and read back first, so it sees durable rows only; and so are its own rows before they are folded,
+since after a crash it might see more. Of what waits, the broker's time decides which topic comes first.
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
 the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
@@ -354,38 +354,45 @@ class Unit:
         await self._seal()
 
     async def _meter_account_events(self, chunk: Any) -> None:
-        rows = await self._rate_account_events(chunk)
-        after, self._event_position = self._event_position, chunk[-1].offset
-        await self._fold_account_events(rows, chunk[0].timestamp)
-        self._events_read_ms = max(self._events_read_ms, chunk[-1].timestamp)
-        table = account_events.account_rows(self.event_chain, after, rows, batch_month(chunk[0].timestamp))
+        received = account_events.receive(chunk, self.event_chain.partition, self._lanes.partitions)
+        is_barrier = bool(account_events.run_identities(received))
+        if is_barrier:
+            await self._write_all()
+        rows = await self._rate_account_events(received)
+        told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
+        self.balances.begin(chunk[0].timestamp)
+        await self.load([row.workspace_id for row in told], chunk[0].timestamp)
+        self._open.followed_by = self._account_batch(chunk, rows)
         self._unwritten_events += rows
-        self._open.followed_by = AccountBatch(Batch(self.event_chain, after, chunk[-1].offset, table), rows)
+        if is_barrier:
+            await self._write_all()
+        self._event_position = chunk[-1].offset
+        self._events_read_ms = max(self._events_read_ms, chunk[-1].timestamp)
+        for row in told:
+            notices = account_events.fold_event(self.balances, row)
+            self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
 
-    async def _rate_account_events(self, chunk: Any) -> list[account_events.Row]:
-        lanes = self._lanes
-        received = account_events.receive(chunk, self.event_chain.partition, lanes.partitions)
-        if account_events.run_identities(received):
-            await self._seal()
-            await self._sealed.join()
+    async def _rate_account_events(self, received: Sequence[account_events.Received]) -> list[account_events.Row]:
         keys = account_events.keys_of(received)
         asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
         self.filters.events.add(keys)
         unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
-        known = account_events.NOTHING_KNOWN if not asked else await lanes.find_known(asked)
+        known = await self._lanes.find_known(asked) if asked else account_events.NOTHING_KNOWN
         known = account_events.with_rows(known, unwritten, self._event_place)
-        return account_events.rate_events(received, self._event_place, known, lanes.plans)
+        return account_events.rate_events(received, self._event_place, known, self._lanes.plans)
 
     def _event_place(self, record: Any) -> str:
         return f"{self.event_chain}@{record.offset}"
 
-    async def _fold_account_events(self, rows: Sequence[account_events.Row], at_ms: int) -> None:
-        told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
-        self.balances.begin(at_ms)
-        await self.load([row.workspace_id for row in told], at_ms)
-        for row in told:
-            notices = account_events.fold_event(self.balances, row)
-            self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
+    def _account_batch(self, chunk: Any, rows: Sequence[account_events.Row]) -> AccountBatch:
+        table = account_events.account_rows(
+            self.event_chain, self._event_position, rows, batch_month(chunk[0].timestamp)
+        )
+        return AccountBatch(Batch(self.event_chain, self._event_position, chunk[-1].offset, table), rows)
+
+    async def _write_all(self) -> None:
+        await self._seal()
+        await self._sealed.join()
 
     async def _write(self) -> None:
         """Steps 6 to 9, batch after batch."""

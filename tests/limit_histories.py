@@ -130,16 +130,16 @@ class Life:
             self.ledger += [Written(self._inserts, record) for record in together]
 
     def take_events(self, records: Sequence[Rated]) -> None:
-        """Fold a chunk of account events; before a reversal everything is written."""
-        if any(record.expected.kind == "reversal" for record in records):
-            self.write()
+        """Fold a chunk of account events; one with a reversal, and everything before it, is written first."""
         rows = [row for record in records if (row := account_row_of(record))]
         self.balances.begin(to_milliseconds(records[0].step.recorded))
         self._load([row.workspace_id for row in rows])
+        self.unwritten += records
+        if any(record.expected.kind == "reversal" for record in records):
+            self.write()
         for row in rows:
             for notice in fold_event(self.balances, row):
                 self._tell(notice, Source(CHAINS[1], notice.row))
-        self.unwritten += records
 
     def come(self, when: datetime) -> None:
         """Nothing waits, and the clock says so."""

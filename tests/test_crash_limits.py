@@ -358,12 +358,12 @@ def test_f4_what_is_in_the_ledger_and_was_not_told_is_told_after_a_kill_9(
         worker.create_topic()
         worker.bill([a_plan("ws_1", "p200", datetime.now(UTC) - PLANNED_DAYS_AGO)])
         worker.start().wait_until_told()
-        worker.produce(draw("ws_1", 150))
+        runs = [cell_run("ws_1") for _ in range(100)]
+        worker.produce([event_of(run) for run in runs])
         worker.wait_until_told()
 
-        kill_once_it_is_in_the_ledger(
-            worker, http_server, lambda: worker.bill([a_plan("ws_1", "p900", datetime.now(UTC))])
-        )
+        reversal = RunReversed(event_id=uuid4(), workspace_id="ws_1", run_id=runs[0].run_id)
+        kill_once_it_is_in_the_ledger(worker, http_server, lambda: worker.bill([reversal]))
         assert ("ws_1", "recovered") not in alerted(worker)
         worker.start().wait_until_told()
         assert ("ws_1", "recovered") in alerted(worker)

@@ -129,6 +129,28 @@ async def test_a_reversal_waits_for_its_run(client: Client) -> None:
     assert bench.unit.balances["ws_1"].enrichment.used == 0
 
 
+async def test_what_a_reversal_was_found_to_be_is_written_before_it_is_told(client: Client) -> None:
+    """After a crash its run may have come, and it would be something else. A plan is what it is."""
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.reverse(1, at("Jan 16"))
+    taken: list[int] = []
+
+    async def look(function: Any, batch: Any, *args: Any) -> Any:
+        if batch.chain == CHAINS[1]:
+            taken.append(bench.unit.folded[1] - batch.last)
+        return await asyncio.to_thread(function, batch, *args)
+
+    bench = await Bench.open(client, in_writer=look)
+    task = bench.start()
+    for number, record in enumerate(rated(story.steps)):
+        bench.deliver([kafka_record(record)], of_account=True)
+        await bench.wait(task, lambda done=number + 1: bench.acknowledged == done)  # type: ignore[misc]
+    await bench.kill(task)
+    assert bench.kinds() == {"plan": 1, "dead_letter": 1}
+    assert taken == [0, -1], "the plan is folded when it is written, the reversal not yet"
+
+
 @pytest.mark.parametrize("are_events_read", [True, False])
 async def test_time_is_told_while_a_backlog_drains(client: Client, are_events_read: bool) -> None:
     """By the least instant up to which both topics were read: no workspace waits for the end of another's backlog."""
