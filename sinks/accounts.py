@@ -205,11 +205,12 @@ def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict
     return known
 
 
-def event_keys(client: Client, partition: int, partitions: int) -> npt.NDArray[np.uint64]:
-    """Filter keys of a partition's account events, over all topic ids."""
+def event_keys(client: Client, chain: Chain) -> npt.NDArray[np.uint64]:
+    """Filter keys of the chain's account events, over all topic ids."""
     table = client.query_arrow(
-        f"SELECT {key_of('event_id')} AS key FROM ledger WHERE {_EVENTS} AND {_OF_PARTITION}",
-        parameters={"partition": partition, "partitions": partitions},
+        f"SELECT {key_of('event_id')} AS key FROM ledger "
+        f"WHERE {_EVENTS} AND topic = {{topic:String}} AND kafka_partition = {{partition:UInt16}}",
+        parameters={"topic": chain.topic, "partition": chain.partition},
     )
     return np.asarray(table.column("key").to_numpy(), np.uint64)
 

@@ -148,8 +148,7 @@ class Loader:
 
     async def _load_events(self, event_filter: KeyFilter, chain: Chain) -> None:
         """All of them, at the end of what is loaded aside; meanwhile every account event is a candidate."""
-        keys = await self._look_up_aside(accounts.event_keys, chain.partition, self._settings.partitions)
-        event_filter.add(keys)
+        event_filter.add(await self._look_up_aside(accounts.event_keys, chain))
         event_filter.is_complete = True
 
     async def _load_runs(self, chain: Chain, background: Background) -> KeyFilter:
