@@ -4,7 +4,8 @@
     .venv/bin/python -m bench.views --rows 1000000
 
 Rows come in bursts, as tables are run: 200 cells of 10 columns of one table on one day, and day after day, so that a
-month lies in its own ClickHouse partition. Workspaces differ in size by the cube. Figures are milliseconds, without
+month lies in its own ClickHouse partition; months that are over are merged, as the ledger does after a quiet day.
+Workspaces differ in size by the cube. Figures are milliseconds, without
 the query condition cache, which would answer a repeated question from memory: the least and the median of the rounds,
 and the least CPU time of the process, all threads, which other load moves less. The first line is the cost of any
 question.
@@ -76,6 +77,9 @@ def fill(client: Client, rows: int, workspaces: int, burst: int, skew: int) -> N
         first, end = DAYS * chunk // chunks, DAYS * (chunk + 1) // chunks
         client.command(_BURSTS, parameters=given | {"chunk": chunk, "first": first, "span": max(1, end - first)})
     client.command(_PLANS, parameters=given)
+    months = client.query("SELECT DISTINCT batch_month FROM ledger WHERE batch_month < toYYYYMM(today())").result_rows
+    for (month,) in months:
+        client.command(f"OPTIMIZE TABLE ledger PARTITION {month} FINAL")
 
 
 def questions(client: Client, workspace: str) -> dict[str, Question]:
@@ -127,15 +131,17 @@ def everybody(client: Client) -> dict[str, Question]:
 
 
 def measure(table: Table, asked: dict[str, Question], rounds: int) -> None:
-    """A row of the table for each question."""
-    for name, question in asked.items():
-        spent, cpu = [], []
-        for _ in range(rounds):
+    """A row of the table for each question. Round by round, so that all meet the same moments of the machine."""
+    spent: dict[str, list[float]] = {name: [] for name in asked}
+    cpu: dict[str, list[float]] = {name: [] for name in asked}
+    for _ in range(rounds):
+        for name, question in asked.items():
             began, worked = time.perf_counter(), time.process_time()
             question()
-            spent.append((time.perf_counter() - began) * 1000)
-            cpu.append((time.process_time() - worked) * 1000)
-        table.add_row(name, f"{min(spent):.1f}", f"{statistics.median(spent):.1f}", f"{min(cpu):.1f}")
+            spent[name].append((time.perf_counter() - began) * 1000)
+            cpu[name].append((time.process_time() - worked) * 1000)
+    for name in asked:
+        table.add_row(name, *(f"{ms:.1f}" for ms in (min(spent[name]), statistics.median(spent[name]), min(cpu[name]))))
 
 
 def ledger(directory: str, name: str) -> Client:

@@ -44,6 +44,18 @@ def knows(client: Client, workspace_id: str) -> bool:
     return bool(found.result_rows)
 
 
+def plan_starts(client: Client, workspace_id: str) -> list[tuple[int, tuple[int, int], bool]]:
+    """(effective_at, (recorded_at, Kafka offset), restarts its period) of every plan of a workspace, in Unix ms: all
+    that its billing periods rest on. Each column more would cost half a millisecond.
+    """
+    found = client.query(
+        "SELECT toUnixTimestamp64Milli(effective_at), toUnixTimestamp64Milli(recorded_at), kafka_offset, "
+        "restart_period FROM ledger WHERE workspace_id = {workspace:String} AND kind = 'plan'",
+        parameters={"workspace": workspace_id},
+    )
+    return [(effective, (recorded, offset), restarts) for effective, recorded, offset, restarts in found.result_rows]
+
+
 def day_sums(
     client: Client, workspace_id: str, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
 ) -> list[DaySum]:

@@ -17,11 +17,14 @@ ANSWER_TIMEOUT_S: Final = 30
 SESSION: Final[dict[str, Any]] = {
     "async_insert": 0,
     "max_threads_for_indexes": 1,
+    "use_skip_indexes_on_data_read": 0,
     "insert_deduplicate": 1,
     "optimize_use_projections": 1,
     "max_query_size": 16 * 1024 * 1024,
 }
-"""Set on every connection: an asynchronous insert loses its token, and duplicate look-ups name many runs."""
+"""Set on every connection: an asynchronous insert loses its token, and duplicate look-ups name many runs. Indexes are
+few and small: more threads for them, or a look at them while reading, cost more than they spare.
+"""
 
 # What it logs it also raises; without a handler Python would print it beside a command's one line.
 logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
