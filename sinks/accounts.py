@@ -4,7 +4,7 @@ All questions name workspaces, or a partition by the hash of its workspaces: `ka
 ``usage`` projection answers for one partition of a topic without a column for it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
@@ -312,10 +312,12 @@ def top_columns(client: Client, questions: Sequence[TopQuestion]) -> dict[TopQue
         },
     )
     drawn: dict[TopQuestion, Counter[tuple[str, str, str]]] = {question: Counter() for question in questions}
+    asked: defaultdict[tuple[str, str], list[TopQuestion]] = defaultdict(list)
+    for question in drawn:
+        asked[question.workspace_id, question.pool].append(question)
     for name, pool, day, *column, credits in found.result_rows:
-        for question in questions:
-            in_period = question.start is None or question.end is None or question.start <= day < question.end
-            if (name, pool) == question[:2] and in_period:
+        for question in asked.get((name, pool), ()):
+            if question.start is None or question.end is None or question.start <= day < question.end:
                 drawn[question][column[0], column[1], column[2]] += credits
     return {
         question: tuple(

@@ -1,7 +1,8 @@
 """Which columns drew most: what an alert says beside its crossing, if it can be had without delay.
 
 Asking the ledger costs 10 ms and more beside an insert, so what is likely to be asked for is asked ahead: a pool that
-at its present pace reaches a line within the next seconds is watched, and its answer kept fresh.
+at its present pace reaches a line within the next seconds is watched, and its answer kept fresh. All units of a worker
+ask together, since a question costs nearly the same for one workspace as for many.
 """
 
 import asyncio
@@ -17,31 +18,38 @@ WAIT_S_MAX: Final = 0.05
 """How long an alert waits for its columns; without an answer it leaves without."""
 AGE_S_MAX: Final = 1.0
 FRESH_S: Final = 0.65
-"""A watched answer is asked for again when it is this old."""
+"""When a watched answer is this old, all that are half as old are asked for again."""
 QUESTIONS_MAX: Final = 20
-"""Asked at once, at the most: with more alerts than this, none waits."""
+"""Of one unit at once, at the most: with more alerts than this, none waits."""
 
 Columns = tuple[TopColumn, ...]
 
 
 class Courtesies:
-    """Of one unit. ``find`` (awaitable: questions → columns) asks the ledger where no unit waits for it."""
+    """Of one worker. ``find`` (awaitable: questions → columns) asks the ledger where no unit waits for it."""
 
     def __init__(self, find: Callable[[Sequence[TopQuestion]], Any]) -> None:
         self._find = find
         self._known: dict[TopQuestion, tuple[float, Columns]] = {}
-        self._watched: list[TopQuestion] = []
+        self._watched: dict[int, list[TopQuestion]] = {}
         self._asking: asyncio.Task[None] | None = None
 
-    def watch(self, questions: Collection[TopQuestion]) -> None:
-        """These will probably be asked soon; nothing else is kept fresh."""
-        self._watched = list(questions)[:QUESTIONS_MAX]
+    def watch(self, partition: int, questions: Collection[TopQuestion]) -> None:
+        """These will probably be asked soon by the unit of this partition; nothing else of it is kept fresh."""
+        self._watched[partition] = list(questions)[:QUESTIONS_MAX]
         self.refresh()
+
+    def forget(self, partition: int) -> None:
+        """Ask ahead no more for the unit of this partition."""
+        self._watched.pop(partition, None)
 
     def refresh(self) -> None:
         """Ask ahead for what is watched and no longer fresh, unless that is under way."""
-        stale = [question for question in self._watched if self._age(question) > FRESH_S]
-        if stale and (self._asking is None or self._asking.done()):
+        if self._asking and not self._asking.done():
+            return
+        ages = {question: self._age(question) for watched in self._watched.values() for question in watched}
+        if ages and max(ages.values()) > FRESH_S:
+            stale = [question for question, age in ages.items() if age > FRESH_S / 2]
             self._asking = asyncio.create_task(self._learn(stale))
 
     def close(self) -> None:

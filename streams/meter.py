@@ -28,6 +28,7 @@ from streams import account_events
 from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, is_told
 from streams.balances import Opening
 from streams.batches import Batching
+from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard
 from streams.publisher import Publisher
@@ -80,6 +81,7 @@ class Meter:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._kept: dict[Chain, Kept] = {}
+        self._courtesies = Courtesies(self._find_top_columns)
 
     def open(self) -> None:
         """Connect and check. Blocking. Problem when topics, ledger, catalogue or plan lists do not fit."""
@@ -132,7 +134,7 @@ class Meter:
         return Outlets(
             publish=self.publisher.publish,
             flush=lambda: _in_thread(self._pools["deliveries"], self.publisher.flush),
-            find_top_columns=self._find_top_columns,
+            courtesies=self._courtesies,
             note_alerts=self._note_alerts,
             told=lambda name, number: self.told.update({name: number}),
         )
@@ -254,6 +256,7 @@ class Meter:
         """Stop all units. What they have not written is read again by the next owner."""
         for unit in self.units.values():
             unit.close()
+        self._courtesies.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()

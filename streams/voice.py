@@ -33,8 +33,8 @@ class Outlets(msgspec.Struct, frozen=True):
     """Hand one message over: topic, partition, key, message."""
     flush: Callable[[], Any]
     """Awaitable: Kafka has everything that was handed over."""
-    find_top_columns: Callable[[Sequence[TopQuestion]], Any]
-    """Awaitable: question → the columns that drew most."""
+    courtesies: Courtesies
+    """What an alert says beside its crossing."""
     note_alerts: Callable[[Sequence[LimitAlert]], Any]
     """Awaitable: they stand in the database."""
     told: Callable[[str, int], None]
@@ -51,7 +51,6 @@ class Voice:
         self._outlets = outlets
         self._pending: asyncio.Task[None] | None = None
         self._unnoted: list[LimitAlert] = []
-        self._courtesies = Courtesies(outlets.find_top_columns)
         self.has_unflushed = False
         self.unanswered: dict[Key, AsOf] = {}
         """What other owners have said last of each pool, where this unit may still have to answer."""
@@ -77,12 +76,12 @@ class Voice:
     def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
         """Hand over the states of which only ``used`` has moved, and ask ahead for pools that near a line."""
         near = [key for key in balances.moved if key[0] in balances and balances[key[0]].look_ahead(key[1])]
-        self._courtesies.watch([_top_question(balances[name], pool) for name, pool in near])
+        self._outlets.courtesies.watch(self._partition, [_top_question(balances[name], pool) for name, pool in near])
         self._publish_states(balances, folded, list(balances.moved))
 
     def refresh(self) -> None:
         """Now and then: keep what was asked ahead fresh."""
-        self._courtesies.refresh()
+        self._outlets.courtesies.refresh()
 
     def publish_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         """Hand alerts over, behind those that still wait for their columns."""
@@ -91,7 +90,7 @@ class Voice:
 
     def close(self) -> None:
         """The unit is released: nothing is asked ahead any more."""
-        self._courtesies.close()
+        self._outlets.courtesies.forget(self._partition)
 
     async def flush(self) -> None:
         """Return once Kafka has everything, and the database every alert. Raises what went wrong with any of it."""
@@ -136,7 +135,7 @@ class Voice:
 
     async def _with_columns(self, alerts: Sequence[LimitAlert]) -> Sequence[LimitAlert]:
         questions = [TopQuestion(a.workspace_id, str(a.pool), a.period_start, a.period_end) for a in alerts]
-        columns = await self._courtesies.columns(questions)
+        columns = await self._outlets.courtesies.columns(questions)
         return [
             msgspec.structs.replace(alert, top_columns=columns.get(question))
             for alert, question in zip(alerts, questions, strict=True)

@@ -21,6 +21,7 @@ from sinks.ledger import Chain, Ledger
 from streams import account_events, recovery
 from streams.assignment import Loader, Place
 from streams.batches import Batching, Event
+from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.rating import RatingTable
 from streams.settings import Settings
@@ -116,7 +117,7 @@ class Bench:
         return Outlets(
             publish=self._publish,
             flush=_nothing,
-            find_top_columns=lambda questions: self.look_up(accounts.top_columns, questions),
+            courtesies=Courtesies(lambda questions: self.look_up(accounts.top_columns, questions)),
             note_alerts=lambda alerts: self.look_up(accounts.note_alerts, alerts),
             told=lambda name, number: None,
         )
