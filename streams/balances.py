@@ -18,6 +18,7 @@ import numpy.typing as npt
 from schemas.credits import Millicredits
 from schemas.ledger import POOLS, Pool, number_of
 from schemas.limits import AlertKind, Cause, State
+from streams.intake import FEW
 from streams.limits import FOREVER_MS, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
 from streams.periods import Day, Period, day_of
 
@@ -51,7 +52,7 @@ class Debits(NamedTuple):
 
     def drawing(self) -> list[str]:
         """The workspaces that draw anything."""
-        return [self.workspaces[code] for code in np.unique(self.codes[self.credits != 0])]
+        return [self.workspaces[code] for code in np.flatnonzero(np.bincount(self.codes[self.credits != 0])).tolist()]
 
 
 class Notice(NamedTuple):
@@ -413,17 +414,30 @@ def notice_of_time(name: str, facts: Facts, old: Standing, new: Standing, instan
 
 def _sums(debits: Debits, drawing: Integers) -> dict[int, list[tuple[Pool, Day, Millicredits]]]:
     """Code → its debits by pool and day."""
-    if not len(drawing):
-        return {}
-    day = debits.day[drawing]
-    first, days = int(day.min()), int(day.max() - day.min()) + 1
-    keys = (debits.codes[drawing] * len(POOLS) + debits.pool[drawing] - 1) * days + day - first
-    distinct, place = np.unique(keys, return_inverse=True)
-    totals = np.zeros(len(distinct), np.int64)
-    np.add.at(totals, place, debits.credits[drawing])
+    codes, pools, days = debits.codes[drawing], debits.pool[drawing], debits.day[drawing]
     sums: dict[int, list[tuple[Pool, Day, Millicredits]]] = {}
-    for key, credits in zip(distinct.tolist(), totals.tolist(), strict=True):
-        group, offset = divmod(key, days)
-        code, pool = divmod(group, len(POOLS))
-        sums.setdefault(code, []).append((POOLS[pool], first + offset, credits))
+    for (code, pool, day), credits in _totals(codes, pools, days, debits.credits[drawing]):
+        sums.setdefault(code, []).append((POOLS[pool - 1], day, credits))
     return sums
+
+
+def _totals(
+    codes: Integers, pools: npt.NDArray[np.int8], days: Integers, credits: Integers
+) -> Iterable[tuple[tuple[int, int, Day], Millicredits]]:
+    """(code, number of the pool, day) → sum."""
+    if len(codes) <= FEW:
+        few: dict[tuple[int, int, Day], Millicredits] = {}
+        keys = zip(codes.tolist(), pools.tolist(), days.tolist(), strict=True)
+        for key, drawn in zip(keys, credits.tolist(), strict=True):
+            few[key] = few.get(key, 0) + drawn
+        return few.items()
+    first = days.min()
+    span = days.max() - first + 1
+    distinct, place = np.unique((codes * len(POOLS) + pools - 1) * span + days - first, return_inverse=True)
+    totals = np.zeros(len(distinct), np.int64)
+    np.add.at(totals, place, credits)
+    groups, offsets = np.divmod(distinct, span)
+    keys = zip(
+        (groups // len(POOLS)).tolist(), (groups % len(POOLS) + 1).tolist(), (offsets + first).tolist(), strict=True
+    )
+    return zip(keys, totals.tolist(), strict=True)

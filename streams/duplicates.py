@@ -67,6 +67,8 @@ class KeyFilter:
         if self._older.nbytes:
             before |= self._older.contains(ordered)
         equal = ordered[1:] == ordered[:-1]
+        if not before.any() and not equal.any():
+            return Suspicion(before, before)
         repeated = np.zeros(len(keys), np.bool_)
         repeated[1:] |= equal
         repeated[:-1] |= equal

@@ -1,13 +1,18 @@
 """Bytes from Kafka → columns of cell runs. Pure: no I/O, no clock.
 
 A chunk of records is decoded at once, because Python's cost is per call: a lean twin of `CellRun` keeps ids and times
-as text, and numpy and Arrow check and convert whole columns. The lean way accepts only a subset of what `CellRun`
-accepts, with the same values; every record it does not take is decoded by `decode_run`, whose verdict stands.
+as text, and numpy and Arrow check and convert whole columns. With few records the calls on columns are what costs, so
+these are converted one by one, and become columns with others, when rows are made of them. The lean way accepts only a
+subset of what `CellRun` accepts, with the same values; every record it does not take is decoded by `decode_run`, whose
+verdict stands.
 A refused record keeps its row, blank, so that a chunk has exactly one row for every offset.
 """
 
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
+from uuid import UUID
 
 import msgspec
 import numpy as np
@@ -31,6 +36,8 @@ from schemas.ledger import Reason, number_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
+FEW: Final = 64
+"""Up to so many records cost less one by one than as columns."""
 ROUTES_MAX: Final = 200_000
 """Workspace → partition answers that are remembered."""
 
@@ -55,24 +62,9 @@ class Refusal(NamedTuple):
     detail: str
 
 
-class Runs(msgspec.Struct, frozen=True):
-    """One chunk as columns, one row for every record, refused ones blank. ``n`` rows in Kafka's order."""
+class LeanRun(msgspec.Struct, gc=False):
+    """A cell run as it is decoded first: ids and times are text, checked later."""
 
-    offsets: Integers
-    recorded_ms: Integers
-    ran_ms: Integers
-    keys: npt.NDArray[np.uint64]
-    """The duplicate filter's key of each run id: both halves of the UUID, mixed (see `run_keys`)."""
-    own_api_key: Mask
-    outcome: npt.NDArray[np.int8]
-    """0 blank, else the ledger's number of the outcome."""
-    columns: dict[str, pa.Array]
-    """run_id, workspace_id, table_id, column_id, row_id, action, triggered_by, actor."""
-    refusals: dict[int, Refusal]
-    """Row → why it is a dead letter."""
-
-
-class _LeanRun(msgspec.Struct, gc=False):
     run_id: Annotated[str, Meta(min_length=36, max_length=36)]
     workspace_id: Identifier
     table_id: Identifier
@@ -86,35 +78,103 @@ class _LeanRun(msgspec.Struct, gc=False):
     actor: Label | None = None
 
 
+TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
+
+
+class Runs(msgspec.Struct, frozen=True):
+    """One chunk as columns, one row for every record, refused ones blank. ``n`` rows in Kafka's order."""
+
+    offsets: Integers
+    recorded_ms: Integers
+    ran_ms: Integers
+    run_ids: bytes
+    """16 bytes for each row."""
+    keys: npt.NDArray[np.uint64]
+    """The duplicate filter's key of each run id: both halves of the UUID, mixed (see `run_keys`)."""
+    own_api_key: Mask
+    outcome: npt.NDArray[np.int8]
+    """0 blank, else the ledger's number of the outcome."""
+    lean: list[LeanRun]
+    """What the columns of text are made of; emptied then."""
+    refusals: dict[int, Refusal]
+    """Row → why it is a dead letter."""
+    made: dict[str, pa.Array] = {}  # msgspec copies it
+    """The columns of text, once they are made."""
+
+    @property
+    def columns(self) -> dict[str, pa.Array]:
+        """run_id, workspace_id, table_id, column_id, row_id, action, triggered_by, actor."""
+        if not self.made:
+            self.make_columns()
+        return self.made
+
+    def make_columns(self) -> None:
+        """Let go of the lean runs, for columns."""
+        ids = pa.Array.from_buffers(pa.binary(16), len(self.lean), [None, pa.py_buffer(self.run_ids)])
+        self.made["run_id"] = ids
+        for name in TEXTS:
+            self.made[name] = pa.array([getattr(run, name) or "" for run in self.lean], pa.string())
+        self.lean.clear()
+
+    def text(self, name: str, row: int) -> str:
+        """One field of one run."""
+        found: str = getattr(self.lean[row], name) or "" if self.lean else self.made[name][row].as_py()
+        return found
+
+    def run_id(self, row: int) -> UUID:
+        """The id of one run."""
+        return UUID(bytes=self.run_ids[16 * row : 16 * row + 16])
+
+    def coded(self, name: str) -> "Coded":
+        """One column of text by its distinct values."""
+        if self.lean:
+            places: dict[str, int] = {}
+            codes = [places.setdefault(getattr(run, name), len(places)) for run in self.lean]
+            return Coded(list(places), np.array(codes, np.int64))
+        encoded = self.columns[name].dictionary_encode()
+        return Coded(encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64))
+
+
+class Coded(NamedTuple):
+    """A column of text: row → place among the distinct values."""
+
+    names: list[str]
+    codes: Integers
+
+
 _NIL: Final = "00000000-0000-0000-0000-000000000000"
 _NEVER: Final = "2020-01-01T00:00:00Z"
-_BLANK: Final = _LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
+_BLANK: Final = LeanRun(_NIL, "", "", "", "", "", "data", _NEVER)
 _OUTCOME_NUMBERS: Final = {str(outcome): number_of(outcome) for outcome in Outcome}
 _RFC_3339: Final = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-](0\d|1[0-4]):[0-5]\d)$"
 _EARLIEST_MS: Final = to_milliseconds(EARLIEST_RAN_AT)
 _LATEST_MS: Final = to_milliseconds(LATEST_RAN_AT)
 
-_decode_lean: Final = msgspec.json.Decoder(_LeanRun).decode
+_decode_lean: Final = msgspec.json.Decoder(LeanRun).decode
 
 
 def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Runs:
     """Decode and check the records of one partition, in the order of the published checks up to ``stale_run``."""
     refusals: dict[int, Refusal] = {}
     lean = _decode(records, refusals)
-    converted = _convert(lean)
+    convert = _convert_few if len(lean) <= FEW else _convert
+    converted = convert(lean)
     if converted is None or converted.odd.any():
         odd = np.ones(len(lean), np.bool_) if converted is None else converted.odd
         for row in map(int, np.flatnonzero(odd)):
             lean[row] = _decode_strictly(records[row].value, row, refusals)
-        converted = _convert(lean)
+        converted = convert(lean)
         assert converted is not None
-    runs = _columns(records, lean, converted, refusals)
-    _refuse_misrouted(records, [run.workspace_id for run in lean], refusals, partition, partitions)
+    names = [run.workspace_id for run in lean]
+    runs = _runs(records, lean, converted, refusals)
+    _refuse_misrouted(records, names, refusals, partition, partitions)
     _refuse_untimely(runs)
+    if len(lean) > FEW:
+        runs.make_columns()
     return runs
 
 
-def _decode(records: Sequence[Record], refusals: dict[int, Refusal]) -> list[_LeanRun]:
+def _decode(records: Sequence[Record], refusals: dict[int, Refusal]) -> list[LeanRun]:
     try:
         values = [record.value for record in records]
         if max(map(len, values)) <= MAX_EVENT_BYTES:  # type: ignore[arg-type]  # None: TypeError below
@@ -124,7 +184,7 @@ def _decode(records: Sequence[Record], refusals: dict[int, Refusal]) -> list[_Le
     return [_decode_one(record.value, row, refusals) for row, record in enumerate(records)]
 
 
-def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> _LeanRun:
+def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> LeanRun:
     if value is not None and len(value) <= MAX_EVENT_BYTES:
         try:
             return _decode_lean(value)
@@ -133,7 +193,7 @@ def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> 
     return _decode_strictly(value, row, refusals)
 
 
-def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> _LeanRun:
+def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> LeanRun:
     """The definition: what `decode_run` says of this record, as a lean run in canonical form."""
     if value is None:
         refusals[row] = Refusal(Reason.MALFORMED, "the record has no value")
@@ -146,10 +206,10 @@ def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]
     except msgspec.DecodeError as error:
         refusals[row] = Refusal(Reason.MALFORMED, name_field(str(error)))
         return _BLANK
-    text = {name: getattr(run, name) for name in _LeanRun.__struct_fields__}
+    text = {name: getattr(run, name) for name in LeanRun.__struct_fields__}
     milliseconds = to_milliseconds(run.ran_at)
     canonical = str(np.datetime_as_string(np.datetime64(milliseconds, "ms"))) + "Z"
-    return _LeanRun(**text | {"run_id": str(run.run_id), "outcome": str(run.outcome), "ran_at": canonical})
+    return LeanRun(**text | {"run_id": str(run.run_id), "outcome": str(run.outcome), "ran_at": canonical})
 
 
 class _Converted(NamedTuple):
@@ -160,7 +220,34 @@ class _Converted(NamedTuple):
     odd: Mask
 
 
-def _convert(lean: list[_LeanRun]) -> _Converted | None:
+def _convert_few(lean: list[LeanRun]) -> _Converted:
+    """As `_convert`, one by one."""
+    ids, times, odd = [], [], []
+    for run in lean:
+        milliseconds = _plain_milliseconds(run.ran_at)
+        is_plain = milliseconds is not None and _PLAIN_ID(run.run_id) is not None
+        ids.append(run.run_id.replace("-", "") if is_plain else _NIL.replace("-", ""))
+        times.append(milliseconds or 0)
+        odd.append(not is_plain)
+    return _Converted(bytes.fromhex("".join(ids)), np.array(times, np.int64), np.array(odd, np.bool_))
+
+
+def _plain_milliseconds(text: str) -> int | None:
+    """Unix milliseconds, truncated, of a time in the plain shape; None for all others."""
+    if _PLAIN_TIME(text) is None:
+        return None
+    try:
+        milliseconds = to_milliseconds(datetime.fromisoformat(text))
+    except ValueError:
+        return None
+    return milliseconds if _EARLIEST_MS <= milliseconds <= _LATEST_MS else None
+
+
+_PLAIN_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII).fullmatch
+_PLAIN_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII).fullmatch
+
+
+def _convert(lean: list[LeanRun]) -> _Converted | None:
     """Run ids as bytes and times as Unix milliseconds, truncated; None when some text is no id or no time."""
     texts = pa.array([run.ran_at for run in lean], pa.string())
     letters = "".join([run.run_id for run in lean]).encode()
@@ -212,29 +299,18 @@ _PLACES: Final = [10, 13, 16]
 _LETTERS: Final = np.frombuffer(b"T::", np.uint8)
 
 
-def _columns(
-    records: Sequence[Record], lean: list[_LeanRun], converted: _Converted, refusals: dict[int, Refusal]
-) -> Runs:
-    columns: dict[str, pa.Array] = {
-        "run_id": pa.Array.from_buffers(pa.binary(16), len(lean), [None, pa.py_buffer(converted.run_ids)]),
-        "workspace_id": pa.array([run.workspace_id for run in lean], pa.string()),
-        "table_id": pa.array([run.table_id for run in lean], pa.string()),
-        "column_id": pa.array([run.column_id for run in lean], pa.string()),
-        "row_id": pa.array([run.row_id for run in lean], pa.string()),
-        "action": pa.array([run.action for run in lean], pa.string()),
-        "triggered_by": pa.array([run.triggered_by or "" for run in lean], pa.string()),
-        "actor": pa.array([run.actor or "" for run in lean], pa.string()),
-    }
+def _runs(records: Sequence[Record], lean: list[LeanRun], converted: _Converted, refusals: dict[int, Refusal]) -> Runs:
     outcome = np.array([_OUTCOME_NUMBERS[run.outcome] for run in lean], np.int8)
     outcome[list(refusals)] = 0
     return Runs(
         offsets=np.array([record.offset for record in records], np.int64),
         recorded_ms=np.array([record.timestamp for record in records], np.int64),
         ran_ms=converted.ran_ms,
+        run_ids=converted.run_ids,
         keys=run_keys(converted.run_ids),
         own_api_key=np.array([run.own_api_key for run in lean], np.bool_),
         outcome=outcome,
-        columns=columns,
+        lean=lean,
         refusals=refusals,
     )
 

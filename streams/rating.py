@@ -9,12 +9,12 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from schemas.catalogue import Action, Catalogue
 from schemas.cell_run import Outcome
 from schemas.credits import Millicredits
 from schemas.ledger import OUTCOMES, Kind, Pool, Reason, number_of
+from streams.intake import FEW, Coded
 
 COMBINATIONS_MAX: Final = 100_000
 """Remembered answers; unknown actions are an attacker's to invent, so the memory is bounded."""
@@ -66,16 +66,16 @@ class RatingTable:
         self._answers: dict[tuple[int, str, int, bool], tuple[int, int, int, int, int]] = {}
 
     def rate(
-        self, actions: pa.Array, outcome: Numbers, own_api_key: npt.NDArray[np.bool_], ran_ms: npt.NDArray[np.int64]
+        self, actions: Coded, outcome: Numbers, own_api_key: npt.NDArray[np.bool_], ran_ms: npt.NDArray[np.int64]
     ) -> RatedRuns:
         """Debits of all rows. ``outcome`` holds the ledger's numbers (1 data, 2 no_data, 3 error; 0 blank)."""
-        encoded = actions.dictionary_encode()
-        names: list[str] = encoded.dictionary.to_pylist()
         eras = np.searchsorted(self._starts, ran_ms, side="right") - 1
-        codes = ((eras + 1) * len(names) + encoded.indices.to_numpy()) * 8 + outcome * 2 + own_api_key
-        distinct, place = np.unique(codes, return_inverse=True)
-        answers = np.array([self._answer(int(code), names) for code in distinct], np.int64).reshape(-1, 5)
-        rows = answers[place]
+        codes = ((eras + 1) * len(actions.names) + actions.codes) * 8 + outcome * 2 + own_api_key
+        if len(codes) <= FEW:
+            rows = self._answers_to(codes, actions.names)
+        else:
+            distinct, place = np.unique(codes, return_inverse=True)
+            rows = self._answers_to(distinct, actions.names)[place]
         return RatedRuns(
             kind=rows[:, 0].astype(np.int8),
             reason=rows[:, 1].astype(np.int8),
@@ -83,6 +83,9 @@ class RatingTable:
             credits=rows[:, 3].copy(),
             catalogue=rows[:, 4].astype(np.uint16),
         )
+
+    def _answers_to(self, codes: npt.NDArray[np.int64], names: list[str]) -> npt.NDArray[np.int64]:
+        return np.array([self._answer(code, names) for code in codes.tolist()], np.int64).reshape(-1, 5)
 
     def _answer(self, code: int, names: list[str]) -> tuple[int, int, int, int, int]:
         rest, flags = divmod(code, 8)

@@ -57,10 +57,10 @@ def rate_take(
 ) -> Take:
     """Rate decoded chunks (``parts``, by `read_chunk`): everything that one event alone, and the catalogue, decide."""
     runs = join_runs(parts)
-    debits = table.rate(runs.columns["action"], runs.outcome, runs.own_api_key, runs.ran_ms)
+    debits = table.rate(runs.coded("action"), runs.outcome, runs.own_api_key, runs.ran_ms)
     take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
     for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
-        take.details[row] = f"action {runs.columns['action'][row].as_py()!r} stands in no version of the catalogue"
+        take.details[row] = f"action {runs.text('action', row)!r} stands in no version of the catalogue"
     for row, refusal in runs.refusals.items():
         _overrule(take, row, Verdict(Kind.DEAD_LETTER, refusal.reason, refusal.detail))
     return take
@@ -80,8 +80,10 @@ def join_runs(parts: Sequence[Runs]) -> Runs:
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("offsets", "recorded_ms", "ran_ms", "keys", "own_api_key", "outcome")
     }
-    columns = {name: pa.concat_arrays([part.columns[name] for part in parts]) for name in parts[0].columns}
-    return Runs(**arrays, columns=columns, refusals=refusals)
+    run_ids = b"".join([part.run_ids for part in parts])
+    lean = [run for part in parts for run in part.lean] if all(part.lean for part in parts) else []
+    made = {} if lean else {name: pa.concat_arrays([part.columns[name] for part in parts]) for name in parts[0].columns}
+    return Runs(**arrays, run_ids=run_ids, lean=lean, made=made, refusals=refusals)
 
 
 def join_takes(takes: Sequence[Take]) -> Take:
@@ -151,11 +153,10 @@ def _overrule(take: Take, row: int, verdict: Verdict) -> None:
 
 def drawn(take: Take) -> Debits:
     """What the take's rows draw, for the fold of balances."""
-    names = take.runs.columns["workspace_id"].dictionary_encode()
-    debits = take.debits
+    workspaces, debits = take.runs.coded("workspace_id"), take.debits
     return Debits(
-        workspaces=names.dictionary.to_pylist(),
-        codes=names.indices.to_numpy().astype(np.int64),
+        workspaces=workspaces.names,
+        codes=workspaces.codes,
         pool=debits.pool,
         credits=debits.credits,
         day=take.runs.ran_ms // DAY_MS,
@@ -166,8 +167,9 @@ def drawn(take: Take) -> Debits:
 
 def source_of(take: Take, row: int) -> Source:
     """A record of the take, as an alert names the one that caused it."""
-    text = {name: take.runs.columns[name][row].as_py() for name in ("run_id", "table_id", "column_id", "action")}
-    return Source(take.chain, int(take.runs.offsets[row]), **text | {"run_id": UUID(bytes=text["run_id"])})
+    runs = take.runs
+    text = {name: runs.text(name, row) for name in ("table_id", "column_id", "action")}
+    return Source(take.chain, int(runs.offsets[row]), runs.run_id(row), **text)
 
 
 def ledger_rows(take: Take) -> pa.Table:

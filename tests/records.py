@@ -104,15 +104,19 @@ class Road:
         self._partitions = partitions
         self._table = RatingTable(catalogue)
 
-    def table(self, *chunks: Sequence[Record]) -> pa.Table:
-        """Drive one take; its rows as they go into the ledger."""
+    def take(self, *chunks: Sequence[Record]) -> Take:
+        """Drive one take."""
         parts = [read_chunk(chunk, self.chain.partition, self._partitions) for chunk in chunks]
         take = rate_take(self.chain, self.last, chunks, parts, self._table)
         self._settle(take)
         self.run_filter.add(take.new_run_keys())
         self.unwritten.append(take)
         self.last = take.last
-        return ledger_rows(take)
+        return take
+
+    def table(self, *chunks: Sequence[Record]) -> pa.Table:
+        """Drive one take; its rows as they go into the ledger."""
+        return ledger_rows(self.take(*chunks))
 
     def rows(self, *chunks: Sequence[Record]) -> list[Row]:
         """Drive one take; its rows in words."""

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -20,7 +21,21 @@ from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome, to_milliseconds
 from schemas.codec import decode_run
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
 from sinks.clickhouse import connect
-from streams.intake import AGE_MS_MAX, FUTURE_MS_MAX, Refusal, Runs, headers_text, name_field, partition_of, read_chunk
+from streams.balances import Balances, Opening
+from streams.intake import (
+    AGE_MS_MAX,
+    FEW,
+    FUTURE_MS_MAX,
+    Refusal,
+    Runs,
+    headers_text,
+    name_field,
+    partition_of,
+    read_chunk,
+)
+from streams.limits import Facts, Grant
+from streams.periods import PlanChange
+from streams.rows import Take, drawn, join_takes, ledger_rows, source_of
 from streams.topics import CELL_RUNS
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import AUGUST_MS
@@ -167,17 +182,20 @@ def defined(run: CellRun) -> tuple[Any, ...]:
     )
 
 
-def assert_as_defined(found: list[bytes], runs: Runs) -> None:
-    """Verdict and values of every record are those of `decode_run`."""
-    for row, value in enumerate(found):
-        try:
-            expected = defined(decode_run(value))
-        except msgspec.DecodeError as error:
-            refusal = Refusal(Reason.MALFORMED, name_field(str(error)))
-            assert (refusal, 0) == (runs.refusals.get(row), runs.outcome[row])
-        else:
-            assert row not in runs.refusals
-            assert row_of(runs, row) == expected
+def assert_as_defined(found: list[bytes]) -> None:
+    """Verdict and values of every record are those of `decode_run`, among few records and among many."""
+    many = found * (FEW // len(found) + 1)
+    for values in (found, many):
+        runs = read(*values)
+        for row, value in enumerate(found):
+            try:
+                expected = defined(decode_run(value))
+            except msgspec.DecodeError as error:
+                refusal = Refusal(Reason.MALFORMED, name_field(str(error)))
+                assert (refusal, 0) == (runs.refusals.get(row), runs.outcome[row])
+            else:
+                assert row not in runs.refusals
+                assert row_of(runs, row) == expected
 
 
 # The lean road and the strict road.
@@ -210,10 +228,10 @@ def test_the_lean_road_reads_what_the_definition_reads(found: list[bytes]) -> No
 
     Alone and beside a plain one too, because company that no column conversion takes sends all down the strict road.
     """
-    assert_as_defined(found, read(*found))
+    assert_as_defined(found)
     for value in found:
-        assert_as_defined([value, event()], read(value, event()))
-        assert_as_defined([value], read(value))
+        assert_as_defined([value, event()])
+        assert_as_defined([value])
 
 
 @settings(STEADY, max_examples=400)
@@ -222,8 +240,8 @@ def test_every_form_of_time(text: str) -> None:
     """Whatever a time looks like, both roads accept the same ones and read the same millisecond."""
     found = [event(ran_at=text), event(ran_at="2026-08-20T12:00:00.123456789Z")]
 
-    assert_as_defined(found[:1], read(found[0]))
-    assert_as_defined(found, read(*found))
+    assert_as_defined(found[:1])
+    assert_as_defined(found)
 
 
 @settings(STEADY, max_examples=150)
@@ -232,8 +250,8 @@ def test_every_form_of_run_id(one: str, other: str) -> None:
     """Whatever a run id looks like, both roads accept the same ones and read the same 16 bytes."""
     found = [event(run_id=one), event(run_id=other)]
 
-    assert_as_defined(found[:1], read(found[0]))
-    assert_as_defined(found, read(*found))
+    assert_as_defined(found[:1])
+    assert_as_defined(found)
 
 
 @pytest.mark.parametrize(
@@ -591,3 +609,56 @@ def test_offsets_may_have_gaps() -> None:
     assert second.column("offset_gap").to_pylist() == [10]
     assert pa.types.is_uint32(first.schema.field("offset_gap").type)
     assert first.column("run_id").to_pylist() == [run_id(number).bytes for number in (1, 2, 3)]
+
+
+# However records are cut into takes.
+
+
+def _mixed(dice: random.Random) -> list[Record]:
+    """Six hundred records of a month: five workspaces, all kinds of runs, copies and dead letters."""
+    records: list[Record] = []
+    for offset in range(600):
+        name = f"ws_{dice.randrange(5)}"
+        at_ms = AUGUST_MS + offset * DAY_MS // 24
+        value = event(
+            run=offset if dice.random() < 0.9 else dice.randrange(offset + 1),
+            workspace_id=name,
+            action=dice.choice(["enrich_person", "clearbit_enrich_person", "no such action"]),
+            outcome=dice.choice(list(Outcome)),
+            own_api_key=dice.random() < 0.2,
+            ran_ms=at_ms - dice.randrange(3) * DAY_MS,
+        )
+        records.append(Record(offset, b"{" if dice.random() < 0.05 else value, name.encode(), at_ms))
+    return records
+
+
+@settings(STEADY, max_examples=30)
+@given(st.integers(0, 1 << 32))
+def test_takes_of_any_length_give_the_same_rows_and_balances(seed: int) -> None:
+    """Few records are treated one by one, many as columns: rows, balances and alerts do not show it."""
+    dice = random.Random(seed)
+    records = _mixed(dice)
+    cuts = sorted({0, len(records), *(dice.randrange(len(records)) for _ in range(dice.randrange(12)))})
+    whole, cut = Road(), Road()
+
+    at_once = whole.take(records)
+    apart = [cut.take(records[start:end]) for start, end in pairwise(cuts)]
+
+    assert _told(apart) == _told([at_once])
+    assert ledger_rows(join_takes(apart)).equals(ledger_rows(at_once))
+    assert pa.concat_tables([ledger_rows(take) for take in apart]).equals(ledger_rows(at_once))
+
+
+def _told(takes: list[Take]) -> tuple[list[Any], list[Any]]:
+    plan = PlanChange(AUGUST_MS - DAY_MS, (0, 0), "small", 20_000)
+    grant = Grant(AUGUST_MS - DAY_MS, (0, 1), 30_000)
+    balances = Balances(100, AUGUST_MS)
+    balances.load({f"ws_{number}": Opening(Facts((plan,), (grant,)), {}, 0) for number in range(5)})
+    notices = [
+        (notice.workspace_id, notice.at_ms, notice._replace(row=0), notice.row >= 0 and source_of(take, notice.row))
+        for take in takes
+        for notice in balances.fold(drawn(take))
+    ]
+    return sorted(notices, key=lambda told: told[:2]), [
+        (account.name, account.outline(), account.enrichment, account.premium) for account in balances
+    ]
