@@ -116,9 +116,11 @@ class Runs(msgspec.Struct, frozen=True):
             self.made[name] = pa.array([getattr(run, name) or "" for run in self.lean], pa.string())
         self.lean.clear()
 
-    def text(self, name: str, row: int) -> str:
-        """One field of one run."""
-        found: str = getattr(self.lean[row], name) or "" if self.lean else self.made[name][row].as_py()
+    def texts(self, name: str, rows: Sequence[int]) -> list[str]:
+        """One field of some runs."""
+        if self.lean:
+            return [getattr(self.lean[row], name) or "" for row in rows]
+        found: list[str] = self.columns[name].take(pa.array(rows, pa.int64())).to_pylist()
         return found
 
     def run_id(self, row: int) -> UUID:

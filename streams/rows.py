@@ -6,7 +6,6 @@ records becomes exactly one row.
 
 from collections.abc import Sequence
 from typing import Final
-from uuid import UUID
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import Chain
 from streams.balances import Debits
 from streams.duplicates import Candidate, Identity, Original, Verdict
-from streams.intake import Record, Refusal, Runs, headers_text, redrive_of
+from streams.intake import TEXTS, Record, Refusal, Runs, headers_text, redrive_of
 from streams.messages import Source
 from streams.periods import DAY_MS
 from streams.rating import RatedRuns, RatingTable
@@ -60,7 +59,7 @@ def rate_take(
     debits = table.rate(runs.coded("action"), runs.outcome, runs.own_api_key, runs.ran_ms)
     take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
     for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
-        take.details[row] = f"action {runs.text('action', row)!r} stands in no version of the catalogue"
+        take.details[row] = f"action {runs.texts('action', [row])[0]!r} stands in no version of the catalogue"
     for row, refusal in runs.refusals.items():
         _overrule(take, row, Verdict(Kind.DEAD_LETTER, refusal.reason, refusal.detail))
     return take
@@ -125,16 +124,15 @@ def position(take: Take, row: int) -> str:
 
 
 def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[object, ...]]]:
-    columns = {name: column.take(pa.array(rows, pa.int64())).to_pylist() for name, column in take.runs.columns.items()}
+    runs = take.runs
+    texts = zip(*(runs.texts(name, rows) for name in TEXTS), strict=True)
     found: list[tuple[Identity, tuple[object, ...]]] = []
-    for place, row in enumerate(rows):
-        text = {name: values[place] for name, values in columns.items()}
+    for row, (workspace_id, table_id, column_id, row_id, action, triggered_by, actor) in zip(rows, texts, strict=True):
         facts = (
-            text["table_id"], text["column_id"], text["row_id"], text["action"],
-            str(OUTCOMES[take.runs.outcome[row] - 1]), bool(take.runs.own_api_key[row]), int(take.runs.ran_ms[row]),
-            text["triggered_by"], text["actor"],
+            table_id, column_id, row_id, action, str(OUTCOMES[runs.outcome[row] - 1]), bool(runs.own_api_key[row]),
+            int(runs.ran_ms[row]), triggered_by, actor,
         )  # fmt: skip
-        found.append((Identity(text["workspace_id"], UUID(bytes=text["run_id"])), facts))
+        found.append((Identity(workspace_id, runs.run_id(row)), facts))
     return found
 
 
@@ -168,7 +166,7 @@ def drawn(take: Take) -> Debits:
 def source_of(take: Take, row: int) -> Source:
     """A record of the take, as an alert names the one that caused it."""
     runs = take.runs
-    text = {name: runs.text(name, row) for name in ("table_id", "column_id", "action")}
+    text = {name: runs.texts(name, [row])[0] for name in ("table_id", "column_id", "action")}
     return Source(take.chain, int(runs.offsets[row]), runs.run_id(row), **text)
 
 
