@@ -7,6 +7,9 @@ ledger, one reads it for the units, one reads what no unit waits for, one answer
 
 import asyncio
 import functools
+import os
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -51,6 +54,8 @@ Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
 TROUBLE_WAIT_S: Final = 1.0
 """How long a question waits before it is asked again of a database that did not answer."""
+STEPPED_BACK: Final = 10
+"""The nice value of threads that wait behind others."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "deliveries")
 
 log: Final = structlog.get_logger()
@@ -77,7 +82,9 @@ class Meter:
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
         self.trouble = ""
         """What the ledger said last, while it does not take what it is given."""
-        self._pools = {name: ThreadPoolExecutor(1, f"meter-{name}") for name in THREADS}
+        self._pools = {
+            name: ThreadPoolExecutor(1, f"meter-{name}", None if name == "reader" else _step_back) for name in THREADS
+        }
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._kept: dict[Chain, Kept] = {}
@@ -88,19 +95,12 @@ class Meter:
         settings = self.settings
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
-        url = ledger_url(settings)
-        self._clients = {name: connect(url, settings.ledger_password) for name in THREADS}
-        if url.startswith("chdb:"):
-            migrate(self._clients["writer"])
-        else:
-            require_migrated(self._clients["writer"])
-        queries.pin_catalogue(self._clients["writer"], self.catalogue)
+        self._pools["writer"].submit(self._open_ledger).result()
         self.broker = Broker(settings.kafka_bootstrap)
         self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
         self.event_topic: Topic = require_topic(self.broker, account_events_topic(settings), settings)
         for name in (LIMIT_ALERTS, LIMIT_STATES):
             require_topic(self.broker, settings.topic_prefix + name, settings)
-        self._require_token_window()
         self.publisher = Publisher(settings)
         self.lanes = self._lanes()
         self._loader = Loader(
@@ -113,6 +113,17 @@ class Meter:
             self._on_trouble,
         )
         self.is_open = True
+
+    def _open_ledger(self) -> None:
+        """In the writer's thread: an engine in this process has its threads from there, and they too step back."""
+        url = ledger_url(self.settings)
+        self._clients = {name: connect(url, self.settings.ledger_password) for name in THREADS}
+        if url.startswith("chdb:"):
+            migrate(self._clients["writer"])
+        else:
+            require_migrated(self._clients["writer"])
+        queries.pin_catalogue(self._clients["writer"], self.catalogue)
+        self._require_token_window()
 
     def _lanes(self) -> Lanes:
         settings = self.settings
@@ -348,6 +359,14 @@ class Meter:
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
         self.hold(unit.chain.partition)
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
+
+
+def _step_back() -> None:
+    """Let threads go first that runs, alerts and look-ups wait for: nobody waits for an insert. Linux only, where a
+    thread has a priority of its own.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STEPPED_BACK)
 
 
 def ledger_url(settings: Settings) -> str:
