@@ -161,8 +161,9 @@ def _tell_of_the_gate(console: Console, scene: _Scene) -> None:
         return
     freed = f", upgraded to {UPGRADE}, and freed at {worker.freed_at:%H:%M:%S}" if worker.freed_at else ""
     over = format_credits(scene.listener.overage.get(scene.trial, 0))
+    over += " credit over" if over == "1" else " credits over"
     console.print(
         f"\n{scene.trial}: {worker.allowed:,} runs allowed by its gate, stopped at {worker.stopped_at:%H:%M:%S} with "
-        f"{over} credits over ({worker.refused:,} runs refused){freed}; {state.used if state else '?'} credits used",
+        f"{over} ({worker.refused:,} runs refused){freed}; {state.used if state else '?'} credits used",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

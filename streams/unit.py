@@ -230,8 +230,9 @@ class Unit:
         backlog batches are large, whatever the linger.
         """
         batching = self._lanes.batching
-        known_only = bool(self._open.events) and not self._open.takes  # all of it was read before: nothing to write
-        due = known_only or self._open.is_due(batching) or (self._draining and bool(self._open.events))
+        # Without takes, all of it was read before: nothing to write, and nothing to wait for.
+        at_once = bool(self._open.events) and (self._draining or not self._open.takes)
+        due = at_once or self._open.is_due(batching)
         return self._open.is_full(batching) or (due and not self._sealed.full())
 
     async def _seal(self) -> None:
