@@ -10,6 +10,7 @@ import rich_click as click
 from creditstream.asking import ask
 from creditstream.billing import make_event, require_plan, send_event, wait_until_metered
 from creditstream.cli.options import (
+    Credits,
     Instant,
     as_of_option,
     format_option,
@@ -84,7 +85,7 @@ def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form:
 
 @click.command()
 @click.argument("workspace")
-@click.argument("credits")
+@click.argument("credits", type=Credits())
 @click.option("--effective-at", type=Instant(), help="From when on; without it from now on.")
 @event_options
 def grant(workspace: str, credits: str, effective_at: datetime | None, home: str, **sent: Any) -> None:
@@ -116,7 +117,7 @@ def limits() -> None:
 @limits.command("set")
 @click.argument("workspace")
 @click.option("--threshold", "thresholds", type=click.IntRange(1, 100), multiple=True, help="Percent; may be repeated.")
-@click.option("--remaining-below", metavar="CREDITS", help="Tell, too, when no more than these remain.")
+@click.option("--remaining-below", type=Credits(), help="Tell, too, when no more than these remain.")
 @click.option("--plan-default", is_flag=True, help="No thresholds of its own any more.")
 @event_options
 def set_limits(

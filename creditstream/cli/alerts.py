@@ -62,12 +62,19 @@ def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> No
     try:
         address = Address.parse(url, allow_private)
     except ValueError as error:
-        raise click.UsageError(f"{url}: {error}.") from error
+        raise click.UsageError(f"{url}: {_as_option(error)}.") from error
     keys = () if form == Format.SLACK else (parse_secret(_secret(secret_env)),)
     answer = send_test(Endpoint("test", address, keys, format=Format(form), allow_private=allow_private))
     if not answer.is_success:
-        raise Problem("the test alert was not accepted", f"{answer.said}, after {answer.took_ms} ms", answer.fix)
+        raise Problem(
+            "the test alert was not accepted", f"{answer.said}, after {answer.took_ms} ms", _as_option(answer.fix)
+        )
     click.echo(f"{answer.said} in {answer.took_ms} ms")
+
+
+def _as_option(said: object) -> str:
+    """What an endpoints file calls ``allow_private`` is an option here."""
+    return str(said).replace("allow_private", "--allow-private")
 
 
 def _secret(variable: str | None) -> str:

@@ -11,11 +11,14 @@ import msgspec
 import orjson
 import rich_click as click
 
+from schemas.credits import format_credits, parse_credits
 from streams.settings import Settings, read_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("text", "json", "csv")
+AMOUNT_END = 10**15
+"""Millicredits: an event carries less."""
 
 
 def home_option(command: F) -> F:
@@ -112,6 +115,22 @@ class Instant(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is no time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
         return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+class Credits(click.ParamType):
+    """Credits as people type them: ``500`` or ``0.5``; passed on as text, exact."""
+
+    name = "CREDITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, where it is an amount that an event can carry."""
+        try:
+            amount = parse_credits(str(value))
+        except ValueError:
+            amount = -1
+        if not 0 <= amount < AMOUNT_END:
+            self.fail(f"{value!r} is no amount; write 500 or 0.5, with at most 3 decimals.", param, ctx)
+        return format_credits(amount)
 
 
 def as_of_option(command: F) -> F:
