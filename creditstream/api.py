@@ -18,9 +18,11 @@ from litestar import Litestar, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, QueryParameter
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from creditstream import __version__, accounts, spending
 from creditstream.client.decision import Policy
+from creditstream.metrics import exposition
 from schemas.answers import (
     By,
     DeadLetter,
@@ -151,10 +153,14 @@ def create_api(meter: Meter) -> Litestar:
         reasons = not_ready_because(meter)
         return Response({"ready": not reasons, "because": reasons}, status_code=503 if reasons else 200)
 
+    @get("/metrics", include_in_schema=False, media_type=CONTENT_TYPE_LATEST)
+    async def metrics() -> bytes:
+        return exposition(status_of(meter))
+
     return Litestar(
         [
             usage, workspaces, example, explain, dead_letters, dead_letter, actions, action,
-            audit_partitions, audit_sums, audit_rows, status, livez, readyz,
+            audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_account_routes(meter), *_spending_routes(meter),
         ],
         exception_handlers={Problem: _answer_problem},

@@ -163,6 +163,14 @@ class WorkerProcess:
             with error:
                 return error.code, json.load(error)
 
+    def metrics(self) -> list[str]:
+        """Lines of its metrics."""
+        endpoints = self.home.worker()
+        assert endpoints is not None
+        with urllib.request.urlopen(f"{endpoints.api_url}/metrics", timeout=WAIT_S_MAX) as answer:
+            assert answer.headers["content-type"].startswith("text/plain; version=")
+            return str(answer.read().decode()).splitlines()
+
     def wait_until(self, condition: Callable[[Status], object], what: str, seconds: float = WAIT_S_MAX) -> Status:
         """The status, once it fulfils the condition. AssertionError when the process ends or the time is over."""
         deadline = time.monotonic() + seconds
