@@ -235,18 +235,22 @@ def _convert_few(lean: list[LeanRun]) -> _Converted:
 
 
 def _plain_milliseconds(text: str) -> int | None:
-    """Unix milliseconds, truncated, of a time in the plain shape; None for all others."""
+    """Unix milliseconds, truncated, of a time in the plain shape; None for all others, and for nanoseconds of the last
+    millisecond that there is: the definition rounds them.
+    """
     if _PLAIN_TIME(text) is None:
         return None
     try:
         milliseconds = to_milliseconds(datetime.fromisoformat(text))
     except ValueError:
         return None
-    return milliseconds if _EARLIEST_MS <= milliseconds <= _LATEST_MS else None
+    last = _LATEST_MS if len(text) <= _MICROSECONDS else _LATEST_MS - 1
+    return milliseconds if _EARLIEST_MS <= milliseconds <= last else None
 
 
+_MICROSECONDS: Final = len("2026-08-20T12:00:00.123456Z")
 _PLAIN_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII).fullmatch
-_PLAIN_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z", re.ASCII).fullmatch
+_PLAIN_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z", re.ASCII).fullmatch
 
 
 def _convert(lean: list[LeanRun]) -> _Converted | None:
