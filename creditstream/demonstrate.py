@@ -19,7 +19,7 @@ from creditstream.demo_view import Facts, alert_line, live_view
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.reconcile import AccountTopic, Reconciliation, reconcile
-from schemas.credits import format_credits
+from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
 from streams.settings import Settings
@@ -159,11 +159,12 @@ def _tell_of_the_gate(console: Console, scene: _Scene) -> None:
     worker, state = scene.worker, scene.listener.states.get(scene.trial)
     if not worker.stopped_at:
         return
+    used = group_credits(parse_credits(state.used)) if state else "?"
     freed = f", upgraded to {UPGRADE}, and freed at {worker.freed_at:%H:%M:%S}" if worker.freed_at else ""
     over = format_credits(scene.listener.overage.get(scene.trial, 0))
     over += " credit over" if over == "1" else " credits over"
     console.print(
         f"\n{scene.trial}: {worker.allowed:,} runs allowed by its gate, stopped at {worker.stopped_at:%H:%M:%S} with "
-        f"{over} ({worker.refused:,} runs refused){freed}; {state.used if state else '?'} credits used",
+        f"{over} ({worker.refused:,} runs refused){freed}; {used} credits used",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
