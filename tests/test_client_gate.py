@@ -166,7 +166,7 @@ def test_a_gate_that_no_longer_hears_is_stale(kafka: str) -> None:
     wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.STALE, "stale")
     answer = gate.check("ws_1", "enrich_person")
     assert answer.age_ms is not None
-    assert answer.age_ms > 2000
+    assert answer.age_ms >= 2000  # whole milliseconds, truncated
     assert "creditstream-gate" not in {thread.name for thread in threading.enumerate()}
 
 

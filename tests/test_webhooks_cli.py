@@ -225,7 +225,7 @@ def test_what_a_test_alert_says_of_a_receiver(receiver: WebhookReceiver, tmp_pat
     plain = run(tmp_path, "alerts", "test", receiver.url)
     assert (private.code, plain.code) == (1, 2)
     assert "refused: 127.0.0.1 has no public address" in private.err
-    assert "allow_private" in private.err
+    assert "Set --allow-private" in private.err
     assert receiver.received == []
 
     slack = run(tmp_path, "alerts", "test", receiver.url, "--allow-private", "--format", "slack")
