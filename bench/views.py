@@ -5,10 +5,9 @@
 
 Rows come in bursts, as tables are run: 200 cells of 10 columns of one table on one day, and day after day, so that a
 month lies in its own ClickHouse partition; months that are over are merged, as the ledger does after a quiet day.
-Workspaces differ in size by the cube. Figures are milliseconds, without
-the query condition cache, which would answer a repeated question from memory: the least and the median of the rounds,
-and the least CPU time of the process, all threads, which other load moves less. The first line is the cost of any
-question.
+Workspaces differ in size by the cube. Figures are milliseconds, without the query condition cache, which would answer a
+repeated question from memory: the least and the median of the rounds, and the least CPU time of the process, all
+threads, which other load moves less. The first line is the cost of any question.
 """
 
 import argparse

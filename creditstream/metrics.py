@@ -4,6 +4,7 @@ Counts are of this process, since its start. No label names a workspace: their t
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from schemas.answers import Status
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 
 PREFIX = "creditstream"
 
@@ -57,21 +59,20 @@ class _Of(Collector):
             {at: unit.rows_unwritten for at, unit in units}, "partition",
         )  # fmt: skip
         yield _gauge("accounts", "Workspaces in memory.", {at: unit.balances for at, unit in units}, "partition")
-        marks = {("cell-runs", *at): unit.mark for at, unit in units} | {
-            ("account-events", *at): unit.event_mark for at, unit in units
+        marks = {(CELL_RUNS, *at): unit.mark for at, unit in units} | {
+            (ACCOUNT_EVENTS, *at): unit.event_mark for at, unit in units
         }
         yield _gauge("mark_offset", "Last offset that has its ledger row; -1: none.", marks, "topic", "partition")
 
 
-def _gauge(name: str, text: str, values: Values, *labels: str) -> Metric:
-    family = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
+def _filled(
+    kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, values: Values, *labels: str
+) -> Metric:
+    family = kind(f"{PREFIX}_{name}", text, labels=labels)
     for place, value in values.items():
         family.add_metric(place, value)
     return family
 
 
-def _counter(name: str, text: str, values: Values, *labels: str) -> Metric:
-    family = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=labels)
-    for place, value in values.items():
-        family.add_metric(place, value)
-    return family
+_gauge = partial(_filled, GaugeMetricFamily)
+_counter = partial(_filled, CounterMetricFamily)

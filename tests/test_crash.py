@@ -29,6 +29,7 @@ from schemas.problem import Problem
 from streams.app import EXIT_RESTART
 from streams.topics import Topic
 from tests.clickhouse_server import ClickHouseServer
+from tests.client_kafka import wait_until
 from tests.worker_process import (
     WAIT_S_MAX,
     Event,
@@ -397,8 +398,8 @@ def test_f15_aborted_transactions_are_not_billed(worker: WorkerProcess) -> None:
         producer.begin_transaction()
         send(producer, topic, events)
         end(WAIT_S_MAX)
-        while sum(worker.log_ends().values()) <= before + count:
-            time.sleep(0.01)  # the transaction's marker may come after its answer, and behind the next record
+        # The transaction's marker may come after its answer, and behind the next record.
+        wait_until(lambda: sum(worker.log_ends().values()) > before + count, "ended by a marker")
         return events
 
     transaction(producer.abort_transaction, 3)

@@ -11,14 +11,12 @@ import msgspec
 import orjson
 import rich_click as click
 
-from schemas.credits import format_credits, parse_credits
+from schemas import account
 from streams.settings import Settings, read_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("text", "json", "csv")
-AMOUNT_END = 10**15
-"""Millicredits: an event carries less."""
 
 
 def home_option(command: F) -> F:
@@ -125,12 +123,9 @@ class Credits(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, where it is an amount that an event can carry."""
         try:
-            amount = parse_credits(str(value))
-        except ValueError:
-            amount = -1
-        if not 0 <= amount < AMOUNT_END:
+            return msgspec.convert(value, account.Credits)
+        except msgspec.ValidationError:
             self.fail(f"{value!r} is no amount; write 500 or 0.5, with at most 3 decimals.", param, ctx)
-        return format_credits(amount)
 
 
 def as_of_option(command: F) -> F:
