@@ -11,15 +11,12 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind
 from schemas.limits import LimitAlert, TopColumn
-from sinks.columns import key_of
 from sinks.ledger import Chain
 
 TOP_COLUMNS: Final = 3
@@ -30,7 +27,7 @@ EPOCH: Final = date(1970, 1, 1)
 MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
 _OF_PARTITION: Final = "bitAnd(kafkaMurmurHash(workspace_id), 0x7FFFFFFF) % {partitions:UInt32} = {partition:UInt16}"
 _DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
-_EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
+EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
 
 
 class AccountRow(NamedTuple):
@@ -190,7 +187,7 @@ def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict
     wanted = set(identities)
     found = client.query(
         f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_ROW} FROM ledger "
-        f"WHERE {_EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(events)s",
+        f"WHERE {EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(events)s",
         parameters={
             "workspaces": sorted({workspace for workspace, _ in wanted}),
             "events": sorted(str(event) for _, event in wanted),
@@ -203,16 +200,6 @@ def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict
             position = f"{topic}[{partition}]@{account_row.offset}"
             known[account_row.workspace_id, event_id] = (position, run_id, actor, account_row)
     return known
-
-
-def event_keys(client: Client, chain: Chain) -> npt.NDArray[np.uint64]:
-    """Filter keys of the chain's account events, over all topic ids."""
-    table = client.query_arrow(
-        f"SELECT {key_of('event_id')} AS key FROM ledger "
-        f"WHERE {_EVENTS} AND topic = {{topic:String}} AND kafka_partition = {{partition:UInt16}}",
-        parameters={"topic": chain.topic, "partition": chain.partition},
-    )
-    return np.asarray(table.column("key").to_numpy(), np.uint64)
 
 
 class Tail(NamedTuple):
@@ -244,7 +231,7 @@ def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_
     )
     found = client.query(
         f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_ROW} FROM ledger WHERE {MARKED} "
-        f"AND kafka_offset > {{after:Int64}} AND {_EVENTS} ORDER BY kafka_offset",
+        f"AND kafka_offset > {{after:Int64}} AND {EVENTS} ORDER BY kafka_offset",
         parameters=_after(events, events_after),
     ).result_rows
     rows = _account_rows([row[1:] for row in found])

@@ -82,10 +82,3 @@ def uuids(sixteen_bytes: bytes) -> pa.Array:
 def constant(value: str | bytes | int, length: int, kind: pa.DataType) -> pa.Array:
     """One value, ``length`` times."""
     return pa.repeat(pa.scalar(value, kind), length)
-
-
-def key_of(column: str) -> str:
-    """SQL: a duplicate filter's key of a UUID. `streams.intake.run_keys` is the same in numpy, and a test holds them
-    equal.
-    """
-    return f"bitXor(reinterpretAsUInt64({column}), toUInt64(toUInt128({column})))"

@@ -4,13 +4,11 @@ The worker's own questions come first, then those of people, which the CLI and t
 """
 
 from collections.abc import Iterable
-from datetime import UTC, date, datetime
+from datetime import date
 from decimal import Decimal
 from typing import Any, Final
 from uuid import UUID
 
-import numpy as np
-import numpy.typing as npt
 from clickhouse_connect.driver.client import Client
 
 from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow, WorkspaceTotal
@@ -18,49 +16,7 @@ from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits
 from schemas.ledger import FREE_REASONS, Reason
 from schemas.problem import Problem, UnknownId
-from sinks.columns import key_of
 from sinks.explain import explain, run_of
-from sinks.ledger import Chain
-
-_RUNS_OF_CHAIN: Final = "topic = {topic:String} AND kafka_partition = {partition:UInt16} AND kind = 'run'"
-
-
-def recent_run_keys(client: Client, chain: Chain, since: float) -> npt.NDArray[np.uint64]:
-    """Filter keys of the chain's runs recorded since then (Unix seconds), over all topic ids."""
-    return _run_keys(client, chain, since, "batch_month >= {month:UInt32} - 1 AND recorded_at >= {since:DateTime64(3)}")
-
-
-def older_run_keys(client: Client, chain: Chain, since: float, month: int) -> npt.NDArray[np.uint64]:
-    """Filter keys of one batch month's runs recorded before then."""
-    return _run_keys(client, chain, since, f"batch_month = {month:d} AND recorded_at < {{since:DateTime64(3)}}")
-
-
-def months_before(client: Client, chain: Chain, since: float) -> list[int]:
-    """Batch months that hold rows of the chain recorded before then, newest first."""
-    found = client.query(
-        "SELECT DISTINCT batch_month FROM ledger WHERE batch_month <= {month:UInt32} AND topic = {topic:String} "
-        "AND kafka_partition = {partition:UInt16} AND recorded_at < {since:DateTime64(3)} ORDER BY batch_month DESC",
-        parameters=_since(chain, since),
-    )
-    return [month for (month,) in found.result_rows]
-
-
-def _run_keys(client: Client, chain: Chain, since: float, condition: str) -> npt.NDArray[np.uint64]:
-    table = client.query_arrow(
-        f"SELECT {key_of('run_id')} AS key FROM ledger WHERE {_RUNS_OF_CHAIN} AND {condition}",
-        parameters=_since(chain, since),
-    )
-    return np.asarray(table.column("key").to_numpy(), np.uint64)
-
-
-def _since(chain: Chain, since: float) -> dict[str, Any]:
-    instant = datetime.fromtimestamp(since, UTC)
-    return {
-        "topic": chain.topic,
-        "partition": chain.partition,
-        "since": instant,
-        "month": instant.year * 100 + instant.month,
-    }
 
 
 def find_runs(

@@ -16,7 +16,8 @@ from faust.types import TP
 
 from schemas.problem import Problem
 from sinks.ledger import ForeignMark
-from streams.batches import BATCH_BYTES_MAX, Event
+from streams.batches import BATCH_BYTES_MAX
+from streams.inbox import Event
 from streams.lenient import read_any_header
 from streams.meter import Meter
 from streams.settings import Settings, read_settings

@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from schemas.ledger import Pool
-from sinks import accounts, queries
+from sinks import accounts, filter_keys
 from sinks.accounts import AccountRow
 from sinks.clickhouse import DatabaseError, first_line
 from sinks.ledger import Chain, Incident, Mark
@@ -148,20 +148,20 @@ class Loader:
 
     async def _load_events(self, event_filter: KeyFilter, chain: Chain) -> None:
         """All of them, at the end of what is loaded aside; meanwhile every account event is a candidate."""
-        event_filter.add(await self._look_up_aside(accounts.event_keys, chain))
+        event_filter.add(await self._look_up_aside(filter_keys.event_keys, chain))
         event_filter.is_complete = True
 
     async def _load_runs(self, chain: Chain, background: Background) -> KeyFilter:
         run_filter = KeyFilter(self._filter_bytes(of_runs=True))
         since = time.time() - EXACT_DAYS * 86_400
-        run_filter.add(await self._look_up(queries.recent_run_keys, chain, since))
+        run_filter.add(await self._look_up(filter_keys.recent_run_keys, chain, since))
         background(self._load_older(run_filter, chain, since))
         return run_filter
 
     async def _load_older(self, run_filter: KeyFilter, chain: Chain, since: float) -> None:
         """The Bloom tier, month by month; meanwhile every run is a candidate."""
-        for month in await self._look_up_aside(queries.months_before, chain, since):
-            keys = await self._look_up_aside(queries.older_run_keys, chain, since, month)
+        for month in await self._look_up_aside(filter_keys.months_before, chain, since):
+            keys = await self._look_up_aside(filter_keys.older_run_keys, chain, since, month)
             for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
                 run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
                 await asyncio.sleep(0)

@@ -1,7 +1,7 @@
 """What a unit gathers for one insert of cell runs, and when it is written."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -10,20 +10,13 @@ import pyarrow as pa
 from schemas.cell_run import from_milliseconds
 from sinks.ledger import Batch, Chain
 from streams.account_events import Row
+from streams.inbox import Event
 from streams.rows import Take, join_takes, ledger_rows
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
 TABLE_ROWS_MIN: Final = 1_000
 """Fewer rows wait for others before they become columns of the ledger."""
-
-
-class Event(msgspec.Struct, frozen=True, eq=False):
-    """One chunk that was delivered, and how to say that it is done. ``of_account``: account events, not cell runs."""
-
-    chunk: Any
-    acknowledge: Callable[[], Any]
-    of_account: bool = False
 
 
 class Batching(msgspec.Struct, frozen=True):

@@ -322,7 +322,7 @@ def _runs(records: Sequence[Record], lean: list[LeanRun], converted: _Converted,
 
 
 def run_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
-    """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.columns.key_of` says it in SQL.
+    """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.filter_keys.key_of` says it in SQL.
 
     Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
     """

@@ -24,7 +24,7 @@ the next is prepared; every queue between them is bounded.
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -37,8 +37,9 @@ from schemas.problem import Problem
 from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark
 from streams import account_events
 from streams.balances import Balances, Notice
-from streams.batches import AccountBatch, Batching, Event, OpenBatch, batch_month, chunk_bytes
+from streams.batches import AccountBatch, Batching, OpenBatch, batch_month, chunk_bytes
 from streams.duplicates import Identity, KeyFilter, Original, settle
+from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.messages import Source
@@ -56,10 +57,6 @@ from streams.rows import (
 from streams.voice import Voice
 
 TAKE_ROWS_MAX: Final = 10_000
-BACKLOG_CHUNK: Final = 500
-"""A chunk of this many records or more was fetched from a backlog."""
-GATHER_S: Final = 0.02
-"""How long more chunks of a backlog are waited for."""
 STATES_EVERY_S: Final = 1.0
 """States whose ``used`` moved are told at most once in this time, and with them chunks are acknowledged."""
 TICK_S: Final = 0.25
@@ -131,10 +128,7 @@ class Unit:
         self._event_position = self.event_mark.last
         self._read_ms = self._events_read_ms = 0
         """The broker's time of the last record of each chain."""
-        self._runs: deque[Event] = deque()
-        self._account_events: deque[Event] = deque()
-        self._arrived = asyncio.Event()
-        """Something waits, or whoever waits for it is wanted elsewhere."""
+        self._inbox = Inbox()
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._unwritten: list[Take] = []
@@ -144,7 +138,6 @@ class Unit:
         self._settled_at = 0.0
         self._draining = False
         self._is_tick_due = False
-        self._is_nudged = False
         self._closing = threading.Event()
         self.redriven: set[str] = set()
         """Positions of dead letters that were sent again during this life."""
@@ -178,13 +171,12 @@ class Unit:
 
     def receive(self, event: Event) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
-        (self._account_events if event.of_account else self._runs).append(event)
-        self._arrived.set()
+        self._inbox.put(event)
 
     def drain(self) -> None:
         """Write what is there at once: the worker stops, or the partition moves."""
         self._draining = True
-        self._nudge()
+        self._inbox.nudge()
 
     async def run(self) -> None:
         """The unit's life. An incident ends it quietly; anything else that goes wrong is the process's end."""
@@ -209,12 +201,18 @@ class Unit:
     async def _meter(self) -> None:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
-            await self._take_runs(await self._take())
-            if self._are_events_next():
-                await self._take_account_events()
+            await self._take_runs(await self._next_runs())
+            if events := self._inbox.take_account_events():
+                await self._take_account_events(events)
             if self._is_tick_due:
                 self._is_tick_due = False
                 await self._look_at_the_clock()
+
+    async def _next_runs(self) -> list[Event]:
+        """Cell runs for the open batch; none when it has lingered enough."""
+        batching = self._lanes.batching
+        room = min(TAKE_ROWS_MAX, batching.rows_max - self._open.rows)
+        return await self._inbox.take_runs(room, None if self._sealed.full() else self._open.deadline(batching))
 
     async def _take_runs(self, events: list[Event]) -> None:
         """Steps 1 to 5."""
@@ -238,44 +236,6 @@ class Unit:
     async def _seal(self) -> None:
         await self._sealed.put(self._open)
         self._open = OpenBatch(self._position)
-
-    async def _take(self) -> list[Event]:
-        """Cell runs that wait, up to a full batch, or up to account events that the broker had received before the next
-        of them; none when the open batch has lingered enough, or something else is wanted.
-
-        A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
-        """
-        room = min(TAKE_ROWS_MAX, self._lanes.batching.rows_max - self._open.rows)
-        deadline = None if self._sealed.full() else self._open.deadline(self._lanes.batching)
-        events: list[Event] = []
-        rows = 0
-        try:
-            async with asyncio.timeout_at(deadline) as waiting:
-                while rows < room and not self._are_events_next():
-                    if not self._runs:
-                        if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
-                            break
-                        self._arrived.clear()
-                        await self._arrived.wait()
-                        continue
-                    events.append(self._runs.popleft())
-                    rows += len(events[-1].chunk)
-                    waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
-        except TimeoutError:
-            pass
-        self._is_nudged = False
-        return events
-
-    def _are_events_next(self) -> bool:
-        """Of what waits, the broker's time decides which topic comes first; at one instant the runs do."""
-        if not self._account_events:
-            return False
-        return not self._runs or self._runs[0].chunk[0].timestamp > self._account_events[0].chunk[0].timestamp
-
-    def _nudge(self) -> None:
-        """Let `_take` come back, even without anything."""
-        self._is_nudged = True
-        self._arrived.set()
 
     def _unread(self, event: Event) -> Any:
         """The chunk without what this unit has had before, as after a seek that came twice."""
@@ -342,11 +302,8 @@ class Unit:
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
-    async def _take_account_events(self) -> None:
+    async def _take_account_events(self, events: list[Event]) -> None:
         """All that came before the next run, in one insert."""
-        events = []
-        while self._are_events_next():
-            events.append(self._account_events.popleft())
         chunk = [record for event in events for record in event.chunk]
         chunk = [record for record in chunk if record.offset > self._event_position]
         if chunk:
@@ -399,7 +356,7 @@ class Unit:
         """Steps 6 to 9, batch after batch."""
         while True:
             batch = await self._sealed.get()
-            self._nudge()  # a lingering batch may be sealed now
+            self._inbox.nudge()  # a lingering batch may be sealed now
             if batch.takes:
                 await self._write_runs(batch)
             if batch.followed_by:  # in the order of the fold: a replay folds in the ledger's order
@@ -457,7 +414,7 @@ class Unit:
             self.voice.refresh()
             if not self._is_tick_due:
                 self._is_tick_due = True
-                self._nudge()
+                self._inbox.nudge()
             waits = self._written or self.balances.moved or self.voice.has_unflushed
             if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
                 self._is_to_settle.set()

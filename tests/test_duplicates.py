@@ -22,7 +22,7 @@ from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Kind, Reason
 from sinks.clickhouse import connect
-from sinks.columns import key_of
+from sinks.filter_keys import key_of
 from sinks.queries import find_runs
 from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, KeyFilter, Original, Verdict, settle
 from streams.intake import partition_of, run_keys

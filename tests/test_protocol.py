@@ -18,6 +18,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.catalogue import Catalogue
 from schemas.cell_run import to_milliseconds
 from sinks.clickhouse import DatabaseError, connect
+from sinks.filter_keys import recent_run_keys
 from sinks.ledger import (
     ACKNOWLEDGED_MAX,
     Chain,
@@ -31,11 +32,11 @@ from sinks.ledger import (
     Stopped,
     append_steps,
 )
-from sinks.queries import find_runs, recent_run_keys
+from sinks.queries import find_runs
+from streams.batches import OpenBatch
 from streams.intake import read_chunk, run_keys
 from streams.rating import RatingTable
 from streams.rows import rate_take
-from streams.unit import OpenBatch
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown, write
 

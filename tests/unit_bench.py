@@ -20,9 +20,10 @@ from sinks import accounts, queries
 from sinks.ledger import Chain, Ledger
 from streams import account_events, recovery
 from streams.assignment import Loader, Place
-from streams.batches import Batching, Event
+from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
+from streams.inbox import Event
 from streams.rating import RatingTable
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange

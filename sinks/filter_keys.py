@@ -1,0 +1,67 @@
+"""What the filters of a unit are filled with: a key of 64 bits for each run and each account event of its chains.
+
+``since`` is Unix seconds. A chain's rows are meant over all topic ids: a run is a copy also of one from a topic that was
+made anew.
+"""
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from clickhouse_connect.driver.client import Client
+
+from sinks.accounts import EVENTS
+from sinks.ledger import Chain
+
+_OF_CHAIN: Final = "topic = {topic:String} AND kafka_partition = {partition:UInt16}"
+_RUNS: Final = "kind = 'run'"
+
+
+def event_keys(client: Client, chain: Chain) -> npt.NDArray[np.uint64]:
+    """Keys of the chain's account events."""
+    return _keys(client, "event_id", EVENTS, _of(chain))
+
+
+def recent_run_keys(client: Client, chain: Chain, since: float) -> npt.NDArray[np.uint64]:
+    """Keys of the chain's runs recorded since then."""
+    recent = "batch_month >= {month:UInt32} - 1 AND recorded_at >= {since:DateTime64(3)}"
+    return _keys(client, "run_id", f"{_RUNS} AND {recent}", _of(chain, since))
+
+
+def older_run_keys(client: Client, chain: Chain, since: float, month: int) -> npt.NDArray[np.uint64]:
+    """Keys of one batch month's runs recorded before then."""
+    older = f"batch_month = {month:d} AND recorded_at < {{since:DateTime64(3)}}"
+    return _keys(client, "run_id", f"{_RUNS} AND {older}", _of(chain, since))
+
+
+def months_before(client: Client, chain: Chain, since: float) -> list[int]:
+    """Batch months that hold rows of the chain recorded before then, newest first."""
+    found = client.query(
+        f"SELECT DISTINCT batch_month FROM ledger WHERE {_OF_CHAIN} AND batch_month <= {{month:UInt32}} "
+        "AND recorded_at < {since:DateTime64(3)} ORDER BY batch_month DESC",
+        parameters=_of(chain, since),
+    )
+    return [month for (month,) in found.result_rows]
+
+
+def key_of(column: str) -> str:
+    """SQL: a duplicate filter's key of a UUID. `streams.intake.run_keys` is the same in numpy, and a test holds them
+    equal.
+    """
+    return f"bitXor(reinterpretAsUInt64({column}), toUInt64(toUInt128({column})))"
+
+
+def _keys(client: Client, column: str, condition: str, parameters: dict[str, Any]) -> npt.NDArray[np.uint64]:
+    table = client.query_arrow(
+        f"SELECT {key_of(column)} AS key FROM ledger WHERE {_OF_CHAIN} AND {condition}", parameters=parameters
+    )
+    return np.asarray(table.column("key").to_numpy(), np.uint64)
+
+
+def _of(chain: Chain, since: float | None = None) -> dict[str, Any]:
+    place: dict[str, Any] = {"topic": chain.topic, "partition": chain.partition}
+    if since is None:
+        return place
+    instant = datetime.fromtimestamp(since, UTC)
+    return place | {"since": instant, "month": instant.year * 100 + instant.month}

@@ -1,0 +1,80 @@
+"""What waits for a unit: chunks of both topics, taken in the order in which the broker received their records."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+BACKLOG_CHUNK: Final = 500
+"""A chunk of this many records or more was fetched from a backlog."""
+GATHER_S: Final = 0.02
+"""How long more chunks of a backlog are waited for."""
+
+
+class Event(msgspec.Struct, frozen=True, eq=False):
+    """One chunk that was delivered, and how to say that it is done. ``of_account``: account events, not cell runs."""
+
+    chunk: Any
+    acknowledge: Callable[[], Any]
+    of_account: bool = False
+
+
+class Inbox:
+    """Two queues and one order between them. Its length is bounded by what the transport lets be in flight."""
+
+    def __init__(self) -> None:
+        self._runs: deque[Event] = deque()
+        self._account_events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        """Something waits, or whoever waits for it is wanted elsewhere."""
+        self._is_nudged = False
+
+    def put(self, event: Event) -> None:
+        """Take over a chunk."""
+        (self._account_events if event.of_account else self._runs).append(event)
+        self._arrived.set()
+
+    def nudge(self) -> None:
+        """Let `take_runs` come back, even without anything."""
+        self._is_nudged = True
+        self._arrived.set()
+
+    async def take_runs(self, rows_max: int, deadline: float | None) -> list[Event]:
+        """Chunks of cell runs that wait, until they are ``rows_max`` records or more, or up to account events that are
+        next; none at the deadline (loop time), or after a nudge.
+
+        A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
+        """
+        events: list[Event] = []
+        rows = 0
+        try:
+            async with asyncio.timeout_at(deadline) as waiting:
+                while rows < rows_max and not self._are_account_events_next():
+                    if not self._runs:
+                        if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
+                            break
+                        self._arrived.clear()
+                        await self._arrived.wait()
+                        continue
+                    events.append(self._runs.popleft())
+                    rows += len(events[-1].chunk)
+                    waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
+        except TimeoutError:
+            pass
+        self._is_nudged = False
+        return events
+
+    def take_account_events(self) -> list[Event]:
+        """All chunks of account events that come before the next cell run; none when a run is next."""
+        events = []
+        while self._are_account_events_next():
+            events.append(self._account_events.popleft())
+        return events
+
+    def _are_account_events_next(self) -> bool:
+        """Of what waits, the broker's time decides which topic comes first; at one instant the runs do."""
+        if not self._account_events:
+            return False
+        return not self._runs or self._runs[0].chunk[0].timestamp > self._account_events[0].chunk[0].timestamp
