@@ -75,7 +75,7 @@ def states(workspaces: int, premium: int) -> Iterator[LimitState]:
 
 def produce(settings: Settings, workspaces: int, premium: int) -> None:
     """Fill the topic."""
-    producer, topic = open_producer(settings.kafka_bootstrap), settings.topic_prefix + LIMIT_STATES
+    producer, topic = open_producer(settings), settings.topic_prefix + LIMIT_STATES
     for number, state in enumerate(states(workspaces, premium)):
         while True:
             try:
@@ -143,7 +143,7 @@ def main() -> None:
         EmbeddedKafka(Home.at(Path(directory)), Console(stderr=True).print) as kafka,
     ):
         settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-        ensure_topic(Broker(kafka.bootstrap), LIMIT_STATES, settings)
+        ensure_topic(Broker(settings), LIMIT_STATES, settings)
         produce(settings, given.workspaces, given.premium)
         argument = msgspec.json.encode(settings).decode()
         for _ in range(given.rounds):

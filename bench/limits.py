@@ -88,7 +88,7 @@ class Clocks:
 
 def produce(settings: Settings, clocks: Clocks, seconds: int) -> None:
     """A steady stream over fifty workspaces at a time; one whose credits are gone makes way for the next."""
-    producer, topic = open_producer(settings.kafka_bootstrap), cell_runs_topic(settings)
+    producer, topic = open_producer(settings), cell_runs_topic(settings)
     started, sent, dice = time.monotonic(), 0, random.Random(1)
     clocks.upgrades_from = started + seconds / 2
     total, active, ran = seconds * RATE, list(range(ACTIVE)), Counter[int]()
@@ -137,7 +137,7 @@ def read_alerts(settings: Settings, clocks: Clocks) -> None:
 
 def ask_gate(settings: Settings, gate: Gate, clocks: Clocks) -> None:
     """A worker that may no longer run, and then may again."""
-    producer, topic = open_producer(settings.kafka_bootstrap), account_events_topic(settings)
+    producer, topic = open_producer(settings), account_events_topic(settings)
     deadline, upgraded_at = None, 0.0
     while deadline is None or time.monotonic() < deadline:
         now = time.monotonic()
@@ -167,7 +167,7 @@ def measure(settings: Settings, home: Home, plans: Path, seconds: int) -> Clocks
     """The stream, with a worker, a reader and a gate beside it."""
     clocks = Clocks()
     with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap, plans_dir=str(plans)) as answers:
-        producer = open_producer(settings.kafka_bootstrap)
+        producer = open_producer(settings)
         for place in range(seconds * RATE // ALLOWANCE + ACTIVE):
             plan_set(producer, account_events_topic(settings), f"ws_{place}", "small")
         producer.flush(30)
@@ -222,7 +222,7 @@ def fill(home: Home, workspaces: int) -> None:
 
 def start(settings: Settings, home: Home) -> Start:
     """One start: until it is ready, until a run that waited for it is durable, and its memory some seconds later."""
-    producer = open_producer(settings.kafka_bootstrap)
+    producer = open_producer(settings)
     run = CellRun(
         run_id=uuid7(), workspace_id="many_17", table_id="tbl_1", column_id="col_1", row_id="row_1",
         action="enrich_person", outcome=Outcome.DATA, ran_at=datetime.now(UTC),
@@ -289,7 +289,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base / "kafka"), Console(stderr=True).print) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topics(Broker(kafka.bootstrap), settings)
+            ensure_topics(Broker(settings), settings)
             say = Console(width=140).print
             if given.seconds:
                 say(report(measure(settings, Home.at(base / "worker"), base / "plans", given.seconds)))

@@ -193,7 +193,7 @@ ROADS: dict[str, Callable[[Settings, Clock], None]] = {
 
 def produce(settings: Settings, runs: int) -> None:
     """A bulk run's backlog: 200 active columns, 0.1 % copies, 0.02 % malformed; every workspace has a plan."""
-    producer, topic = open_producer(settings.kafka_bootstrap), cell_runs_topic(settings)
+    producer, topic = open_producer(settings), cell_runs_topic(settings)
     for number in range(1, 13):
         plan = PlanChanged(
             event_id=uuid4(),
@@ -260,7 +260,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base), say) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topics(Broker(kafka.bootstrap), settings)
+            ensure_topics(Broker(settings), settings)
             say(f"producing {given.runs:,} cell runs")
             produce(settings, given.runs)
             figures: dict[str, list[Figure]] = {road: [] for road in ROADS}

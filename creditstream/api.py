@@ -47,7 +47,7 @@ from schemas.answers import (
     UsageRow,
     WorkspaceTotal,
 )
-from schemas.ledger import Reason
+from schemas.ledger import Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
@@ -100,10 +100,10 @@ def create_api(meter: Meter) -> Litestar:
         letters: list[DeadLetter] = await meter.ask(queries.dead_letters, reason or "", limit)
         return letters
 
-    @get("/v1/dead-letters/{partition:int}/{offset:int}")
-    async def dead_letter(partition: FromPath[int], offset: FromPath[int]) -> DeadLetter:
+    @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
+    async def dead_letter(topic: FromPath[str], partition: FromPath[int], offset: FromPath[int]) -> DeadLetter:
         """One dead letter by its position."""
-        letter: DeadLetter = await meter.ask(queries.dead_letter, partition, offset)
+        letter: DeadLetter = await meter.ask(queries.dead_letter, Position(topic, partition, offset))
         return letter
 
     @get("/v1/actions")

@@ -36,7 +36,7 @@ from schemas.answers import (
     UsageRow,
     WorkspaceTotal,
 )
-from schemas.ledger import Reason
+from schemas.ledger import Position, Reason
 from schemas.problem import Difference, Problem, UnknownId, Unreachable
 from streams.settings import Settings
 
@@ -57,7 +57,7 @@ class Answers(Protocol):
     def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
     def explanation(self, run_id: UUID) -> Explanation: ...  # noqa: D102
     def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]: ...  # noqa: D102
-    def dead_letter(self, partition: int, offset: int) -> DeadLetter: ...  # noqa: D102
+    def dead_letter(self, position: Position) -> DeadLetter: ...  # noqa: D102
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
     def audit_sums(self) -> SumAudit: ...  # noqa: D102
     def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
@@ -168,9 +168,9 @@ class WorkerAnswers:
         """See `sinks.queries.dead_letters`."""
         return self._get("/v1/dead-letters", list[DeadLetter], reason=reason or None, limit=limit)
 
-    def dead_letter(self, partition: int, offset: int) -> DeadLetter:
+    def dead_letter(self, position: Position) -> DeadLetter:
         """See `sinks.queries.dead_letter`."""
-        return self._get(f"/v1/dead-letters/{partition}/{offset}", DeadLetter)
+        return self._get(f"/v1/dead-letters/{position.topic}/{position.partition}/{position.offset}", DeadLetter)
 
     def audit_partitions(self, topic: str) -> list[PartitionAudit]:
         """See `sinks.queries.audit_partitions`; the worker knows its own two topics."""

@@ -61,12 +61,12 @@ def send_event(settings: Settings, event: AccountEvent) -> str:
 
     from creditstream.producing import open_producer
     from schemas.codec import encode_account_event
-    from streams.topics import Broker, account_events_topic, require_topic
+    from streams.topics import Broker, account_events_topic, position_of, require_topic
 
     topic = account_events_topic(settings)
-    require_topic(Broker(settings.kafka_bootstrap), topic, settings)
+    require_topic(Broker(settings), topic, settings)
     told: list[tuple[KafkaError | None, Message]] = []
-    producer = open_producer(settings.kafka_bootstrap)
+    producer = open_producer(settings)
     producer.produce(
         topic,
         encode_account_event(event),
@@ -79,7 +79,7 @@ def send_event(settings: Settings, event: AccountEvent) -> str:
         why = error.str() if error else f"no answer within {DELIVERY_S_MAX:.0f} s"
         fix = f"Send it again with --event-id {event.event_id}: it counts once."
         raise Unreachable("the event was not delivered", f"{settings.kafka_bootstrap}: {why}", fix)
-    return f"{message.topic()}[{message.partition()}]@{message.offset()}"
+    return str(position_of(message))
 
 
 def wait_until_metered(answers: "Answers", event: AccountEvent, position: str) -> "Delivery":

@@ -20,6 +20,7 @@ from schemas.codec import encode_account_event
 from schemas.credits import parse_credits
 from schemas.ledger import Pool
 from schemas.limits import LimitAlert, LimitState
+from streams.connection import librdkafka
 from streams.settings import Settings
 from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker, account_events_topic, cell_runs_topic
 
@@ -43,7 +44,7 @@ class Enrichments(threading.Thread):
     def run(self) -> None:
         """Produce. A copy, an unknown action and a broken event come along now and then."""
         topic = cell_runs_topic(self._settings)
-        producer = open_producer(self._settings.kafka_bootstrap)
+        producer = open_producer(self._settings)
         stream = events(seed=time.time_ns(), workspaces=WORKSPACES)
         started = time.monotonic()
         while not self.enough.is_set() and (elapsed := time.monotonic() - started) < self._seconds:
@@ -98,7 +99,7 @@ class Billing:
 
     def __init__(self, settings: Settings) -> None:
         self._topic = account_events_topic(settings)
-        self._producer = open_producer(settings.kafka_bootstrap)
+        self._producer = open_producer(settings)
 
     def set_plan(self, workspace: str, plan: str) -> None:
         """From a minute ago on: at once, whatever the clocks say."""
@@ -135,15 +136,15 @@ class Listener(threading.Thread):
         self.alerts = 0
         self.enough = threading.Event()
         self._topics = [settings.topic_prefix + name for name in (LIMIT_ALERTS, LIMIT_STATES)]
-        broker = Broker(settings.kafka_bootstrap)
+        broker = Broker(settings)
         places = [
             TopicPartition(topic, partition, found.end)
             for topic in self._topics
             for partition, found in broker.log_ranges(topic, range(settings.partitions)).items()
         ]
         self._consumer = Consumer(
-            {
-                "bootstrap.servers": settings.kafka_bootstrap,
+            librdkafka(settings)
+            | {
                 "group.id": "creditstream-demo",
                 "enable.auto.commit": False,
                 "fetch.queue.backoff.ms": 5,

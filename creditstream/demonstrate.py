@@ -2,7 +2,6 @@
 
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -18,7 +17,7 @@ from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, Tri
 from creditstream.demo_view import Facts, alert_line, live_view
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
-from creditstream.reconcile import AccountTopic, Reconciliation, reconcile
+from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
@@ -41,9 +40,9 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         )
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
-        settings = settings_of(str(place.path), kafka_bootstrap=kafka.bootstrap)
-        ensure_topics(Broker(kafka.bootstrap), settings)
-        with child_worker(place, kafka_bootstrap=kafka.bootstrap, instance=EMBEDDED_INSTANCE) as answers:
+        settings = settings_of(str(place.path), **kafka.settings)
+        ensure_topics(Broker(settings), settings)
+        with child_worker(place, instance=EMBEDDED_INSTANCE, **kafka.settings) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
             scene = _Scene(settings, seconds, rate)
             _play(console, answers, scene)
@@ -116,7 +115,7 @@ def _say_alerts(console: Console, listener: Listener, said: int) -> int:
 def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reconciliation:
     """Wait until everything is metered, then compare topic and ledger."""
     topic, events = cell_runs_topic(settings), account_events_topic(settings)
-    broker, partitions = Broker(settings.kafka_bootstrap), range(settings.partitions)
+    broker, partitions = Broker(settings), range(settings.partitions)
     runs_end, events_end = broker.log_ranges(topic, partitions), broker.log_ranges(events, partitions)
     deadline = time.monotonic() + CATCH_UP_S_MAX
     while time.monotonic() < deadline and any(
@@ -125,8 +124,7 @@ def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reco
     ):
         time.sleep(0.1)
     console.print("\nreconciling: Kafka's log against the ledger, every event rated a second time ...")
-    accounts = AccountTopic(events, Path(settings.plans_dir))
-    return reconcile(answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir), accounts=accounts)
+    return reconcile(answers, settings)
 
 
 def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None, home: str | None) -> None:

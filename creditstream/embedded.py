@@ -160,6 +160,11 @@ class EmbeddedKafka:
             raise
         return self.bootstrap
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """How to reach it, whatever the environment says of another cluster."""
+        return {"kafka_bootstrap": self.bootstrap, "kafka_security_protocol": "PLAINTEXT", "kafka_username": ""}
+
     def stop(self) -> None:
         """End Kafka and wait for it: about 0.5 s, at most `STOP_MAX_S`. Does nothing when it does not run."""
         if self._guard is None:

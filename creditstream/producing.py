@@ -4,6 +4,9 @@ from typing import Any
 
 from confluent_kafka import Producer
 
+from streams.connection import librdkafka
+from streams.settings import Settings
+
 PRODUCER_CONFIG: dict[str, Any] = {
     # Java's hash. librdkafka's default would split one workspace over two partitions, and every run be `misrouted`.
     "partitioner": "murmur2_random",
@@ -16,6 +19,6 @@ PRODUCER_CONFIG: dict[str, Any] = {
 }
 
 
-def open_producer(bootstrap: str) -> Producer:
-    """A producer for cell runs; connects in the background."""
-    return Producer({"bootstrap.servers": bootstrap, **PRODUCER_CONFIG})
+def open_producer(settings: Settings) -> Producer:
+    """A producer for cell runs and account events; connects in the background."""
+    return Producer(librdkafka(settings) | PRODUCER_CONFIG)

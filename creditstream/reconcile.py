@@ -18,8 +18,11 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from creditstream.asking import Answers
 from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
 from schemas.answers import Delivery, LedgerRow, PartitionAudit, SumAudit
+from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
-from streams.topics import Broker, LogRange, Topic
+from streams.connection import librdkafka
+from streams.settings import Settings
+from streams.topics import Broker, LogRange, Topic, account_events_topic, cell_runs_topic
 
 PAGE_ROWS = 20_000
 POLL_S = 1.0
@@ -75,42 +78,31 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class AccountTopic(NamedTuple):
-    """The topic of account events, and the plan lists that they were rated by."""
-
-    topic_name: str
-    plans_dir: Path
-
-
 def reconcile(
     answers: Answers,
-    bootstrap: str,
-    topic_name: str,
-    catalogue_dir: Path,
+    settings: Settings,
     say: Callable[[str], None] = lambda _: None,
-    accounts: AccountTopic | None = None,
 ) -> Reconciliation:
-    """Compare the topic of cell runs, and with ``accounts`` that of account events, with the ledger. Reads every event
-    that Kafka still has; ``say`` hears of the progress.
+    """Compare the topics of cell runs and of account events with the ledger. Reads every event that Kafka still has;
+    ``say`` hears of the progress.
     """
-    broker = Broker(bootstrap)
+    broker = Broker(settings)
     # Account events first: a run that one of them reverses was in the ledger before it.
-    event_log = _Log.read(answers, broker, accounts.topic_name) if accounts else None
-    run_log = _Log.read(answers, broker, topic_name)
-    logs = [log for log in (run_log, event_log) if log]
+    event_log = _Log.read(answers, broker, account_events_topic(settings))
+    run_log = _Log.read(answers, broker, cell_runs_topic(settings))
+    logs = (run_log, event_log)
     progress = _Progress(say, sum(found.end - found.start for log in logs for found in log.ranges.values()))
     books = []
     for partition in range(run_log.topic.partitions):
-        rater = ReferenceRater(catalogue_dir, partition, run_log.topic.partitions)
-        books.append(_Books(answers, bootstrap, run_log, partition).close(_Runs(rater), progress))
-        if event_log and accounts:
-            events = ReferenceBilling(accounts.plans_dir, partition, event_log.topic.partitions, rater.debits)
-            books.append(_Books(answers, bootstrap, event_log, partition).close(_Events(events), progress))
+        rater = ReferenceRater(Path(settings.catalogue_dir), partition, run_log.topic.partitions)
+        books.append(_Books(answers, settings, run_log, partition).close(_Runs(rater), progress))
+        events = ReferenceBilling(Path(settings.plans_dir), partition, event_log.topic.partitions, rater.debits)
+        books.append(_Books(answers, settings, event_log, partition).close(_Events(events), progress))
     sums = answers.audit_sums()
     sums_equal = (sums.credits_projected, sums.rows_projected) == (sums.credits_raw, sums.rows_raw)
     wrong = any(book.missing or book.doubled or book.different for book in books)
     return Reconciliation(
-        topic=topic_name,
+        topic=run_log.topic.name,
         closes=sums_equal and not wrong,
         **{
             name: sum(getattr(book, name) for book in books)
@@ -119,7 +111,7 @@ def reconcile(
         credits=f"{sum(Decimal(book.credits) for book in books):f}",
         credits_reference=f"{sum(Decimal(book.credits_reference) for book in books):f}",
         sums=sums,
-        partitions=sorted(books, key=lambda book: (book.topic != topic_name, book.partition)),
+        partitions=sorted(books, key=lambda book: (book.topic != run_log.topic.name, book.partition)),
     )
 
 
@@ -206,8 +198,9 @@ class _Progress:
 class _Books:
     """One partition's two accounts, walked side by side."""
 
-    def __init__(self, answers: Answers, bootstrap: str, log: _Log, partition: int) -> None:
-        self._answers, self._bootstrap, self._topic, self._partition = answers, bootstrap, log.topic, partition
+    def __init__(self, answers: Answers, settings: Settings, log: _Log, partition: int) -> None:
+        self._kafka = f"Kafka at {settings.kafka_bootstrap}"
+        self._answers, self._settings, self._topic, self._partition = answers, settings, log.topic, partition
         self._log, self._audit = log.ranges[partition], log.audits.get(partition)
         self._made_again = partition in log.made_again
         self._mark = self._audit.last if self._audit else -1
@@ -266,7 +259,7 @@ class _Books:
         return self._answers.explanation(UUID(row.run_id)).deliveries
 
     def _place(self, offset: int) -> str:
-        return f"{self._topic.name}[{self._partition}]@{offset}"
+        return str(Position(self._topic.name, self._partition, offset))
 
     def _example(self, text: str) -> None:
         if len(self._examples) < EXAMPLES_MAX:
@@ -284,8 +277,8 @@ class _Books:
         if self._log.start >= end:
             return
         consumer = Consumer(
-            {
-                "bootstrap.servers": self._bootstrap,
+            librdkafka(self._settings)
+            | {
                 "group.id": "creditstream-reconcile",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
@@ -304,9 +297,9 @@ class _Books:
                         return
                     yield message
                 if time.monotonic() - heard_at > SILENCE_S_MAX:
-                    raise Unreachable(f"Kafka at {self._bootstrap} does not answer", "while reading", "Try again.")
+                    raise Unreachable(f"{self._kafka} does not answer", "while reading", "Try again.")
         except KafkaException as error:
-            raise Unreachable(f"Kafka at {self._bootstrap} failed", str(error), "Try again.") from error
+            raise Unreachable(f"{self._kafka} failed", str(error), "Try again.") from error
         finally:
             consumer.close()
 

@@ -4,10 +4,33 @@ Every consumed Kafka offset becomes one ledger row, and ``Kind`` says which; ``R
 sentences that ``creditstream explain`` and the views show; each names the charge rule that it follows.
 """
 
+import re
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from schemas.cell_run import Outcome
+
+
+class Position(NamedTuple):
+    """Where a record lies in Kafka; as text ``cell-runs[3]@88123``."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]@{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The other way. ValueError for any other text."""
+        shape = _POSITION.fullmatch(text)
+        if not shape:
+            raise ValueError(f"{text!r} is not a position; write it as topic[partition]@offset: cell-runs[3]@88123")
+        return cls(shape["topic"], int(shape["partition"]), int(shape["offset"]))
+
+
+_POSITION: Final = re.compile(r"(?P<topic>[\w.-]+)\[(?P<partition>[0-9]{1,5})\]@(?P<offset>[0-9]{1,19})", re.ASCII)
 
 
 class Pool(StrEnum):

@@ -15,7 +15,7 @@ import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
-from schemas.ledger import Kind
+from schemas.ledger import Kind, Position
 from schemas.limits import LimitAlert, TopColumn
 from sinks.ledger import Chain
 
@@ -197,7 +197,7 @@ def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict
     for event_id, run_id, actor, topic, partition, *row in found.result_rows:
         (account_row,) = _account_rows([row])
         if (account_row.workspace_id, event_id) in wanted:
-            position = f"{topic}[{partition}]@{account_row.offset}"
+            position = str(Position(topic, partition, account_row.offset))
             known[account_row.workspace_id, event_id] = (position, run_id, actor, account_row)
     return known
 

@@ -5,7 +5,7 @@ from typing import Any, Final
 from schemas.answers import Delivery, Explanation
 from schemas.catalogue import Action, Catalogue, Category
 from schemas.credits import PER_CREDIT, Millicredits, format_credits, group_credits
-from schemas.ledger import RULES, Kind, Pool, Reason
+from schemas.ledger import RULES, Kind, Pool, Position, Reason
 
 _FREE: Final = {
     Reason.OWN_API_KEY: "ran with the workspace's own API key",
@@ -126,7 +126,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
         price=format_credits(action.price) if action else "",
         not_free_because=_not_free_because(reason),
         runs_of_this_cell=runs_of_this_cell,
-        position=_position(chosen),
+        position=position_of(chosen),
         deliveries=[_delivery(row) for row in mine],
     )
 
@@ -154,13 +154,14 @@ def _not_free_because(reason: Reason) -> list[str]:
     return []
 
 
-def _position(row: dict[str, Any]) -> str:
-    return f"{row['topic']}[{row['kafka_partition']}]@{row['kafka_offset']}"
+def position_of(row: dict[str, Any]) -> str:
+    """Where a row of the ledger lay in Kafka."""
+    return str(Position(row["topic"], row["kafka_partition"], row["kafka_offset"]))
 
 
 def _delivery(row: dict[str, Any]) -> Delivery:
     return Delivery(
-        position=_position(row),
+        position=position_of(row),
         recorded_at=row["recorded_at"],
         kind=row["kind"],
         reason=row["reason"],

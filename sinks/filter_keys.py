@@ -1,7 +1,7 @@
 """What the filters of a unit are filled with: a key of 64 bits for each run and each account event of its chains.
 
-``since`` is Unix seconds. A chain's rows are meant over all topic ids: a run is a copy also of one from a topic that was
-made anew.
+``since`` is Unix seconds. A chain's rows are meant over all topic ids: a run may be a copy of one from a topic that has
+been made anew.
 """
 
 from datetime import UTC, datetime

@@ -154,7 +154,7 @@ def _expect_mark(answer: Mark | bool) -> Mark:
 class Ledger:
     """The ledger's writing side over one connection. Blocking: the worker calls it in a thread.
 
-    ``on_trouble`` is told what the database said when it failed, and "" when a batch is in.
+    ``on_trouble`` is told what the database said when it failed, and "" when a batch is in, or given up.
     """
 
     def __init__(self, client: Client, epoch: int = 0, on_trouble: Callable[[str], None] = lambda _: None) -> None:
@@ -184,6 +184,12 @@ class Ledger:
 
         ForeignMark and Incident as `append_steps`; Stopped when ``closing`` was set while it waited.
         """
+        try:
+            return self._append(batch, mark, closing)
+        finally:
+            self._on_trouble("")
+
+    def _append(self, batch: Batch, mark: Mark, closing: threading.Event) -> Mark:
         steps = append_steps(batch, mark, self._epoch)
         step = next(steps)
         failures = 0
@@ -202,7 +208,6 @@ class Ledger:
             try:
                 step = steps.send(answer)
             except StopIteration as done:
-                self._on_trouble("")
                 return _expect_mark(done.value)
 
     def _do(self, step: Step, chain: Chain) -> Mark | bool:

@@ -14,9 +14,9 @@ from clickhouse_connect.driver.client import Client
 from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow, WorkspaceTotal
 from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits
-from schemas.ledger import FREE_REASONS, Reason
+from schemas.ledger import FREE_REASONS, Position, Reason
 from schemas.problem import Problem, UnknownId
-from sinks.explain import explain, run_of
+from sinks.explain import explain, position_of, run_of
 
 
 def find_runs(
@@ -172,7 +172,7 @@ def deliveries(client: Client, run_id: UUID) -> list[dict[str, Any]]:
 
 def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanation:
     """Why a run cost what it cost. UnknownId when no event carried this id."""
-    rows = deliveries(client, run_id)
+    rows = deliveries(client, run_id) if run_id.int else []  # what could not be read has no run id
     if not rows:
         raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
     cell = {name: run_of(rows)[name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
@@ -197,22 +197,24 @@ def dead_letters(client: Client, reason: str, limit: int) -> list[DeadLetter]:
     ]
 
 
-def dead_letter(client: Client, partition: int, offset: int) -> DeadLetter:
-    """The dead letter at a position. UnknownId when the ledger holds none there."""
+def dead_letter(client: Client, position: Position) -> DeadLetter:
+    """The dead letter at a position, of the newest topic of that name. UnknownId when the ledger holds none there."""
     rows = _rows(
         client,
-        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND kafka_partition = {partition:UInt16} "
-        "AND kafka_offset = {offset:UInt64} ORDER BY recorded_at DESC LIMIT 1",
-        {"partition": partition, "offset": offset},
+        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND topic = {topic:String} "
+        "AND kafka_partition = {partition:UInt16} AND kafka_offset = {offset:UInt64} ORDER BY recorded_at DESC LIMIT 1",
+        position._asdict(),
     )
     if not rows:
-        raise UnknownId(f"no dead letter at [{partition}]@{offset}", "", "See `creditstream dead-letters list`.")
+        raise UnknownId(
+            f"no dead letter at {position}", "the ledger holds none there", "See `creditstream dead-letters list`."
+        )
     return _dead_letter(rows[0])
 
 
 def _dead_letter(row: dict[str, Any]) -> DeadLetter:
     return DeadLetter(
-        position=f"{row['topic']}[{row['kafka_partition']}]@{row['kafka_offset']}",
+        position=position_of(row),
         recorded_at=row["recorded_at"],
         reason=row["reason"],
         detail=row["detail"],

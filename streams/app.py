@@ -17,6 +17,7 @@ from faust.types import TP
 from schemas.problem import Problem
 from sinks.ledger import ForeignMark
 from streams.batches import BATCH_BYTES_MAX
+from streams.connection import faust_credentials
 from streams.inbox import Event
 from streams.lenient import read_any_header
 from streams.meter import Meter
@@ -178,6 +179,7 @@ def _faust_settings(settings: Settings) -> dict[str, Any]:
     return {
         "env_prefix": "CREDITSTREAM_FAUST_",
         "broker": brokers,
+        "broker_credentials": faust_credentials(settings),
         "consumer_group_instance_id": settings.instance or None,
         "key_serializer": "raw",
         "value_serializer": "raw",

@@ -13,7 +13,6 @@ import structlog
 from schemas.ledger import Pool
 from sinks import accounts, filter_keys
 from sinks.accounts import AccountRow
-from sinks.clickhouse import DatabaseError, first_line
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
@@ -22,6 +21,7 @@ from streams.duplicates import KeyFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
 from streams.messages import Source
+from streams.patience import patiently
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, LogRange
 from streams.unit import Filters, Lanes, Unit
@@ -130,16 +130,8 @@ class Loader:
         return mark
 
     async def _patiently(self, ask: Callable[[], Awaitable[Any]], whose: str = "") -> Any:
-        """Ask a database that does not answer again, but not for ever: another worker may reach it."""
-        closing = asyncio.get_running_loop().time() + LOAD_S_MAX
-        while True:
-            try:
-                return await ask()
-            except DatabaseError as error:
-                if asyncio.get_running_loop().time() > closing:
-                    raise
-                self._on_trouble(f"{whose}{first_line(error)}")
-                await asyncio.sleep(1)
+        """Not for ever: another worker may reach the database."""
+        return await patiently(ask, self._on_trouble, whose, LOAD_S_MAX)
 
     def _filter_bytes(self, of_runs: bool) -> int:
         """Account events are few: an eighth of the bound is theirs."""

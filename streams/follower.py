@@ -10,6 +10,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.limits import AsOf
+from streams.connection import librdkafka
 from streams.settings import Settings
 from streams.topics import LIMIT_STATES
 
@@ -38,8 +39,8 @@ class Follower:
         self._closing = threading.Event()
         self._wanted: dict[int, int] | None = None
         self._consumer = Consumer(
-            {
-                "bootstrap.servers": settings.kafka_bootstrap,
+            librdkafka(settings)
+            | {
                 "group.id": f"{settings.topic_prefix}creditstream-states",
                 "enable.auto.commit": False,
                 "auto.offset.reset": "latest",

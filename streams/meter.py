@@ -24,7 +24,7 @@ from schemas.limits import LimitAlert, TopColumn
 from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
-from sinks.clickhouse import DatabaseError, connect, first_line
+from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
@@ -34,6 +34,7 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard
+from streams.patience import patiently
 from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.recovery import first_day
@@ -52,7 +53,6 @@ from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
-TROUBLE_WAIT_S: Final = 1.0
 """How long a question waits before it is asked again of a database that did not answer."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
@@ -96,7 +96,7 @@ class Meter:
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
         self._pools["writer"].submit(self._open_ledger).result()
-        self.broker = Broker(settings.kafka_bootstrap)
+        self.broker = Broker(settings)
         self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
         self.event_topic: Topic = require_topic(self.broker, account_events_topic(settings), settings)
         for name in (LIMIT_ALERTS, LIMIT_STATES):
@@ -305,18 +305,7 @@ class Meter:
 
     async def _ask_patiently(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         """Ask until the database answers, as an insert waits for it: waiting is the back-pressure."""
-        had_trouble = False
-        while True:
-            try:
-                answer = await self._ask(thread, question, *args)
-            except DatabaseError as error:
-                had_trouble = True
-                self._on_trouble(first_line(error))
-                await asyncio.sleep(TROUBLE_WAIT_S)
-            else:
-                if had_trouble:
-                    self._on_trouble("")
-                return answer
+        return await patiently(functools.partial(self._ask, thread, question, *args), self._on_trouble)
 
     async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._pools[thread], question, self._clients[thread], *args)

@@ -14,6 +14,7 @@ import msgspec
 from confluent_kafka import KafkaError, Message, Producer
 
 from schemas.problem import Unreachable
+from streams.connection import librdkafka
 from streams.settings import Settings
 
 DELIVERY_S_MAX: Final = 60
@@ -32,8 +33,8 @@ class Publisher:
         self._failure = ""
         self._closing = threading.Event()
         self._producer = Producer(
-            {
-                "bootstrap.servers": settings.kafka_bootstrap,
+            librdkafka(settings)
+            | {
                 "enable.idempotence": True,
                 "linger.ms": 1,
                 "compression.type": "lz4",

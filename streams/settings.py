@@ -31,6 +31,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kafka_bootstrap: Annotated[str, Meta(min_length=1, description="host:port[,host:port] of the brokers")] = (
         "127.0.0.1:9092"
     )
+    kafka_security_protocol: Annotated[
+        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], Meta(description="as Kafka names it; SSL is TLS")
+    ] = "PLAINTEXT"
+    kafka_sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"], Meta(description="how the user logs in")
+    ] = "SCRAM-SHA-512"
+    kafka_username: Annotated[str, Meta(description="user of the SASL protocols; empty: none")] = ""
+    kafka_password: Annotated[str, Meta(description="its password (secret)")] = ""
+    kafka_ca_file: Annotated[str, Meta(description="PEM file of the brokers' CA; empty: the system's")] = ""
     ledger_url: Annotated[str, Meta(description="http(s)://user@host:port/database, or empty for chDB in the home")] = (
         ""
     )
@@ -65,7 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Annotated[Literal["auto", "json", "text"], Meta(description="auto: text on a terminal")] = "auto"
 
 
-SECRETS: Final = frozenset({"ledger_password"})
+SECRETS: Final = frozenset({"kafka_password", "ledger_password"})
 
 
 class Origin(msgspec.Struct, frozen=True):

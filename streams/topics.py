@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
-from confluent_kafka import Consumer, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
+from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
+from streams.connection import librdkafka
 from streams.settings import Settings
 
 CELL_RUNS: Final = "cell-runs"
@@ -75,19 +77,33 @@ def topic_names(settings: Settings) -> list[str]:
     return [settings.topic_prefix + name for name in TOPICS]
 
 
+def position_of(message: Message) -> Position:
+    """Where a record that came from librdkafka, or was delivered by it, lies."""
+    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None
+    assert partition is not None
+    assert offset is not None
+    return Position(topic, partition, offset)
+
+
 class Broker:
     """Administration of one Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self.bootstrap: Final = bootstrap
+    def __init__(self, settings: Settings) -> None:
+        self.bootstrap: Final = settings.kafka_bootstrap
+        self._connection = librdkafka(settings) | {"log_level": 0}
+        self._refusal = ""
+        """What a broker said of a login or a certificate: librdkafka's own answer is then that there is none."""
         # The client lives as long as this object: one that is dropped early fails its pending futures.
-        self._admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        self._admin = AdminClient(self._connection | {"error_cb": self._heard})
 
     def topic(self, name: str) -> Topic | None:
         """What the broker says of a topic; None when it does not exist."""
         metadata = self._call(self._admin.list_topics, name, timeout=ANSWER_TIMEOUT_S)
-        if metadata.topics[name].error is not None:
-            return None
+        if error := metadata.topics[name].error:
+            if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                return None
+            raise self._refused(f"{name}: {error.str()}")
         resource = ConfigResource(ResourceType.TOPIC, name)
         described = self._answer(self._admin.describe_topics(TopicCollection([name])))[name]
         entries = self._answer(self._admin.describe_configs([resource]))[resource]
@@ -111,7 +127,7 @@ class Broker:
 
     def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
         """Start and end of each partition's log."""
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "creditstream-offsets", "log_level": 0})
+        consumer = Consumer(self._connection | {"group.id": "creditstream-offsets"})
         try:
             ranges = {}
             for partition in partitions:
@@ -124,7 +140,7 @@ class Broker:
 
     def committed(self, group: str, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int | None]:
         """What a group has committed of each (topic, partition): the next offset, None where nothing."""
-        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": group, "log_level": 0})
+        consumer = Consumer(self._connection | {"group.id": group})
         try:
             asked = [TopicPartition(topic, partition) for topic, partition in places]
             found = self._call(consumer.committed, asked, timeout=ANSWER_TIMEOUT_S) if asked else []
@@ -139,10 +155,32 @@ class Broker:
         try:
             return function(*args, **kwargs)
         except (KafkaException, TimeoutError) as error:
-            reason = error.args[0].str() if isinstance(error, KafkaException) else "no answer"
+            found = error.args[0] if isinstance(error, KafkaException) else None
+            self._admin.poll(0)
+            refusal = found.str() if found and found.code() in _REFUSALS else self._refusal
+            if refusal:
+                raise self._refused(refusal) from error
+            reason = found.str() if found else "no answer"
             raise Unreachable(
                 f"Kafka at {self.bootstrap} does not answer", reason, "Start it, or set CREDITSTREAM_KAFKA_BOOTSTRAP."
             ) from error
+
+    def _heard(self, error: KafkaError) -> None:
+        if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+            self._refusal = error.str()
+
+    def _refused(self, why: str) -> Problem:
+        where = "See the users and access rules in docs/operations.md."
+        return Unreachable(f"Kafka at {self.bootstrap} refuses", why, where)
+
+
+_REFUSALS: Final = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    }
+)
 
 
 def ensure_topic(broker: Broker, name: str, settings: Settings) -> tuple[Topic, bool]:

@@ -38,7 +38,7 @@ def fresh_settings(bootstrap: str, *topics: str, partitions: int = 2, **fields: 
 def make_topics(settings: Settings, *topics: str) -> None:
     """Have these topics under the settings' prefix."""
     for topic in topics:
-        ensure_topic(Broker(settings.kafka_bootstrap), settings.topic_prefix + topic, settings)
+        ensure_topic(Broker(settings), settings.topic_prefix + topic, settings)
 
 
 class Door:
@@ -126,7 +126,7 @@ def publish(settings: Settings, records: Iterable[tuple[bytes, bytes | None]]) -
 @cache
 def _producer(bootstrap: str) -> Producer:
     """One for all tests: an idempotent producer takes half a second to begin."""
-    return open_producer(bootstrap)
+    return open_producer(read_settings({}, kafka_bootstrap=bootstrap))
 
 
 def a_run(number: int, workspace_id: str = "ws_1", **fields: Any) -> CellRun:
@@ -146,7 +146,7 @@ def a_run(number: int, workspace_id: str = "ws_1", **fields: Any) -> CellRun:
 def recorded(settings: Settings) -> dict[int, list[CellRun]]:
     """Partition → all that ``cell-runs`` holds there now, in Kafka's order."""
     topic = settings.topic_prefix + CELL_RUNS
-    ranges = Broker(settings.kafka_bootstrap).log_ranges(topic, range(settings.partitions))
+    ranges = Broker(settings).log_ranges(topic, range(settings.partitions))
     consumer = Consumer({"bootstrap.servers": settings.kafka_bootstrap, "group.id": "client-tests", "log_level": 0})
     runs: dict[int, list[CellRun]] = {}
     try:

@@ -298,7 +298,8 @@ def test_a_wrong_setting_is_one_line() -> None:
 def test_an_unknown_id_is_exit_code_4(settings: dict[str, str | int]) -> None:
     """For runs and for dead letters, in one line."""
     assert "no run" in line_of(creditstream("explain", str(uuid4()), settings=settings), 4)
-    assert "no dead letter" in line_of(creditstream("dead-letters", "show", "3@999999", settings=settings), 4)
+    nowhere = "cell-runs[3]@999999"
+    assert nowhere in line_of(creditstream("dead-letters", "show", nowhere, settings=settings), 4)
     assert "nobody_priced_this" in line_of(creditstream("rules", "show", "nobody_priced_this"), 4)
 
 

@@ -468,7 +468,7 @@ def test_f18_a_stale_state_from_elsewhere_is_answered_once_the_owner_is_past_it(
     as_of = msgspec.structs.replace(before.as_of, cell_runs=before.as_of.cell_runs + 5, account_events=0)
     stale = msgspec.structs.replace(before, used="150", remaining="50", as_of=as_of, owner="elsewhere")
     key, topic = state_key("ws_told", Pool.ENRICHMENT), f"{worker.configured.topic_prefix}limit-states"
-    send(open_producer(worker.configured.kafka_bootstrap), topic, [Event(key, msgspec.json.encode(stale), 0)])
+    send(open_producer(worker.configured), topic, [Event(key, msgspec.json.encode(stale), 0)])
     assert newest_states(worker.configured)["ws_told", "enrichment"] == stale
     worker.produce(draw("ws_other", 20))
     wait_until(lambda: newest_states(worker.configured)["ws_told", "enrichment"].owner == before.owner, "answered")

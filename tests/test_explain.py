@@ -341,3 +341,5 @@ def test_an_explanation_from_the_ledger(client: Client) -> None:
     assert other.sentence == 'Free: "Find Work Email" ended in an error.'
     with pytest.raises(UnknownId, match="no run"):
         explanation(client, UUID(int=5), EXAMPLES)
+    with pytest.raises(UnknownId, match="no run"):
+        explanation(client, UUID(int=0), EXAMPLES)  # the id of every row whose event could not be read

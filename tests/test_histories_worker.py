@@ -5,12 +5,10 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from creditstream.reconcile import AccountTopic, Reconciliation, reconcile
 from streams.topics import account_events_topic, cell_runs_topic
 from tests.account_records import PLANS_DIR, Step, Story
 from tests.limit_messages import newest_states, published_alerts
@@ -117,15 +115,6 @@ def told(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
         yield worker
 
 
-def both_topics(worker: WorkerProcess) -> Reconciliation:
-    """Both topics against the ledger."""
-    settings = worker.configured
-    return reconcile(
-        worker.answers, settings.kafka_bootstrap, cell_runs_topic(settings), Path(settings.catalogue_dir),
-        accounts=AccountTopic(account_events_topic(settings), PLANS_DIR),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_history_through_kafka(told: WorkerProcess, name: str) -> None:
     """Alerts on the topic and the state that gates read are the published ones."""
@@ -138,7 +127,7 @@ def test_a_history_through_kafka(told: WorkerProcess, name: str) -> None:
 
 def test_reconcile_accounts_for_both_topics(told: WorkerProcess) -> None:
     """One row of books for each topic and partition, and all of them close."""
-    books = both_topics(told)
+    books = told.reconcile()
     examples = [example for book in books.partitions for example in book.examples]
     assert books.closes, examples
     assert books.behind == 0

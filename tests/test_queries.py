@@ -1,6 +1,7 @@
 """What analysts, support and programs ask: the views, the questions, the API; on chDB and over HTTP."""
 
 import random
+import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -15,6 +16,7 @@ from litestar.testing import TestClient
 from creditstream.api import create_api
 from schemas.answers import By
 from schemas.cell_run import to_milliseconds
+from schemas.ledger import Position
 from schemas.problem import UnknownId
 from sinks import queries
 from sinks.ledger import Batch, Ledger
@@ -127,11 +129,12 @@ def test_usage_takes_half_open_ranges_of_days(filled: Client) -> None:
 def test_a_dead_letter_is_found_by_its_position(filled: Client) -> None:
     """With its bytes; another position is an unknown id."""
     letter = queries.dead_letters(filled, "malformed", 1)[0]
-    offset = int(letter.position.partition("@")[2])
-    assert queries.dead_letter(filled, 0, offset) == letter
+    position = Position.parse(letter.position)
+    assert queries.dead_letter(filled, position) == letter
     assert letter.raw.startswith("{")
-    with pytest.raises(UnknownId):
-        queries.dead_letter(filled, 7, offset)
+    for other in (position._replace(partition=7), position._replace(topic="account-events")):
+        with pytest.raises(UnknownId, match=re.escape(str(other))):
+            queries.dead_letter(filled, other)
 
 
 def test_the_ledgers_own_audit_agrees_with_itself(filled: Client) -> None:

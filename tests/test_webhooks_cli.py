@@ -33,7 +33,7 @@ SECRET: Final = new_secret()
 @pytest.fixture(scope="module")
 def settings(kafka: str) -> Settings:
     settings = Settings(kafka_bootstrap=kafka, topic_prefix=PREFIX, partitions=2)
-    ensure_topics(Broker(kafka), settings)
+    ensure_topics(Broker(settings), settings)
     return settings
 
 
@@ -112,7 +112,7 @@ def endpoints(home: Path, **urls: str) -> Path:
 
 
 def produce(settings: Settings, value: bytes) -> None:
-    producer = open_producer(settings.kafka_bootstrap)
+    producer = open_producer(settings)
     producer.produce(settings.topic_prefix + LIMIT_ALERTS, value, partition=0)
     assert producer.flush(WAIT_S_MAX) == 0
 

@@ -68,9 +68,9 @@ class Stage:
         prefix = f"hooks{next(NUMBERS)}-"
         self.settings: Final = Settings(kafka_bootstrap=bootstrap, topic_prefix=prefix, partitions=PARTITIONS)
         self.clock: Final = Clock()
-        self._producer: Final = open_producer(bootstrap)
+        self._producer: Final = open_producer(self.settings)
         for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
-            ensure_topic(Broker(bootstrap), prefix + name, self.settings)
+            ensure_topic(Broker(self.settings), prefix + name, self.settings)
 
     def alert(self, *alerts: LimitAlert, partition: int = 0) -> None:
         """The meter sends alerts."""
@@ -433,10 +433,10 @@ def gated(receiver: WebhookReceiver) -> Callable[[], None]:
 def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
     """What cannot be read is named by its position, and hides nothing else."""
     topic = stage.settings.topic_prefix + WEBHOOK_DELIVERIES
-    producer = open_producer(stage.settings.kafka_bootstrap)
+    producer = open_producer(stage.settings)
     producer.produce(topic, b"no record", b"key", 1)
     producer.flush()
-    outbox = Outbox(stage.settings.kafka_bootstrap, topic)
+    outbox = Outbox(stage.settings, topic)
     delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
     outbox.put(1, delivery.key, delivery)
     outbox.flush()

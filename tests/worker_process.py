@@ -80,7 +80,7 @@ class WorkerProcess:
     @property
     def broker(self) -> Broker:
         """Administration of the worker's Kafka."""
-        return Broker(self.configured.kafka_bootstrap)
+        return Broker(self.configured)
 
     def create_topic(self) -> Topic:
         """The worker's topics, created where they are missing; that of the cell runs."""
@@ -234,10 +234,8 @@ class WorkerProcess:
             time.sleep(0.1)
 
     def reconcile(self) -> Reconciliation:
-        """Kafka's log against the ledger, by the running worker's answers."""
-        settings = self.configured
-        topic = cell_runs_topic(settings)
-        return reconcile(self.answers, settings.kafka_bootstrap, topic, Path(settings.catalogue_dir))
+        """Kafka's logs against the ledger, by the running worker's answers."""
+        return reconcile(self.answers, self.configured)
 
     def log_lines(self) -> list[str]:
         """Everything that all processes of this home have written."""
@@ -269,7 +267,7 @@ class WorkerProcess:
 @cache
 def _producer(bootstrap: str) -> Producer:
     """One for all tests: an idempotent producer takes half a second to begin."""
-    return open_producer(bootstrap)
+    return open_producer(read_settings({}, kafka_bootstrap=bootstrap))
 
 
 def send(producer: Producer, topic: str, events: Iterable[Event]) -> None:

@@ -1,6 +1,5 @@
 """Questions to the ledger: what was used, why a run cost what it cost, what could not be metered."""
 
-import re
 from datetime import date, datetime
 from uuid import UUID
 
@@ -16,7 +15,7 @@ from creditstream.cli.options import (
     utc,
 )
 from schemas.answers import By, DeadLetter, Explanation
-from schemas.ledger import DEAD_LETTER_REASONS
+from schemas.ledger import DEAD_LETTER_REASONS, Position
 from schemas.problem import Problem
 
 _COLUMNS_OF = {
@@ -62,7 +61,7 @@ def usage(
             if period
             else answers.usage(workspace, By(by), *days)
         )
-    columns = (*_COLUMNS_OF[By(by)], *(("pool",) if by != "pool" else ()), "credits", "runs", "free_runs")
+    columns = (*_COLUMNS_OF[By(by)], "pool", "credits", "runs", "free_runs")
     show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
 
 
@@ -172,11 +171,12 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 
     Example: `creditstream dead-letters show 'cell-runs[3]@88123'`
     """
-    place = re.fullmatch(r"(?:.*\[)?(\d+)\]?@(\d+)", position)
-    if not place:
-        raise click.UsageError(f"{position!r} is no position; write it as in the list: cell-runs[3]@88123")
+    try:
+        place = Position.parse(position)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
     with ask(settings_of(home), url) as answers:
-        letter = answers.dead_letter(int(place[1]), int(place[2]))
+        letter = answers.dead_letter(place)
     if form == "json":
         show_record(letter)
         return

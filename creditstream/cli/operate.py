@@ -1,7 +1,5 @@
 """For whoever runs it: topics, migrations, settings, and the proof that the books close."""
 
-from pathlib import Path
-
 import rich_click as click
 
 from creditstream.asking import ask
@@ -23,20 +21,12 @@ def reconcile(home: str, url: str, form: str) -> None:
 
     Reads cell runs and account events, rates them a second time by other code, and compares. Exit 3 on a difference.
     """
-    from creditstream.reconcile import AccountTopic, PartitionBooks
+    from creditstream.reconcile import PartitionBooks
     from creditstream.reconcile import reconcile as compare
-    from streams.topics import account_events_topic, cell_runs_topic
 
     settings = settings_of(home)
     with ask(settings, url) as answers:
-        books = compare(
-            answers,
-            settings.kafka_bootstrap,
-            cell_runs_topic(settings),
-            Path(settings.catalogue_dir),
-            say=lambda line: click.echo(line, err=True),
-            accounts=AccountTopic(account_events_topic(settings), Path(settings.plans_dir)),
-        )
+        books = compare(answers, settings, say=lambda line: click.echo(line, err=True))
     if form == "json":
         show_record(books)
     else:
@@ -67,7 +57,7 @@ def topics(home: str, check: bool) -> None:
     from streams.topics import Broker, ensure_topic, require_topic, topic_names
 
     settings = settings_of(home)
-    broker = Broker(settings.kafka_bootstrap)
+    broker = Broker(settings)
     for name in topic_names(settings):
         found, created = (
             (require_topic(broker, name, settings), False) if check else ensure_topic(broker, name, settings)

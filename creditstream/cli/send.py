@@ -66,18 +66,18 @@ def _produce(settings: Any, runs: list[CellRun]) -> list[str]:
 
     from creditstream.producing import open_producer
     from schemas.codec import encode_run
-    from streams.topics import Broker, cell_runs_topic, require_topic
+    from streams.topics import Broker, cell_runs_topic, position_of, require_topic
 
     topic = cell_runs_topic(settings)
-    require_topic(Broker(settings.kafka_bootstrap), topic, settings)
-    producer = open_producer(settings.kafka_bootstrap)
+    require_topic(Broker(settings), topic, settings)
+    producer = open_producer(settings)
     places: dict[int, str] = {}
 
     def remember(index: int) -> Any:
         def delivered(error: Any, message: Any) -> None:
             if error:
                 raise KafkaException(error)
-            places[index] = f"{message.topic()}[{message.partition()}]@{message.offset()}"
+            places[index] = str(position_of(message))
 
         return delivered
 

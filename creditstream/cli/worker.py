@@ -40,18 +40,18 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
             kafka = held.enter_context(EmbeddedKafka(place, lambda line: click.echo(line, err=True)))
             poll_kafka = kafka.poll
-            settings = _embedded_settings(kafka.bootstrap, place.path.as_posix())
+            settings = _embedded_settings(kafka.settings, place.path.as_posix())
         exit_code = _run(settings, place, poll_kafka, end_with_input)
     sys.stdout.flush()
     # chDB's threads outlive the interpreter's shutdown badly; everything that matters is closed by now.
     os._exit(exit_code)
 
 
-def _embedded_settings(bootstrap: str, home: str) -> Settings:
+def _embedded_settings(kafka: dict[str, str], home: str) -> Settings:
     from streams.topics import Broker, ensure_topics
 
-    settings = read_settings(home=home, kafka_bootstrap=bootstrap, instance=EMBEDDED_INSTANCE)
-    ensure_topics(Broker(bootstrap), settings)
+    settings = read_settings(os.environ, home=home, instance=EMBEDDED_INSTANCE, **kafka)
+    ensure_topics(Broker(settings), settings)
     return settings
 
 

@@ -8,10 +8,11 @@ import msgspec
 
 from creditstream.home import Home
 from schemas.problem import Problem
+from streams.connection import librdkafka
 from streams.settings import Settings, read_settings, variable
 
 KafkaOptions = Mapping[str, str | int]
-"""librdkafka's properties for clusters that need more than an address: ``security.protocol``, ``sasl.*``, ``ssl.*``."""
+"""librdkafka's properties, for clusters that need more than the settings can say: ``ssl.key.location``, say."""
 
 RECONNECT_MS_MAX: Final = 1000
 
@@ -33,7 +34,7 @@ def connection(settings: Settings, ours: Mapping[str, Any], theirs: KafkaOptions
     if taken:
         raise Problem("Kafka options refused", f"{', '.join(taken)} may not be changed", "Leave them out.")
     return {
-        "bootstrap.servers": settings.kafka_bootstrap,
+        **librdkafka(settings),
         "reconnect.backoff.max.ms": RECONNECT_MS_MAX,
         **(theirs or {}),
         **ours,

@@ -20,13 +20,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, WAITING_MAX, Attempt, Deliveries
 from creditstream.webhooks.endpoints import Endpoint
-from creditstream.webhooks.outbox import Outbox, decode_alert, position_of
+from creditstream.webhooks.outbox import Outbox, decode_alert
 from creditstream.webhooks.schedule import Answer, after, give_up
 from creditstream.webhooks.sending import send
 from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
+from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, position_of
 
 ALERTS_AT_ONCE: Final = 100
 POLL_S: Final = 0.1
@@ -92,7 +93,7 @@ class Notifier:
         self._tidied_at_ms = 0
         self._told: Counter[str] = Counter()
         self._alerts_topic: Final = settings.topic_prefix + LIMIT_ALERTS
-        self._outbox: Final = Outbox(settings.kafka_bootstrap, settings.topic_prefix + WEBHOOK_DELIVERIES)
+        self._outbox: Final = Outbox(settings, settings.topic_prefix + WEBHOOK_DELIVERIES)
         self._consumer: Final = Consumer(_consumer_config(settings))
         self._consumer.subscribe(
             [self._alerts_topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost
@@ -177,7 +178,7 @@ class Notifier:
         value = message.value()
         alert = decode_alert(value)
         if alert is None or not isinstance(value, bytes):
-            log.error("alert_unreadable", at=position_of(message))
+            log.error("alert_unreadable", at=str(position_of(message)))
             return []
         return [
             Delivery(
@@ -332,8 +333,8 @@ def _consumer_config(settings: Settings) -> dict[str, Any]:
     # A static member is known again at once when it starts again after a kill; a dynamic one after its session.
     static = {"group.instance.id": settings.instance} if settings.instance else {}
     return {
+        **librdkafka(settings),
         **static,
-        "bootstrap.servers": settings.kafka_bootstrap,
         "group.id": f"{settings.topic_prefix}creditstream-notifier",
         "enable.auto.commit": False,
         # A group without a commit begins with all that is there; who is not meant by the past says `since`.

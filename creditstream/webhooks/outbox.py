@@ -20,6 +20,9 @@ from creditstream.producing import PRODUCER_CONFIG
 from schemas.limits import LimitAlert
 from schemas.problem import Unreachable
 from schemas.webhook import Delivery
+from streams.connection import librdkafka
+from streams.settings import Settings
+from streams.topics import position_of
 
 SILENCE_S_MAX: Final = 30.0
 WRITE_S_MAX: Final = 30.0
@@ -36,12 +39,12 @@ _decode_alert: Final = msgspec.json.Decoder(LimitAlert).decode
 class Outbox:
     """Reads and writes deliveries. What was `put` is safe once `flush` has returned."""
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
-        self._bootstrap: Final = bootstrap
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self._settings: Final = settings
         self._topic: Final = topic
         self._failure: KafkaError | None = None
         config: dict[str, Any] = {"linger.ms": 0, "delivery.timeout.ms": int(WRITE_S_MAX * 1000)}
-        self._producer = Producer({"bootstrap.servers": bootstrap, **PRODUCER_CONFIG, **config})
+        self._producer = Producer(librdkafka(settings) | PRODUCER_CONFIG | config)
 
     def put(self, partition: int, key: bytes, delivery: Delivery | None) -> None:
         """Hand a record to the producer; None: nobody needs to know the delivery any more."""
@@ -65,7 +68,7 @@ class Outbox:
     def read(self, partitions: Iterable[int], unreadable: Callable[[str], object]) -> dict[int, dict[bytes, Delivery]]:
         """Partition → key → newest record. ``unreadable`` is told where a record is that is none of ours."""
         found: dict[int, dict[bytes, Delivery]] = {partition: {} for partition in partitions}
-        for message in read_to_end(self._bootstrap, self._topic, found):
+        for message in read_to_end(self._settings, self._topic, found):
             key, value, records = message.key() or b"", message.value(), found[message.partition() or 0]
             assert isinstance(key, bytes)
             if value is None:
@@ -74,7 +77,7 @@ class Outbox:
             try:
                 delivery = _decode(value)
             except msgspec.MsgspecError:
-                unreadable(position_of(message))
+                unreadable(str(position_of(message)))
                 continue
             if isinstance(delivery.alert, msgspec.Raw):
                 # A raw field is a view of the whole message; its copy is not.
@@ -86,10 +89,11 @@ class Outbox:
         self._failure = error or self._failure
 
     def _unreachable(self, why: str) -> Unreachable:
-        return Unreachable(f"{self._topic} on {self._bootstrap} cannot be written", why, "Start Kafka; then this.")
+        where = f"{self._topic} on {self._settings.kafka_bootstrap}"
+        return Unreachable(f"{where} cannot be written", why, "Start Kafka; then this.")
 
 
-def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterator[Message]:
+def read_to_end(settings: Settings, topic: str, partitions: Iterable[int]) -> Iterator[Message]:
     """Every record of these partitions, from their beginning to what is their end when it gets there.
 
     Unreachable when Kafka is silent for `SILENCE_S_MAX`, or refuses.
@@ -97,7 +101,8 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
     left = set(partitions)
     if not left:
         return
-    consumer = _reader(bootstrap)
+    where = f"{topic} on {settings.kafka_bootstrap}"
+    consumer = _reader(settings)
     try:
         # An assignment before the leaders are known is looked at again only half a second later.
         consumer.list_topics(topic, SILENCE_S_MAX)
@@ -116,18 +121,18 @@ def read_to_end(bootstrap: str, topic: str, partitions: Iterable[int]) -> Iterat
                 elif not error.retriable():
                     raise KafkaException(error)
             if time.monotonic() - heard_at > SILENCE_S_MAX:
-                raise Unreachable(f"Kafka at {bootstrap} does not answer", f"while {topic} is read", "Try again.")
+                raise Unreachable(f"{where} does not answer", "while it is read", "Try again.")
     except KafkaException as error:
         why = error.args[0].str() if isinstance(error.args[0], KafkaError) else str(error)
-        raise Unreachable(f"{topic} on {bootstrap} cannot be read", why, "Try again.") from error
+        raise Unreachable(f"{where} cannot be read", why, "Try again.") from error
     finally:
         consumer.close()
 
 
-def _reader(bootstrap: str) -> Consumer:
+def _reader(settings: Settings) -> Consumer:
     return Consumer(
-        {
-            "bootstrap.servers": bootstrap,
+        librdkafka(settings)
+        | {
             "group.id": "creditstream-outbox",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
@@ -141,10 +146,10 @@ def _reader(bootstrap: str) -> Consumer:
     )
 
 
-def find_alert(bootstrap: str, topic: str, partitions: Iterable[int], alert_id: UUID) -> tuple[int, bytes] | None:
+def find_alert(settings: Settings, topic: str, partitions: Iterable[int], alert_id: UUID) -> tuple[int, bytes] | None:
     """Partition and message of an alert that ``limit-alerts`` still has."""
     needle = str(alert_id).encode()
-    for message in read_to_end(bootstrap, topic, partitions):
+    for message in read_to_end(settings, topic, partitions):
         value = message.value()
         if not isinstance(value, bytes) or needle not in value:
             continue
@@ -164,8 +169,3 @@ def decode_alert(value: object) -> LimitAlert | None:
         return None
     # Without an offset it could not be compared with anything.
     return alert if alert.at.tzinfo else None
-
-
-def position_of(message: Message) -> str:
-    """``topic[partition]@offset``."""
-    return f"{message.topic()}[{message.partition()}]@{message.offset()}"

@@ -64,8 +64,8 @@ def resend(
     A delivery that was given up is noted as delivered when this one succeeds; one that a notifier still has is left
     to it. UnknownId when ``limit-alerts`` does not have the alert, Problem when it is for nobody.
     """
-    topic = require_topic(Broker(settings.kafka_bootstrap), settings.topic_prefix + LIMIT_ALERTS, settings)
-    found = find_alert(settings.kafka_bootstrap, topic.name, range(topic.partitions), alert_id)
+    topic = require_topic(Broker(settings), settings.topic_prefix + LIMIT_ALERTS, settings)
+    found = find_alert(settings, topic.name, range(topic.partitions), alert_id)
     if found is None:
         fix = "Copy the id from the log; alerts are kept for 40 days."
         raise UnknownId(f"no alert {alert_id}", f"{topic.name} does not have it", fix)
@@ -75,7 +75,7 @@ def resend(
     chosen = [endpoints[only]] if only else [endpoint for endpoint in endpoints.values() if endpoint.wants(alert)]
     if not chosen:
         raise Problem(f"nobody wants alert {alert_id}", "no endpoint matches it", "Name one with --endpoint.")
-    outbox = Outbox(settings.kafka_bootstrap, settings.topic_prefix + WEBHOOK_DELIVERIES)
+    outbox = Outbox(settings, settings.topic_prefix + WEBHOOK_DELIVERIES)
     known = outbox.read([partition], lambda _: None)[partition]
     for endpoint in chosen:
         now = datetime.now(UTC)
@@ -96,8 +96,8 @@ FAILED_FIRST: Final = (DeliveryState.FAILED, DeliveryState.WAITING, DeliveryStat
 
 def deliveries(settings: Settings) -> list[Delivery]:
     """Every delivery that is known: those that failed first, then the next ones, then what is done."""
-    topic = require_topic(Broker(settings.kafka_bootstrap), settings.topic_prefix + WEBHOOK_DELIVERIES, settings)
-    found = Outbox(settings.kafka_bootstrap, topic.name).read(range(topic.partitions), lambda _: None)
+    topic = require_topic(Broker(settings), settings.topic_prefix + WEBHOOK_DELIVERIES, settings)
+    found = Outbox(settings, topic.name).read(range(topic.partitions), lambda _: None)
     records = [record for newest in found.values() for record in newest.values()]
     return sorted(
         records, key=lambda record: (FAILED_FIRST.index(record.state), record.next_at_ms, -record.ended_at_ms)

@@ -48,7 +48,7 @@ def run_notifier(settings: Settings, path: Path) -> int:
     configure_logs(settings.log_format)
     signals = Signals()
     endpoints = load_endpoints(path)
-    broker = Broker(settings.kafka_bootstrap)
+    broker = Broker(settings)
     for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
         require_topic(broker, settings.topic_prefix + name, settings)
     notifier = Notifier(settings, endpoints)
