@@ -122,22 +122,30 @@ def take_lock(path: Path, wait_s: float) -> int | None:
     The own pid is written into it, for `lock_holder`. Raises `Problem` when `path` cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return _take_lock(path, wait_s)
     except OSError as error:
         raise Problem(
             f"{path.parent} cannot be used",
             error.strerror or str(error),
             "Choose a directory that you may write to.",
         ) from error
-    deadline = time.monotonic() + wait_s
-    while not _try_lock(descriptor, fcntl.LOCK_EX):
-        if time.monotonic() >= deadline:
-            os.close(descriptor)
-            return None
-        time.sleep(LOCK_POLL_S)
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+
+
+def _take_lock(path: Path, wait_s: float) -> int | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                return None
+            time.sleep(LOCK_POLL_S)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

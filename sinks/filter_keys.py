@@ -24,25 +24,23 @@ def event_keys(client: Client, chain: Chain) -> npt.NDArray[np.uint64]:
 
 
 def recent_run_keys(client: Client, chain: Chain, since: float) -> npt.NDArray[np.uint64]:
-    """Keys of the chain's runs recorded since then."""
-    recent = "batch_month >= {month:UInt32} - 1 AND recorded_at >= {since:DateTime64(3)}"
-    return _keys(client, "run_id", f"{_RUNS} AND {recent}", _of(chain, since))
+    """Keys of the chain's runs in the batch month of that instant, and in all later ones."""
+    return _keys(client, "run_id", f"{_RUNS} AND batch_month >= {{month:UInt32}}", _of(chain, since))
 
 
-def older_run_keys(client: Client, chain: Chain, since: float, month: int) -> npt.NDArray[np.uint64]:
-    """Keys of one batch month's runs recorded before then."""
-    older = f"batch_month = {month:d} AND recorded_at < {{since:DateTime64(3)}}"
-    return _keys(client, "run_id", f"{_RUNS} AND {older}", _of(chain, since))
-
-
-def months_before(client: Client, chain: Chain, since: float) -> list[int]:
-    """Batch months that hold rows of the chain recorded before then, newest first."""
+def older_months(client: Client, chain: Chain, since: float) -> list[int]:
+    """The batch months before, newest first: what is not in the one is in the others, whenever it was recorded."""
     found = client.query(
-        f"SELECT DISTINCT batch_month FROM ledger WHERE {_OF_CHAIN} AND batch_month <= {{month:UInt32}} "
-        "AND recorded_at < {since:DateTime64(3)} ORDER BY batch_month DESC",
+        f"SELECT DISTINCT batch_month FROM ledger WHERE {_OF_CHAIN} AND batch_month < {{month:UInt32}} "
+        "ORDER BY batch_month DESC",
         parameters=_of(chain, since),
     )
     return [month for (month,) in found.result_rows]
+
+
+def run_keys_of(client: Client, chain: Chain, month: int) -> npt.NDArray[np.uint64]:
+    """Keys of the chain's runs in one batch month."""
+    return _keys(client, "run_id", f"{_RUNS} AND batch_month = {month:d}", _of(chain))
 
 
 def key_of(column: str) -> str:

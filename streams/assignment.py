@@ -11,6 +11,7 @@ import msgspec
 import structlog
 
 from schemas.ledger import Pool
+from schemas.problem import Unreachable
 from sinks import accounts, filter_keys
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
@@ -20,6 +21,7 @@ from streams.balances import Balances, Notice
 from streams.duplicates import KeyFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
+from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.patience import patiently
 from streams.settings import Settings
@@ -33,6 +35,9 @@ OLDER_KEYS_AT_ONCE: Final = 100_000
 """Keys that go into the Bloom filter between two breaths of the event loop."""
 LOAD_S_MAX: Final = 60
 """How long an assignment waits for an answer of the ledger."""
+RECOVERY_S_MAX: Final = 300
+"""How long it may take to fold again what was not told."""
+SEEDED_MAX: Final = 10_000_000
 REDRIVE_EVERY_S: Final = 60.0
 REDRIVEN_AT_ONCE: Final = 1_000
 
@@ -104,9 +109,17 @@ class Loader:
             unit.incident = incidents[0]
             return unit
         start = recovery.starting_point(at, place.committed)
-        await self._recover(unit, start)
-        unit.looks_back = True
-        background(self._look_back(unit, start.is_seeded and marks[0].rows + marks[1].rows > 0))
+        try:
+            async with asyncio.timeout(RECOVERY_S_MAX):
+                await self._recover(unit, start)
+        except TimeoutError as error:
+            raise Unreachable(f"{unit.chain} is not recovered", f"after {RECOVERY_S_MAX} s", "See the log.") from error
+        unit.looks_back_ms = balances.now_ms or FOREVER_MS
+        # Of topics that were made anew nothing has been told either.
+        is_seeded = start.is_seeded or not marks[0].rows + marks[1].rows
+        seeded = await self._workspaces_of(place) if is_seeded else []
+        unit.is_seeding = bool(seeded)
+        background(self._look_back(unit, seeded))
         background(self._load_events(filters.events, place.chains[1]))
         return unit
 
@@ -152,8 +165,8 @@ class Loader:
 
     async def _load_older(self, run_filter: KeyFilter, chain: Chain, since: float) -> None:
         """The Bloom tier, month by month; meanwhile every run is a candidate."""
-        for month in await self._look_up_aside(filter_keys.months_before, chain, since):
-            keys = await self._look_up_aside(filter_keys.older_run_keys, chain, since, month)
+        for month in await self._look_up_aside(filter_keys.older_months, chain, since):
+            keys = await self._look_up_aside(filter_keys.run_keys_of, chain, month)
             for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
                 run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
                 await asyncio.sleep(0)
@@ -173,6 +186,7 @@ class Loader:
             balances.load(openings(names, *recovery.without(tail, events, draws)))
             told = recovery.refold(balances, tail, chains)
             unit.voice.tell(balances, unit.folded, told)
+            unit.voice.tell_moved(balances, unit.folded)
             await unit.voice.flush()
             log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
         partition, partitions = unit.chain.partition, self._settings.partitions
@@ -185,8 +199,16 @@ class Loader:
             await unit.load(part)
         balances.knows_all = are_all
 
-    async def _look_back(self, unit: Unit, is_seeding: bool) -> None:
-        """In the background: find whom time alone may move, and let the unit load them in its sequence."""
+    async def _workspaces_of(self, place: Place) -> list[str]:
+        partition, partitions = place.chains[0].partition, self._settings.partitions
+        asked = partition, partitions, SEEDED_MAX, accounts.EPOCH
+        names: list[str] = await self._look_up(accounts.workspaces_of, *asked)
+        return names
+
+    async def _look_back(self, unit: Unit, seeded: Sequence[str]) -> None:
+        """In the background: find whom time alone may move, and let the unit load them in its sequence; then those who
+        are seeded.
+        """
         started_ms = unit.balances.now_ms
         partition, partitions = unit.chain.partition, self._settings.partitions
         since = recovery.first_day(started_ms - recovery.LOOK_BACK_MS)
@@ -195,7 +217,8 @@ class Loader:
 
         for part in recovery.in_parts(names):
             told = await self._told_by_time(part, from_ms, started_ms)
-            unit.chores.append(_telling(part, told, is_seeding))
+            unit.chores.append(_telling(part, told))
+        unit.chores += [_seeding(part) for part in recovery.in_parts(seeded)]
         unit.chores.append(_looked_back)
 
     async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
@@ -216,19 +239,26 @@ class Loader:
 
 
 async def _looked_back(unit: Unit) -> None:
-    unit.looks_back = False
+    unit.looks_back_ms = FOREVER_MS
+    unit.is_seeding = False
 
 
-def _telling(
-    names: Sequence[str], told: Sequence[tuple[Notice, Source | None]], is_seeding: bool
-) -> Callable[[Unit], Awaitable[None]]:
+def _telling(names: Sequence[str], told: Sequence[tuple[Notice, Source | None]]) -> Callable[[Unit], Awaitable[None]]:
     """A chore: load these accounts, then tell."""
 
     async def chore(unit: Unit) -> None:
         await unit.load(names)
         unit.voice.tell(unit.balances, unit.folded, told)
-        if is_seeding:
-            recovery.seed(unit.balances, unit.voice, unit.folded, names)
+
+    return chore
+
+
+def _seeding(names: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
+    """A chore: load these accounts, then tell where they stand."""
+
+    async def chore(unit: Unit) -> None:
+        await unit.load(names)
+        recovery.seed(unit.balances, unit.voice, unit.folded, names)
 
     return chore
 

@@ -24,6 +24,8 @@ from streams.periods import Day, Period, day_of
 
 DAYS_KEPT: Final = 40
 """Days before "now" whose debits an account holds: a billing period has at most 31."""
+EVICTED_AT_ONCE: Final = 256
+"""Accounts that an eviction looks at beyond those that were loaded since the one before."""
 METERED: Final = (Pool.ENRICHMENT, Pool.PREMIUM)
 _MOVED: Final = {
     (True, True): frozenset(METERED),
@@ -218,6 +220,8 @@ class Balances:
         self._accounts: dict[str, Account] = {}
         self._accounts_max = accounts_max
         self._boundaries: list[tuple[int, str]] = []
+        self._loaded = 0
+        """Accounts taken in since the last eviction."""
         self.now_ms = now_ms
         self.knows_all = False
         """Whether every workspace that the ledger holds of this unit is in memory: then a new name is a new one."""
@@ -256,22 +260,32 @@ class Balances:
         """
         for name, opening in openings.items():
             if name not in self._accounts:
+                self._loaded += 1
                 account = self._accounts[name] = Account(name, opening, min(at_ms, self.now_ms))
                 self._await(account)
 
     def evict(self, durable: int, durable_events: int) -> None:
         """Let go of accounts that were touched longest ago, until the bound holds; never of one that time may move,
         that has something to tell, or that has records beyond the last offsets in the ledger, of runs and of events.
+
+        Those that must stay are looked at again after all others, and only some at a time: however many of them there
+        are beyond the bound, a take costs the same.
         """
         excess = len(self._accounts) - self._accounts_max
+        at_once, self._loaded = EVICTED_AT_ONCE + 2 * self._loaded, 0
         if excess <= 0:
             return
         telling = {name for name, _ in (*self.moved, *self.urgent)}
-        is_in = (a for a in self if a.offset <= durable and a.event_offset <= durable_events)
-        idle = (a.name for a in is_in if not a.waits and a.name not in telling)
-        for name in list(islice(idle, excess)):
-            del self._accounts[name]
+        for account in list(islice(self, at_once)):
+            del self._accounts[account.name]
+            is_in = account.offset <= durable and account.event_offset <= durable_events
+            if account.waits or account.name in telling or not is_in:
+                self._accounts[account.name] = account
+                continue
             self.knows_all = False
+            excess -= 1
+            if not excess:
+                return
 
     def fold(self, debits: Debits, only: Container[str] | None = None) -> list[Notice]:
         """Fold one take's debits. All its workspaces are in memory; with ``only``, those are folded and no others."""

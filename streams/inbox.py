@@ -11,6 +11,8 @@ BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""
 GATHER_S: Final = 0.02
 """How long more chunks of a backlog are waited for."""
+HELD_S_MAX: Final = 1.0
+"""How long account events are held back while the writer is behind."""
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -22,14 +24,26 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
 
 class Inbox:
-    """Two queues and one order between them. Its length is bounded by what the transport lets be in flight."""
+    """Two queues and one order between them: of what waits, the broker's time decides which topic comes first, and at
+    one instant the runs do. Its length is bounded by what the transport lets be in flight.
 
-    def __init__(self) -> None:
+    Account events are an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
+    that many share one, and the alerts of runs do not wait for it.
+    """
+
+    def __init__(self, is_writer_behind: Callable[[], bool]) -> None:
+        self._is_writer_behind = is_writer_behind
         self._runs: deque[Event] = deque()
         self._account_events: deque[Event] = deque()
+        self._held_since: float | None = None
         self._arrived = asyncio.Event()
         """Something waits, or whoever waits for it is wanted elsewhere."""
         self._is_nudged = False
+
+    @property
+    def has_account_events(self) -> bool:
+        """Whether any wait, next or not."""
+        return bool(self._account_events)
 
     def put(self, event: Event) -> None:
         """Take over a chunk."""
@@ -68,13 +82,19 @@ class Inbox:
 
     def take_account_events(self) -> list[Event]:
         """All chunks of account events that come before the next cell run; none when a run is next."""
-        events = []
-        while self._are_account_events_next():
-            events.append(self._account_events.popleft())
+        events: list[Event] = []
+        if self._are_account_events_next():
+            while self._account_events and not self._is_run_older():
+                events.append(self._account_events.popleft())
+            self._held_since = None
         return events
 
     def _are_account_events_next(self) -> bool:
-        """Of what waits, the broker's time decides which topic comes first; at one instant the runs do."""
-        if not self._account_events:
+        if not self._account_events or self._is_run_older():
             return False
-        return not self._runs or self._runs[0].chunk[0].timestamp > self._account_events[0].chunk[0].timestamp
+        now = asyncio.get_running_loop().time()
+        self._held_since = self._held_since or now
+        return not self._is_writer_behind() or now >= self._held_since + HELD_S_MAX
+
+    def _is_run_older(self) -> bool:
+        return bool(self._runs) and self._runs[0].chunk[0].timestamp <= self._account_events[0].chunk[0].timestamp

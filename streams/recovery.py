@@ -124,7 +124,7 @@ def _source(table: Any, notice: Notice, chain: Chain) -> Source | None:
 
 
 def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Sequence[str]) -> None:
-    """Tell states, and what stands crossed, of workspaces that are not ``ok``: they notify nobody."""
+    """Tell the states of workspaces, and what stands crossed of those that are not ``ok``: it notifies nobody."""
     alerts = []
     for name in names:
         account = balances[name]

@@ -128,9 +128,9 @@ class Unit:
         self._event_position = self.event_mark.last
         self._read_ms = self._events_read_ms = 0
         """The broker's time of the last record of each chain."""
-        self._inbox = Inbox()
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
+        self._inbox = Inbox(self._sealed.full)
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
         self._written: list[Event] = []
@@ -141,8 +141,14 @@ class Unit:
         self._closing = threading.Event()
         self.redriven: set[str] = set()
         """Positions of dead letters that were sent again during this life."""
-        self.looks_back = False
-        """Whether what time alone has told is still being found out: a unit that is released before keeps nothing."""
+        self.looks_back_ms = FOREVER_MS
+        """Up to when (Unix ms) it is still being found out what time alone has told: what comes after that, accounts
+        tell that are loaded as of then. A unit that is released before it is known keeps nothing.
+        """
+        self.is_seeding = False
+        """Whether the states of all workspaces are being told: until then nothing is acknowledged, since a commit says
+        that everything up to it has been told.
+        """
         self.chores: list[Callable[[Unit], Any]] = []
         """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
         self.ends_ms: Callable[[], tuple[int, int]] = lambda: NOT_AT_END
@@ -162,7 +168,9 @@ class Unit:
     def is_settled(self) -> bool:
         """Whether what it has folded is in the ledger, and everybody who should know has been told."""
         telling = self.balances.moved or self.balances.urgent or self.voice.has_unflushed
-        return not telling and not self.looks_back and self.folded == (self.mark.last, self.event_mark.last)
+        return (
+            not telling and self.looks_back_ms == FOREVER_MS and self.folded == (self.mark.last, self.event_mark.last)
+        )
 
     @property
     def folded(self) -> tuple[int, int]:
@@ -230,7 +238,8 @@ class Unit:
         batching = self._lanes.batching
         # Without takes, all of it was read before: nothing to write, and nothing to wait for.
         at_once = bool(self._open.events) and (self._draining or not self._open.takes)
-        due = at_once or self._open.is_due(batching)
+        # Account events that wait are sealed behind it: were it to take the writer before them, they would wait again.
+        due = at_once or (self._open.is_due(batching) and not self._inbox.has_account_events)
         return self._open.is_full(batching) or (due and not self._sealed.full())
 
     async def _seal(self) -> None:
@@ -287,14 +296,19 @@ class Unit:
         self._folded = take.last
         self._read_ms = max(self._read_ms, int(debits.recorded_ms[-1]))
         self._tell(notices, lambda notice: source_of(take, notice.row))
+        self._evict()
+
+    def _evict(self) -> None:
         self.balances.evict(self.mark.last, self.event_mark.last)
 
     async def load(self, names: Sequence[str], at_ms: int = FOREVER_MS) -> None:
-        """Bring accounts into memory, as of now, or of the record that asks for them where that is older.
+        """Bring accounts into memory, as of now, or of the record that asks for them where that is older, or of the
+        instant up to which is looked back.
 
         One that is not there has no rows above the mark, since such are not evicted: so what the ledger holds of it is
         all there is, whatever is being inserted meanwhile.
         """
+        at_ms = min(at_ms, self.looks_back_ms)
         while missing := self.balances.missing(names, at_ms):
             openings = await self._lanes.find_openings(missing, min(at_ms, self.balances.now_ms))
             self.balances.load(openings, at_ms)
@@ -329,6 +343,7 @@ class Unit:
         for row in told:
             notices = account_events.fold_event(self.balances, row)
             self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
+        self._evict()
 
     async def _rate_account_events(self, received: Sequence[account_events.Received]) -> list[account_events.Row]:
         keys = account_events.keys_of(received)
@@ -404,6 +419,9 @@ class Unit:
             events, self._written = self._written, []
             self.voice.tell_moved(self.balances, self.folded)
             await self.voice.flush()
+            if self.is_seeding:
+                self._written = events + self._written
+                continue
             for event in events:
                 await event.acknowledge()
 
@@ -423,6 +441,7 @@ class Unit:
         chores, self.chores = self.chores, []
         for chore in chores:
             await chore(self)
+            self._evict()
         end_ms, events_end_ms = self.ends_ms()
         until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
         self._tell(self.balances.come(until_ms), lambda _: Source(self.chain, -1))

@@ -250,3 +250,27 @@ def test_segments_are_lines_that_can_be_sent_by_hand(tmp_path: Path) -> None:
     segment = next(tmp_path.rglob("*.ndjson"))
     assert segment.read_bytes().splitlines() == values(1, 2)
     assert os.stat(segment).st_mode & 0o077 == 0
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any other: whoever hands runs over keeps them. Nothing is left behind, and the next attempt succeeds."""
+    spool = Spool(tmp_path, BYTES_MAX)
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            spool.put_first(values(1, 2))
+    assert files(tmp_path) == []
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+    with monkeypatch.context() as broken:
+        broken.setattr(spools, "_sync_directory", full)
+        with pytest.raises(OSError, match="No space left"):
+            spool.put_first(values(1, 2))
+    spool.put_first(values(1, 2))
+    assert numbers(spool.read(10)) == values(1, 2)

@@ -132,6 +132,43 @@ async def test_without_a_commit_standing_lines_are_told_as_seeded(client: Client
 
 
 @ON_CHDB
+async def test_without_a_commit_everybody_is_told(client: Client) -> None:
+    """Also who is `ok`: a gate that knows nobody would refuse them."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(1, at("Jan 18"), at("Jan 18"))
+    await live(client, (0, 0), *Topics().append(story.steps))
+    bench = await live(client, (None, None))
+    assert str(bench.states[b"enrichment/ws_1"].state) == "ok"
+    assert bench.alerts == []
+
+
+@ON_CHDB
+async def test_states_are_told_when_all_topics_were_made_again(client: Client) -> None:
+    """The ledger alone is left: that of the compacted topic, too, is gone."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(10, at("Jan 16"), at("Jan 17"))
+    await live(client, (0, 0), *Topics().append(story.steps))
+    chains = Chain(CELL_RUNS, "topic-3", 0), Chain(ACCOUNT_EVENTS, "topic-4", 0)
+    bench = await live(client, (None, None), chains=chains)
+    assert str(bench.states[b"enrichment/ws_1"].state) == "exhausted"
+    assert all(alert.seeded for alert in bench.alerts)
+
+
+@ON_CHDB
+async def test_what_is_folded_again_is_told_before_it_is_committed(client: Client) -> None:
+    """A second crash, or a rebalance, right behind the assignment leaves no old ``used`` on the topic."""
+    story = Story()
+    story.plan("20", at("Jan 15"))
+    story.runs(2, at("Jan 16"), at("Jan 17"))
+    await live(client, (0, 0), *Topics().append(story.steps))
+    bench = await Bench.open(client, committed=(0, 1))
+    assert bench.states[b"enrichment/ws_1"].used == "2"
+    assert not bench.unit.balances.moved
+
+
+@ON_CHDB
 async def test_f13_balances_go_on_when_a_topic_was_made_again(client: Client) -> None:
     """Plans and debits of the old topic count; the new one's events at the same offsets are added."""
     story = Story()

@@ -129,6 +129,7 @@ def test_redirects_are_refused(receiver: WebhookReceiver) -> None:
         ("0", 0),
         pytest.param(format_datetime(NOW - timedelta(hours=1), usegmt=True), 0, id="an hour ago"),
         ("999999999999", RETRY_AFTER_S_MAX),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
         ("soon", None),
         ("-5", None),
         ("", None),

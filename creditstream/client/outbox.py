@@ -100,9 +100,10 @@ class Outbox:
         with self.changed:
             producer, self.producer, self._failed = self.producer, None, False
             runs = [*self._waiting.values(), *self._recalled]
+            is_back = not runs or (self._spool is not None and self._put_back(self._spool, runs))
             self._waiting.clear()
             self._recalled.clear()
-            if runs and not (self._spool and self._put_back(self._spool, runs)):
+            if not is_back:
                 self._recalled.extend(runs)
             return producer
 

@@ -294,7 +294,12 @@ class Spool:
             self._own = _new_directory(self._root)
         path = self._own.path / f"{number:016d}.ndjson"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        _sync_directory(self._own.path)
+        try:
+            _sync_directory(self._own.path)
+        except BaseException:  # else its number would be taken for good
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
         return Segment(path, descriptor)
 
     def _remove_sent(self) -> None:
@@ -323,7 +328,13 @@ def _new_directory(root: Path) -> _Directory:
     """A directory that is locked before it has the name under which others look for it."""
     name = f"{time.time_ns():020d}-{os.getpid()}"
     draft = root / f".{name}"
-    lock = take_lock(draft / "lock", 0)
+    try:
+        lock = take_lock(draft / "lock", 0)
+    except Problem as problem:
+        with suppress(OSError):
+            (draft / "lock").unlink(missing_ok=True)
+            draft.rmdir()
+        raise problem.__cause__ or problem from None  # a full disk, or no descriptor left: an OSError as any other
     assert lock is not None, "nobody else knows this name"
     draft.rename(root / name)
     _sync_directory(root)

@@ -203,7 +203,7 @@ def _retry_after_s(text: str | None, now: datetime) -> int | None:
         return min(int(text[:9]), RETRY_AFTER_S_MAX)
     try:
         until = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # a year of twenty digits, say
         return None
     seconds = int((until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds())
     return min(max(0, seconds), RETRY_AFTER_S_MAX)
