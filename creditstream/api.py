@@ -17,7 +17,7 @@ import uvicorn
 from litestar import Litestar, Request, Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.config import OpenAPIConfig
-from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from creditstream import __version__, accounts, spending
@@ -47,7 +47,7 @@ from schemas.answers import (
     UsageRow,
     WorkspaceTotal,
 )
-from schemas.ledger import Position, Reason
+from schemas.ledger import PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
@@ -101,7 +101,7 @@ def create_api(meter: Meter) -> Litestar:
         return letters
 
     @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
-    async def dead_letter(topic: FromPath[str], partition: FromPath[int], offset: FromPath[int]) -> DeadLetter:
+    async def dead_letter(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> DeadLetter:
         """One dead letter by its position."""
         letter: DeadLetter = await meter.ask(queries.dead_letter, Position(topic, partition, offset))
         return letter
@@ -131,7 +131,7 @@ def create_api(meter: Meter) -> Litestar:
     @get("/v1/audit/rows")
     async def audit_rows(
         topic_id: FromQuery[str],
-        partition: FromQuery[int],
+        partition: Annotated[int, QueryParameter(ge=0, le=PARTITION_MAX)],
         after: FromQuery[int] = -1,
         limit: Annotated[int, QueryParameter(ge=1, le=ROWS_MAX)] = 10_000,
     ) -> list[LedgerRow]:
@@ -171,6 +171,8 @@ def create_api(meter: Meter) -> Litestar:
 
 AsOf = Annotated[datetime | None, QueryParameter(description="what the ledger knew at this instant; now when left out")]
 Limit = Annotated[int, QueryParameter(ge=1, le=accounts.ALERTS_MAX)]
+PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
+PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
 Cells = Annotated[int, QueryParameter(ge=1, le=spending.CELLS_MAX)]
 
 

@@ -10,6 +10,9 @@ from typing import Final, NamedTuple, Self
 
 from schemas.cell_run import Outcome
 
+PARTITION_MAX: Final = 65_535
+"""What the ledger's column holds."""
+
 
 class Position(NamedTuple):
     """Where a record lies in Kafka; as text ``cell-runs[3]@88123``."""
@@ -25,7 +28,7 @@ class Position(NamedTuple):
     def parse(cls, text: str) -> Self:
         """The other way. ValueError for any other text."""
         shape = _POSITION.fullmatch(text)
-        if not shape:
+        if not shape or int(shape["partition"]) > PARTITION_MAX:
             raise ValueError(f"{text!r} is not a position; write it as topic[partition]@offset: cell-runs[3]@88123")
         return cls(shape["topic"], int(shape["partition"]), int(shape["offset"]))
 

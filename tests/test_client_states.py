@@ -4,6 +4,7 @@ import os
 from datetime import UTC, date, datetime, timedelta
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,6 +99,24 @@ def test_no_record_stops_the_gate(key: bytes | None, value: bytes | None) -> Non
     assert mirror.unreadable + bool(value is None) >= 1 or mirror.rows
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"period_end": "2300-01-01"},
+        {"as_of": {"log": "one", "cell_runs": 2**63, "account_events": 0, "at": "2026-11-25T00:00:00Z"}},
+        {"as_of": {"log": "one", "cell_runs": 1, "account_events": 0, "at": "2026-11-25T00:00:00"}},
+    ],
+    ids=["far_away", "too_large", "no_offset"],
+)
+def test_a_state_out_of_bounds_is_ignored(fields: dict[str, object]) -> None:
+    """It neither ends the gate's thread nor touches what was known before."""
+    mirror = StateMirror()
+    mirror.apply(b"enrichment/ws_1", msgspec.json.encode(limit_state()))
+    known = dict(mirror.rows)
+    mirror.apply(b"enrichment/ws_1", msgspec.json.encode(msgspec.to_builtins(limit_state()) | fields))
+    assert (mirror.unreadable, mirror.rows) == (1, known)
+
+
 @STEADY
 @given(st.sampled_from(["remaining", "period_end", "next_allowance", "pool", "as_of", "workspace_id"]), st.text())
 def test_a_state_with_one_wrong_field_is_ignored(field: str, value: str) -> None:
@@ -145,6 +164,6 @@ def test_the_client_needs_only_the_base_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, env=os.environ)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (
         0,
-        "['streams', 'streams.settings', 'streams.topics']",
+        "['streams', 'streams.connection', 'streams.settings', 'streams.topics']",
         "",
     )

@@ -4,9 +4,9 @@ One workspace is one immutable row of bytes, both pools in it, and a change repl
 no lock: it has the row before the change or the one after it, never a mixture.
 """
 
+import struct
 from datetime import date, datetime, timedelta
 from functools import lru_cache
-from struct import Struct
 from typing import Final
 
 import msgspec
@@ -24,9 +24,9 @@ ABSENT: Final = -2
 PLANLESS: Final = -1
 """``remaining`` of a pool in state ``unknown_plan``, and a next allowance that is not known."""
 
-BALANCE: Final = Struct("<qqq")
+BALANCE: Final = struct.Struct("<qqq")
 """The head of a half row, all that a check reads: remaining, allowance of the next period, end of the period (ns)."""
-_AS_OF: Final = Struct("<qqqI")
+_AS_OF: Final = struct.Struct("<qqqI")
 """Its tail: last offsets of both topics, the meter's "now" (Unix µs), number of the log."""
 HALF: Final = BALANCE.size + _AS_OF.size
 OFFSET_OF_POOL: Final[dict[str, int]] = {Pool.ENRICHMENT: 0, Pool.PREMIUM: HALF}
@@ -62,6 +62,8 @@ class _WireState(msgspec.Struct, gc=False):
 
 
 _decode: Final = msgspec.json.Decoder(_WireState).decode
+_NO_STATE: Final = (KeyError, ValueError, TypeError, OverflowError, RecursionError, struct.error)
+"""What decoding raises, a time without an offset, numbers out of range; msgspec's errors are ValueErrors."""
 
 
 class StateMirror:
@@ -84,11 +86,12 @@ class StateMirror:
         try:
             wire = _decode(value)
             offset = OFFSET_OF_POOL[wire.pool]
-            balance = _balance(wire)
-        except (KeyError, ValueError, OverflowError):  # msgspec's errors are ValueErrors
+            balance, seen = _balance(wire), self._seen(wire.as_of)
+            half = balance + _AS_OF.pack(*seen)
+        except _NO_STATE:
             self.unreadable += 1
             return
-        self._replace(wire.workspace_id, offset, balance, self._seen(wire.as_of))
+        self._replace(wire.workspace_id, offset, half, seen)
 
     def as_of(self, row: bytes, offset: int) -> AsOf | None:
         """Up to where the meter had folded when it wrote this half of a row."""
@@ -103,13 +106,13 @@ class StateMirror:
         log = self._logs.setdefault(as_of.log, len(self._logs))
         return as_of.cell_runs, as_of.account_events, _microseconds(as_of.at), log
 
-    def _replace(self, workspace_id: str, offset: int, balance: bytes, seen: _Seen) -> None:
+    def _replace(self, workspace_id: str, offset: int, half: bytes, seen: _Seen) -> None:
         row = self.rows.get(workspace_id, b"")
         is_held = len(row) > offset and BALANCE.unpack_from(row, offset)[0] != ABSENT
         if is_held and is_older(seen, _AS_OF.unpack_from(row, offset + BALANCE.size)):
             self.overtaken += 1
             return
-        self.rows[workspace_id] = _with_half(row, offset, balance + _AS_OF.pack(*seen))
+        self.rows[workspace_id] = _with_half(row, offset, half)
 
     def _drop(self, key: bytes | None) -> None:
         pool, _, workspace_id = (key or b"").decode(errors="replace").partition("/")

@@ -81,7 +81,7 @@ def load_endpoints(path: Path, environ: Mapping[str, str] = os.environ) -> dict[
         return {name: _endpoint(name, entry, environ) for name, entry in entries.items()}
     except OSError as error:
         raise EndpointProblem("the endpoints cannot be read", f"{path}: {error.strerror}", "Check the file.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise EndpointProblem("endpoints refused", f"{path}: {error}", "Correct the file, or the secret.") from error
 
 
@@ -149,4 +149,6 @@ def _resolve(reference: str, environ: Mapping[str, str]) -> str:
             return Path(place).expanduser().read_text().strip()
         except OSError as error:
             raise ValueError(f"{place}: {error.strerror}") from error
+        except RuntimeError as error:
+            raise ValueError(f"{place}: {error}") from error
     raise ValueError("write env:NAME or file:PATH; the secret itself does not belong here")
