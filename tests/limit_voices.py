@@ -269,6 +269,7 @@ async def by_unit(story: Story, client: Client, number: int, rating: RatingTable
         bench.unit.drain()
         await bench.wait(task, partial(_is_acknowledged, bench, delivered))
         if check:
+            await bench.unit.load([story.workspace_id])  # of so few accounts it may have been let go
             account = bench.unit.balances[story.workspace_id]
             await _time_comes(bench, task, account, to_milliseconds(check.when))
             found = seen_by_sql(client, story.workspace_id, check.pool, check.when)

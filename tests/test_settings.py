@@ -51,7 +51,7 @@ def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
 
 def test_config_shows_value_origin_bounds_and_meaning_and_no_secret() -> None:
     """One row for every setting."""
-    environ = {"CREDITSTREAM_LEDGER_PASSWORD": "chosen", "CREDITSTREAM_EPOCH": "3"}
+    environ = {variable(secret): "chosen" for secret in SECRETS} | {"CREDITSTREAM_EPOCH": "3"}
     rows = {row.setting: row for row in origins(read_settings(environ, linger_ms=70), environ)}
     assert set(rows) == {variable(field.name) for field in msgspec.structs.fields(Settings)}
     assert all(row.meaning and row.bounds for row in rows.values())
