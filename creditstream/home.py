@@ -116,13 +116,9 @@ class Home(msgspec.Struct, frozen=True):
 
 
 def take_lock(path: Path, wait_s: float) -> int | None:
-    """An open descriptor that holds the exclusive lock on `path`, or None when it stays taken for `wait_s`.
-
-    Closing the descriptor frees the lock; so does the death of every process that has it open.
-    The own pid is written into it, for `lock_holder`. Raises `Problem` when `path` cannot be written.
-    """
+    """As `lock_file`, for a directory that a person has chosen: `Problem` when it cannot be written."""
     try:
-        return _take_lock(path, wait_s)
+        return lock_file(path, wait_s)
     except OSError as error:
         raise Problem(
             f"{path.parent} cannot be used",
@@ -131,7 +127,12 @@ def take_lock(path: Path, wait_s: float) -> int | None:
         ) from error
 
 
-def _take_lock(path: Path, wait_s: float) -> int | None:
+def lock_file(path: Path, wait_s: float) -> int | None:
+    """An open descriptor that holds the exclusive lock on `path`, or None when it stays taken for `wait_s`.
+
+    Closing the descriptor frees the lock; so does the death of every process that has it open.
+    The own pid is written into it, for `lock_holder`. OSError when `path` cannot be written; then nothing is open.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -13,10 +13,10 @@ from clickhouse_connect.driver.client import Client
 from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind, Pool
+from sinks.ledger import POSITION
 
 _DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
 _RECORDED: Final = " AND recorded_at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')"
-_POSITION: Final = "concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset))"
 EVERY_DAY: Final = (0, 65_535)
 """All days that a Date can hold."""
 
@@ -107,7 +107,7 @@ class Debit(NamedTuple):
 def debit_of(client: Client, workspace_id: str, run_id: UUID) -> Debit | None:
     """The debit of a run; None when there is none."""
     found = client.query(
-        f"SELECT workspace_id, topic_id, kafka_offset, {_POSITION}, toUnixTimestamp64Milli(recorded_at), "
+        f"SELECT workspace_id, topic_id, kafka_offset, {POSITION}, toUnixTimestamp64Milli(recorded_at), "
         "toString(pool), toInt32(toUInt16(day)), toInt64(credits * 1000) FROM ledger "
         "WHERE workspace_id = {workspace:String} AND run_id = {run:UUID} AND kind = 'run'",
         parameters={"workspace": workspace_id, "run": str(run_id)},
@@ -219,7 +219,7 @@ def _text(credits: Any) -> str:
 def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
     """Every ledger row under an account event's id, in the order of arrival."""
     found = client.query(
-        f"SELECT {_POSITION}, recorded_at, toString(kind), toString(reason), credits, detail FROM ledger "
+        f"SELECT {POSITION}, recorded_at, toString(kind), toString(reason), credits, detail FROM ledger "
         "WHERE workspace_id = {workspace:String} AND event_id = {event:UUID} ORDER BY recorded_at, kafka_offset",
         parameters={"workspace": workspace_id, "event": str(event_id)},
     )

@@ -17,7 +17,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind, Position
 from schemas.limits import LimitAlert, TopColumn
-from sinks.ledger import Chain
+from sinks.ledger import POSITION, Chain
 
 TOP_COLUMNS: Final = 3
 NEAR_OFFSETS: Final = 100_000
@@ -170,10 +170,9 @@ def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> l
         "SELECT workspace_id, run_id, anyIf(table_id, kind = 'run'), anyIf(column_id, kind = 'run'), "
         "anyIf(row_id, kind = 'run'), anyIf(action, kind = 'run'), toString(anyIf(pool, kind = 'run')), "
         "toInt64(anyIf(credits, kind = 'run') * 1000), anyIf(toUnixTimestamp64Milli(ran_at), kind = 'run'), "
-        "anyIf(catalogue, kind = 'run'), anyIf(concat(topic, '[', toString(kafka_partition), ']@', "
-        "toString(kafka_offset)), kind = 'reversal') FROM ledger WHERE kind IN ('run', 'reversal') "
-        "AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s GROUP BY workspace_id, run_id "
-        "HAVING countIf(kind = 'run') > 0",
+        f"anyIf(catalogue, kind = 'run'), anyIf({POSITION}, kind = 'reversal') FROM ledger "
+        "WHERE kind IN ('run', 'reversal') AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s "
+        "GROUP BY workspace_id, run_id HAVING countIf(kind = 'run') > 0",
         parameters={
             "workspaces": sorted({workspace for workspace, _ in wanted}),
             "runs": sorted(str(run) for _, run in wanted),
@@ -265,7 +264,7 @@ def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, byte
     """(position, key, value) of reversals that were set aside as ``unknown_run`` and whose run is there by now."""
     found = client.query(
         "SELECT position, raw_key, raw FROM ("
-        "SELECT concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position, raw_key, raw, "
+        f"SELECT {POSITION} AS position, raw_key, raw, "
         f"workspace_id, run_id, kafka_offset FROM ledger WHERE {MARKED} AND kind = 'dead_letter' "
         "AND reason = 'unknown_run') AS letters "
         f"WHERE position NOT IN (SELECT redrive_of FROM ledger WHERE {MARKED} AND redrive_of != '') "

@@ -43,6 +43,10 @@ TOO_OLD: Final = -math.inf
 TOKEN_WINDOW_S: Final = 240
 
 
+POSITION: Final = "concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset))"
+"""SQL: a row's `schemas.ledger.Position` as text."""
+
+
 class Chain(msgspec.Struct, frozen=True):
     """One Kafka partition of one incarnation of a topic: the unit of sequence in the ledger."""
 

@@ -17,6 +17,7 @@ from schemas.credits import format_credits
 from schemas.ledger import FREE_REASONS, Position, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, position_of, run_of
+from sinks.ledger import POSITION
 
 
 def find_runs(
@@ -25,7 +26,7 @@ def find_runs(
     """The debits under these (workspace id, run id): identity, position in Kafka, and what a copy must match."""
     wanted = set(identities)
     found = client.query(
-        "SELECT workspace_id, run_id, concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)), "
+        f"SELECT workspace_id, run_id, {POSITION}, "
         "table_id, column_id, row_id, action, outcome, own_api_key, toUnixTimestamp64Milli(ran_at), triggered_by, "
         "actor "
         "FROM ledger WHERE kind = 'run' AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s",

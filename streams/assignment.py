@@ -5,6 +5,7 @@ import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from datetime import date
 from typing import Any, Final
 
 import msgspec
@@ -30,7 +31,7 @@ from streams.unit import Filters, Lanes, Unit
 from streams.voice import Outlets, Voice
 
 EXACT_DAYS: Final = 30
-"""Runs recorded within these days are in the filter's exact tier; older ones in its Bloom filter."""
+"""Runs since the batch month of so many days ago are in the filter's exact tier; older ones in its Bloom filter."""
 OLDER_KEYS_AT_ONCE: Final = 100_000
 """Keys that go into the Bloom filter between two breaths of the event loop."""
 LOAD_S_MAX: Final = 60
@@ -114,12 +115,12 @@ class Loader:
                 await self._recover(unit, start)
         except TimeoutError as error:
             raise Unreachable(f"{unit.chain} is not recovered", f"after {RECOVERY_S_MAX} s", "See the log.") from error
-        unit.looks_back_ms = balances.now_ms or FOREVER_MS
         # Of topics that were made anew nothing has been told either.
         is_seeded = start.is_seeded or not marks[0].rows + marks[1].rows
-        seeded = await self._workspaces_of(place) if is_seeded else []
+        seeded = await self._workspaces_of(unit, SEEDED_MAX, accounts.EPOCH) if is_seeded else []
         unit.is_seeding = bool(seeded)
-        background(self._look_back(unit, seeded))
+        unit.looks_back_ms = balances.now_ms or FOREVER_MS
+        background(self._look_back(unit, balances.now_ms, seeded))
         background(self._load_events(filters.events, place.chains[1]))
         return unit
 
@@ -189,27 +190,23 @@ class Loader:
             unit.voice.tell_moved(balances, unit.folded)
             await unit.voice.flush()
             log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
-        partition, partitions = unit.chain.partition, self._settings.partitions
-        preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // partitions)
-        names = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded, accounts.EPOCH)
+        preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // self._settings.partitions)
+        names = await self._workspaces_of(unit, preloaded, accounts.EPOCH)
         if not (are_all := len(names) < preloaded):
-            recent = recovery.active_since(balances.now_ms)
-            names = await self._look_up(accounts.workspaces_of, partition, partitions, preloaded, recent)
+            names = await self._workspaces_of(unit, preloaded, recovery.active_since(balances.now_ms))
         for part in recovery.in_parts(names):
             await unit.load(part)
         balances.knows_all = are_all
 
-    async def _workspaces_of(self, place: Place) -> list[str]:
-        partition, partitions = place.chains[0].partition, self._settings.partitions
-        asked = partition, partitions, SEEDED_MAX, accounts.EPOCH
-        names: list[str] = await self._look_up(accounts.workspaces_of, *asked)
+    async def _workspaces_of(self, unit: Unit, limit: int, since: date) -> list[str]:
+        partition, partitions = unit.chain.partition, self._settings.partitions
+        names: list[str] = await self._look_up(accounts.workspaces_of, partition, partitions, limit, since)
         return names
 
-    async def _look_back(self, unit: Unit, seeded: Sequence[str]) -> None:
-        """In the background: find whom time alone may move, and let the unit load them in its sequence; then those who
-        are seeded.
+    async def _look_back(self, unit: Unit, started_ms: int, seeded: Sequence[str]) -> None:
+        """In the background: find whom time alone may move, up to the unit's "now" at its start, and let it load them
+        in its sequence; then those who are seeded.
         """
-        started_ms = unit.balances.now_ms
         partition, partitions = unit.chain.partition, self._settings.partitions
         since = recovery.first_day(started_ms - recovery.LOOK_BACK_MS)
         from_ms = started_ms - recovery.LOOK_BACK_MS

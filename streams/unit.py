@@ -168,9 +168,8 @@ class Unit:
     def is_settled(self) -> bool:
         """Whether what it has folded is in the ledger, and everybody who should know has been told."""
         telling = self.balances.moved or self.balances.urgent or self.voice.has_unflushed
-        return (
-            not telling and self.looks_back_ms == FOREVER_MS and self.folded == (self.mark.last, self.event_mark.last)
-        )
+        looks_back = self.looks_back_ms != FOREVER_MS
+        return not telling and not looks_back and self.folded == (self.mark.last, self.event_mark.last)
 
     @property
     def folded(self) -> tuple[int, int]:

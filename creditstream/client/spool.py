@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from creditstream.home import take_lock
+from creditstream.home import lock_file
 from schemas.problem import Problem
 
 SEGMENT_BYTES: Final = 4 * 1024 * 1024
@@ -219,8 +219,8 @@ class Spool:
             if path.name.startswith(".") or not path.is_dir() or (self._own and path == self._own.path):
                 continue
             try:
-                lock = take_lock(path / "lock", 0)
-            except Problem:
+                lock = lock_file(path / "lock", 0)
+            except OSError:
                 continue  # another user's
             if lock is None:
                 continue
@@ -329,12 +329,12 @@ def _new_directory(root: Path) -> _Directory:
     name = f"{time.time_ns():020d}-{os.getpid()}"
     draft = root / f".{name}"
     try:
-        lock = take_lock(draft / "lock", 0)
-    except Problem as problem:
+        lock = lock_file(draft / "lock", 0)
+    except OSError:  # a full disk, or no descriptor left
         with suppress(OSError):
             (draft / "lock").unlink(missing_ok=True)
             draft.rmdir()
-        raise problem.__cause__ or problem from None  # a full disk, or no descriptor left: an OSError as any other
+        raise
     assert lock is not None, "nobody else knows this name"
     draft.rename(root / name)
     _sync_directory(root)
