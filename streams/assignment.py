@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import date
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -45,10 +45,11 @@ REDRIVEN_AT_ONCE: Final = 1_000
 log: Final = structlog.get_logger()
 
 
-class Place(msgspec.Struct, frozen=True):
-    """Partition n of both topics as Kafka has it; the commits are next offsets, None: none."""
+class Place(NamedTuple):
+    """Partition n of both topics, as the ledger and as Kafka has it. The commits are next offsets, None: none."""
 
     chains: tuple[Chain, Chain]
+    marks: tuple[Mark, Mark]
     logs: tuple[LogRange, LogRange]
     committed: tuple[int | None, int | None]
 
@@ -88,24 +89,22 @@ class Loader:
         """The unit of a place. ``kept``: what an assignment before has left, good if the marks are still its.
         ``background`` runs what need not be waited for.
         """
-        marks = await self._read_mark(place.chains[0]), await self._read_mark(place.chains[1])
+        chains, marks = place.chains, place.marks
         incidents = [
             found
-            for mark, chain, log_range in zip(marks, place.chains, place.logs, strict=True)
+            for mark, chain, log_range in zip(marks, chains, place.logs, strict=True)
             if (found := examine(mark, chain, log_range, self._settings.retention_gap))
         ]
         self._lives += 1
-        voice = Voice(place.chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
+        voice = Voice(chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
         at = marks[0].last, marks[1].last
         if kept and kept.at == at:
-            unit = Unit(marks, place.chains, kept.filters, kept.balances, voice, self._lanes)
+            unit = Unit(marks, chains, kept.filters, kept.balances, voice, self._lanes)
             unit.incident = next(iter(incidents), None)
             return unit
-        filters = Filters(
-            await self._load_runs(place.chains[0], background), KeyFilter(self._filter_bytes(of_runs=False))
-        )
+        filters = Filters(await self._load_runs(chains[0], background), KeyFilter(self._filter_bytes(of_runs=False)))
         balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
-        unit = Unit(marks, place.chains, filters, balances, voice, self._lanes)
+        unit = Unit(marks, chains, filters, balances, voice, self._lanes)
         if incidents:
             unit.incident = incidents[0]
             return unit
@@ -121,7 +120,7 @@ class Loader:
         unit.is_seeding = bool(seeded)
         unit.looks_back_ms = balances.now_ms or FOREVER_MS
         background(self._look_back(unit, balances.now_ms, seeded))
-        background(self._load_events(filters.events, place.chains[1]))
+        background(self._load_events(filters.events, chains[1]))
         return unit
 
     async def redrive(self, unit: Unit) -> None:
@@ -137,7 +136,8 @@ class Loader:
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         return await self._patiently(functools.partial(self._ask, question, *args))
 
-    async def _read_mark(self, chain: Chain) -> Mark:
+    async def read_mark(self, chain: Chain) -> Mark:
+        """How far the ledger has this chain."""
         mark: Mark = await self._patiently(
             functools.partial(self._lanes.in_writer, self._lanes.ledger.mark, chain), f"{chain}: "
         )

@@ -11,6 +11,7 @@ from schemas.cell_run import from_milliseconds
 from sinks.ledger import Batch, Chain
 from streams.account_events import Row
 from streams.inbox import Event
+from streams.intake import bytes_of
 from streams.rows import Take, join_takes, ledger_rows
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
@@ -106,5 +107,5 @@ def batch_month(recorded_ms: int) -> int:
 
 
 def chunk_bytes(chunk: Any) -> int:
-    """Bytes of the values as Kafka held them."""
-    return getattr(chunk, "nbytes", 0) or sum(len(record.value or b"") for record in chunk)
+    """Bytes of its records as Kafka held them."""
+    return getattr(chunk, "nbytes", 0) or bytes_of(chunk)

@@ -62,6 +62,12 @@ class Refusal(NamedTuple):
     detail: str
 
 
+def bytes_of(records: Sequence[Record]) -> int:
+    """What Kafka holds of their keys, values and headers, bytes."""
+    plain = sum([len(record.value or b"") + len(record.key or b"") for record in records])
+    return plain + sum([len(name) + len(value or b"") for record in records for name, value in record.headers or ()])
+
+
 class LeanRun(msgspec.Struct, gc=False):
     """A cell run as it is decoded first: ids and times are text, checked later."""
 

@@ -2,7 +2,7 @@
 
 `Meter.open` connects and refuses whatever could charge wrongly. `Meter.assign` loads each partition's state from the
 ledger and says where to read on; `Meter.release` lets go. Blocking calls run in threads of their own: one writes to the
-ledger, one reads it for the units, one reads what no unit waits for, one answers people, one waits for deliveries.
+ledger, one reads it for the units, one reads what no unit waits for, one answers people, one notes alerts.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ Offsets = dict[tuple[str, int], int]
 """How long a question waits before it is asked again of a database that did not answer."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
-THREADS: Final = ("writer", "reader", "answers", "aside", "deliveries")
+THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
 
 log: Final = structlog.get_logger()
 
@@ -144,7 +144,7 @@ class Meter:
     def _outlets(self) -> Outlets:
         return Outlets(
             publish=self.publisher.publish,
-            flush=lambda: _in_thread(self._pools["deliveries"], self.publisher.flush),
+            flush=self.publisher.flush,
             courtesies=self._courtesies,
             note_alerts=self._note_alerts,
             told=lambda name, number: self.told.update({name: number}),
@@ -167,33 +167,39 @@ class Meter:
 
         Problem when a topic was deleted and made again under this process: its rows would continue the old one's.
         """
-        topics = self.topic, self.event_topic
-        for topic in topics:
-            await _in_thread(self._pools["reader"], self._require_same_topic, topic)
-        logs = [await _in_thread(self._pools["reader"], self.broker.log_ranges, t.name, partitions) for t in topics]
-        committed = await _in_thread(
-            self._pools["reader"], self.broker.committed, group, [(t.name, p) for t in topics for p in partitions]
-        )
-        await self._follow(partitions)
+        for topic in (self.topic, self.event_topic):
+            await self._read(self._require_same_topic, topic)
+        states_from = await self._read(self._ends_of_states, partitions)
         resume: Offsets = {}
         told: Offsets = {}
-        for partition in sorted(partitions):
-            place = Place(
-                (Chain(topics[0].name, topics[0].id, partition), Chain(topics[1].name, topics[1].id, partition)),
-                (logs[0][partition], logs[1][partition]),
-                (committed[topics[0].name, partition], committed[topics[1].name, partition]),
-            )
+        for place in await self._places(sorted(partitions), group):
             unit = await self._load(place)
-            begins = {
-                (chain.topic, partition): max(mark.next, found.start)
-                for chain, mark, found in zip(place.chains, (unit.mark, unit.event_mark), place.logs, strict=True)
-            }
-            resume |= begins
-            if is_told(unit, place):
-                told |= {place: offset for place, offset in begins.items() if committed[place] != offset}
+            for chain, mark, found, committed in zip(*place, strict=True):
+                begin = max(mark.next, found.start)
+                resume[chain.topic, chain.partition] = begin
+                if is_told(unit, place) and committed != begin:
+                    told[chain.topic, chain.partition] = begin
+        self._follow(states_from)
         self._kept.clear()
         self.assigned = True
         return resume, told
+
+    async def _places(self, partitions: Sequence[int], group: str) -> list[Place]:
+        """The marks first: a log that is read after its mark is not behind it, whoever writes meanwhile."""
+        topics = self.topic, self.event_topic
+        pairs = [(Chain(topics[0].name, topics[0].id, p), Chain(topics[1].name, topics[1].id, p)) for p in partitions]
+        marks = {chain: await self._loader.read_mark(chain) for pair in pairs for chain in pair}
+        logs = [await self._read(self.broker.log_ranges, topic.name, partitions) for topic in topics]
+        committed = await self._read(self.broker.committed, group, [(chain.topic, chain.partition) for chain in marks])
+        return [
+            Place(
+                (runs, events),
+                (marks[runs], marks[events]),
+                (logs[0][runs.partition], logs[1][runs.partition]),
+                (committed[runs.topic, runs.partition], committed[events.topic, events.partition]),
+            )
+            for runs, events in pairs
+        ]
 
     async def _load(self, place: Place) -> Unit:
         chain = place.chains[0]
@@ -219,13 +225,15 @@ class Meter:
                 "Restart: the new one is metered from its first offset.",
             )
 
-    async def _follow(self, partitions: set[int]) -> None:
-        """Hear what others say on `limit-states` from now on."""
-        name = self.settings.topic_prefix + LIMIT_STATES
-        ends = await _in_thread(self._pools["reader"], self.broker.log_ranges, name, partitions)
+    def _ends_of_states(self, partitions: set[int]) -> dict[int, int]:
+        ranges = self.broker.log_ranges(self.settings.topic_prefix + LIMIT_STATES, partitions)
+        return {partition: found.end for partition, found in ranges.items()}
+
+    def _follow(self, states_from: Mapping[int, int]) -> None:
+        """Hear what others have said on `limit-states` since the assignment, now that there are units to answer it."""
         if not hasattr(self, "_follower"):
             self._follower = Follower(self.settings, self._hear(asyncio.get_running_loop()))
-        self._follower.follow({partition: found.end for partition, found in ends.items()})
+        self._follower.follow(states_from)
 
     def _hear(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, list[Heard]], None]:
         def in_loop(partition: int, states: list[Heard]) -> None:
@@ -295,6 +303,9 @@ class Meter:
             for client in self._clients.values():
                 client.close()
 
+    async def _read(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await _in_thread(self._pools["reader"], function, *args)
+
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer people: ``question(client, *args)`` in a thread of its own, which no unit waits for."""
         return await self._ask("answers", question, *args)
@@ -337,7 +348,7 @@ class Meter:
         return columns
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
-        await self._ask_patiently("deliveries", accounts.note_alerts, alerts)
+        await self._ask_patiently("notes", accounts.note_alerts, alerts)
 
     def _on_trouble(self, what: str) -> None:
         self.trouble = what

@@ -5,10 +5,12 @@ Kafka does not take within `DELIVERY_S_MAX` is fatal: its chunk is then never ac
 it again to the same alert.
 """
 
+import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from confluent_kafka import KafkaError, Message, Producer
@@ -20,17 +22,24 @@ from streams.settings import Settings
 DELIVERY_S_MAX: Final = 60
 QUEUE_MESSAGES_MAX: Final = 200_000
 POLL_S: Final = 0.05
+FLUSH_POLL_S: Final = 0.005
+
+Lane = tuple[str | None, int | None]
+"""Topic and partition."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
 
 class Publisher:
-    """Blocking only in `flush`, and in `publish` while `QUEUE_MESSAGES_MAX` messages wait for a slow broker."""
+    """Blocking only in `publish`, while `QUEUE_MESSAGES_MAX` messages wait for a slow broker."""
 
     def __init__(self, settings: Settings) -> None:
         self._prefix = settings.topic_prefix
         self._bootstrap = settings.kafka_bootstrap
         self._failure = ""
+        self._handed_over: Counter[Lane] = Counter()
+        self._taken: Counter[Lane] = Counter()
+        """By the producer's thread alone. Kafka takes the messages of a partition in their order."""
         self._closing = threading.Event()
         self._producer = Producer(
             librdkafka(settings)
@@ -54,34 +63,47 @@ class Publisher:
         self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
     ) -> None:
         """Hand over bytes as they are."""
+        topic = self._prefix + topic
         while True:
+            self._require_taken()
             try:
                 self._producer.produce(
-                    self._prefix + topic, value, key, partition, headers=list(headers), on_delivery=self._delivered
+                    topic, value, key, partition, headers=list(headers), on_delivery=self._on_delivery
                 )
+                self._handed_over[topic, partition] += 1
                 return
             except BufferError:
                 time.sleep(POLL_S)
 
-    def flush(self) -> None:
-        """Return once Kafka has everything that was handed over. Unreachable when it does not take it."""
-        left = self._producer.flush(DELIVERY_S_MAX)
-        if left or self._failure:
-            raise Unreachable(
-                f"Kafka at {self._bootstrap} does not take alerts and states",
-                self._failure or f"{left:,} wait for an answer",
-                "See the broker's log; the worker folds them again when it starts.",
-            )
+    async def flush(self) -> None:
+        """Return once Kafka has everything that was handed over before; what is handed over meanwhile is not waited
+        for. Unreachable when Kafka does not take it.
+        """
+        due = dict(self._handed_over)
+        while any(self._taken[lane] < number for lane, number in due.items()):
+            self._require_taken()
+            await asyncio.sleep(FLUSH_POLL_S)
+        self._require_taken()
 
     def close(self) -> None:
         """Stop listening; what was not flushed may be lost."""
         self._closing.set()
         self._thread.join()
 
+    def _require_taken(self) -> None:
+        if self._failure:
+            raise Unreachable(
+                f"Kafka at {self._bootstrap} does not take alerts and states",
+                self._failure,
+                "See the broker's log; the worker folds them again when it starts.",
+            )
+
     def _listen(self) -> None:
         while not self._closing.is_set():
             self._producer.poll(POLL_S)
 
-    def _delivered(self, error: KafkaError | None, _: Message | Any) -> None:
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error:
             self._failure = error.str()
+        else:
+            self._taken[message.topic(), message.partition()] += 1

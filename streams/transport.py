@@ -28,6 +28,8 @@ from faust.types import TP, ConsumerMessage, Message
 from faust.types.tuples import ack_lock
 from mode.utils.futures import notify
 
+from streams.intake import bytes_of
+
 FETCH_WAIT_MS_MAX: Final = 25
 """How long the broker may hold a fetch open. One fetch per broker is under way at a time, so an idle partition's wait
 delays a busy one by as much."""
@@ -185,7 +187,7 @@ class Consumer(driver.Consumer):
 def _chunk(records: list[Any]) -> Chunk:
     chunk = Chunk(records)
     chunk.records = len(records)
-    chunk.nbytes = sum([len(record.value or b"") for record in records])
+    chunk.nbytes = bytes_of(records)
     return chunk
 
 

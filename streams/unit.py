@@ -135,7 +135,8 @@ class Unit:
         self._unwritten_events: list[account_events.Row] = []
         self._written: list[Event] = []
         self._is_to_settle = asyncio.Event()
-        self._settled_at = 0.0
+        self._is_settling = False
+        self._told_at = 0.0
         self._draining = False
         self._is_tick_due = False
         self._closing = threading.Event()
@@ -382,7 +383,7 @@ class Unit:
 
     def _is_time_to_settle(self, batch: OpenBatch) -> bool:
         at_once = batch.followed_by or batch.is_full(self._lanes.batching) or self._draining
-        return bool(at_once) or asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S
+        return bool(at_once) or asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
 
     async def _write_runs(self, batch: OpenBatch) -> None:
         self.mark = await self._append(batch.close(self.chain), self.mark)
@@ -414,18 +415,23 @@ class Unit:
         while True:
             await self._is_to_settle.wait()
             self._is_to_settle.clear()
-            self._settled_at = asyncio.get_running_loop().time()
             events, self._written = self._written, []
-            self.voice.tell_moved(self.balances, self.folded)
+            self._tell_moved()
+            self._is_settling = True
             await self.voice.flush()
+            self._is_settling = False
             if self.is_seeding:
                 self._written = events + self._written
                 continue
             for event in events:
                 await event.acknowledge()
 
+    def _tell_moved(self) -> None:
+        self._told_at = asyncio.get_running_loop().time()
+        self.voice.tell_moved(self.balances, self.folded)
+
     async def _tick(self) -> None:
-        """The clock's part: what waits for time alone, and chunks that wait for their states."""
+        """The clock's part: what waits for time alone, states that moved, and chunks that wait for them."""
         while True:
             await asyncio.sleep(TICK_S)
             self.voice.refresh()
@@ -433,8 +439,11 @@ class Unit:
                 self._is_tick_due = True
                 self._inbox.nudge()
             waits = self._written or self.balances.moved or self.voice.has_unflushed
-            if waits and asyncio.get_running_loop().time() - self._settled_at >= STATES_EVERY_S:
-                self._is_to_settle.set()
+            if waits and asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S:
+                if self._is_settling:
+                    self._tell_moved()  # states do not wait for a database that does not take alerts
+                else:
+                    self._is_to_settle.set()
 
     async def _look_at_the_clock(self) -> None:
         chores, self.chores = self.chores, []

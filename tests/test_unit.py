@@ -7,7 +7,8 @@ import pytest
 from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import to_milliseconds
-from schemas.limits import AlertKind, Cause
+from schemas.ledger import Pool
+from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import ForeignMark, Incident
 from streams.unit import TICK_S
 from tests.account_records import Story, account_record, at
@@ -84,6 +85,34 @@ async def test_a_plan_is_told_before_it_is_written(client: Client) -> None:
         "SELECT maxIf(mark_read_at, kind = 'plan'), minIf(mark_read_at, kind = 'run') FROM ledger"
     ).result_rows
     assert plan_read < run_read
+
+
+async def test_states_go_on_while_the_database_takes_no_alerts(client: Client) -> None:
+    """Only acknowledgements wait until an alert is noted: a state tells gates what is left, within about a second."""
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.runs(3, at("Jan 16"))
+    bench = await Bench.open(client)
+    asked, noted = asyncio.Event(), asyncio.Event()
+
+    async def note() -> None:
+        asked.set()
+        await noted.wait()
+
+    bench.on_note = note
+    plan, first, second, third = [kafka_record(record) for record in rated(story.steps)]
+    bench.deliver([plan], of_account=True)
+    bench.deliver([first, second])
+    task = bench.start()
+    await bench.wait(task, asked.is_set)
+    bench.deliver([third])
+    await bench.wait(task, lambda: bench.states[state_key(story.workspace_id, Pool.ENRICHMENT)].used == "3")
+    assert [alert.thresholds for alert in bench.alerts] == [(50,)]
+    await bench.wait(task, lambda: bench.kinds() == {"plan": 1, "run": 3})
+    assert bench.acknowledged < 3
+    noted.set()
+    await bench.wait(task, lambda: bench.acknowledged == 3)
+    await bench.kill(task)
 
 
 async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:

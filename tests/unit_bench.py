@@ -65,6 +65,7 @@ class Bench:
         self.states: dict[bytes, LimitState] = {}
         self.sent: list[Sent] = []
         self.on_load: Callable[[], Awaitable[None]] | None = None
+        self.on_note: Callable[[], Awaitable[None]] | None = None
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
@@ -96,7 +97,8 @@ class Bench:
         bench = cls(client, settings, chains, lanes)
         runs, events = committed
         bench.committed = [runs, events]
-        place = Place(chains, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
+        marks = await bench.loader.read_mark(chains[0]), await bench.loader.read_mark(chains[1])
+        place = Place(chains, marks, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
         bench.unit = await bench.loader.load(place, None, bench._in_background)
         await asyncio.gather(*bench._background)
         bench.in_writer = in_writer or bench.in_writer
@@ -119,7 +121,7 @@ class Bench:
             publish=self._publish,
             flush=_nothing,
             courtesies=Courtesies(lambda questions: self.look_up(accounts.top_columns, questions)),
-            note_alerts=lambda alerts: self.look_up(accounts.note_alerts, alerts),
+            note_alerts=self._note_alerts,
             told=lambda name, number: None,
         )
 
@@ -128,6 +130,11 @@ class Bench:
             self.alerts.append(message)
         elif isinstance(message, LimitState):
             self.states[key] = message
+
+    async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
+        if self.on_note:
+            await self.on_note()
+        await self.look_up(accounts.note_alerts, alerts)
 
     def _send(
         self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
