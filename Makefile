@@ -20,10 +20,11 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: .venv/installed  ## throughput, latency of limits, the gate, the views: about 20 minutes
+bench: .venv/installed  ## throughput, latency of limits, the gate, overshoot, the views: about 20 minutes
 	@$(BIN)/python -m bench.throughput
 	@$(BIN)/python -m bench.limits
 	@$(BIN)/python -m bench.gate
+	@$(BIN)/python -m bench.overshoot
 	@$(BIN)/python -m bench.views
 
 lint: .venv/installed  ## style and strict types
