@@ -45,7 +45,6 @@ from schemas.answers import (
     TopRow,
     UnitStatus,
     UsageRow,
-    WorkspaceTotal,
 )
 from schemas.ledger import PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
@@ -74,12 +73,6 @@ def create_api(meter: Meter) -> Litestar:
         rows: list[UsageRow] = await meter.ask(question[0], workspace_id, by, *question[1:])
         return rows
 
-    @get("/v1/workspaces")
-    async def workspaces(limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 20) -> list[WorkspaceTotal]:
-        """The workspaces that drew most, over all time."""
-        totals: list[WorkspaceTotal] = await meter.ask(queries.workspaces, limit)
-        return totals
-
     @get("/v1/runs/example")
     async def example(reason: FromQuery[Reason] = Reason.CHARGED) -> UUID | None:
         """The id of a recent run with this reason."""
@@ -94,10 +87,12 @@ def create_api(meter: Meter) -> Litestar:
 
     @get("/v1/dead-letters")
     async def dead_letters(
-        reason: FromQuery[Reason | None] = None, limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100
+        reason: FromQuery[Reason | None] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
+        only_open: FromQuery[bool] = False,
     ) -> list[DeadLetter]:
-        """The newest dead letters."""
-        letters: list[DeadLetter] = await meter.ask(queries.dead_letters, reason or "", limit)
+        """The newest dead letters; ``only_open``: those that were not sent again."""
+        letters: list[DeadLetter] = await meter.ask(queries.dead_letters, reason or "", limit, only_open)
         return letters
 
     @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
@@ -159,7 +154,7 @@ def create_api(meter: Meter) -> Litestar:
 
     return Litestar(
         [
-            usage, workspaces, example, explain, dead_letters, dead_letter, actions, action,
+            usage, example, explain, dead_letters, dead_letter, actions, action,
             audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_account_routes(meter), *_spending_routes(meter),
         ],

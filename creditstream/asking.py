@@ -34,7 +34,6 @@ from schemas.answers import (
     TopBy,
     TopRow,
     UsageRow,
-    WorkspaceTotal,
 )
 from schemas.ledger import Position, Reason
 from schemas.problem import Difference, Problem, UnknownId, Unreachable
@@ -56,7 +55,7 @@ class Answers(Protocol):
 
     def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
     def explanation(self, run_id: UUID) -> Explanation: ...  # noqa: D102
-    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]: ...  # noqa: D102
+    def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]: ...  # noqa: D102
     def dead_letter(self, position: Position) -> DeadLetter: ...  # noqa: D102
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
     def audit_sums(self) -> SumAudit: ...  # noqa: D102
@@ -164,9 +163,10 @@ class WorkerAnswers:
         """See `sinks.queries.explanation`."""
         return self._get(f"/v1/runs/{run_id}", Explanation)
 
-    def dead_letters(self, reason: str, limit: int) -> list[DeadLetter]:
+    def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
         """See `sinks.queries.dead_letters`."""
-        return self._get("/v1/dead-letters", list[DeadLetter], reason=reason or None, limit=limit)
+        asked = {"reason": reason or None, "limit": limit, "only_open": only_open}
+        return self._get("/v1/dead-letters", list[DeadLetter], **asked)
 
     def dead_letter(self, position: Position) -> DeadLetter:
         """See `sinks.queries.dead_letter`."""
@@ -232,10 +232,6 @@ class WorkerAnswers:
     def top(self, by: TopBy, limit: int, as_of: datetime | None) -> list[TopRow]:
         """See `creditstream.spending.top`."""
         return self._get("/v1/top", list[TopRow], by=by, limit=limit, as_of=_instant(as_of))
-
-    def workspaces(self, limit: int) -> list[WorkspaceTotal]:
-        """See `sinks.queries.workspaces`."""
-        return self._get("/v1/workspaces", list[WorkspaceTotal], limit=limit)
 
     def example_run(self, reason: Reason) -> UUID | None:
         """See `sinks.queries.example_run`."""

@@ -1,11 +1,15 @@
-"""A Kafka producer as every producer of cell runs must be set up, and why each setting is there."""
+"""A Kafka producer as every producer of cell runs must be set up, and a few records that it delivers by hand."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, Message, Producer
 
+from schemas.ledger import Position
+from schemas.problem import Unreachable
 from streams.connection import librdkafka
 from streams.settings import Settings
+from streams.topics import position_of
 
 PRODUCER_CONFIG: dict[str, Any] = {
     # Java's hash. librdkafka's default would split one workspace over two partitions, and every run be `misrouted`.
@@ -17,8 +21,54 @@ PRODUCER_CONFIG: dict[str, Any] = {
     "linger.ms": 5,
     "log_level": 2,
 }
+DELIVERY_S_MAX: Final = 30.0
+POLL_S: Final = 0.1
 
 
 def open_producer(settings: Settings) -> Producer:
     """A producer for cell runs and account events; connects in the background."""
     return Producer(librdkafka(settings) | PRODUCER_CONFIG)
+
+
+class Outgoing(NamedTuple):
+    """A record that is to be delivered, keyed by its workspace."""
+
+    topic: str
+    workspace_id: str
+    value: bytes
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+def deliver(settings: Settings, records: Sequence[Outgoing], what: str, fix: str) -> list[Position]:
+    """Where each record lies in Kafka. Unreachable, with a word for ``what`` they are, when one was not delivered."""
+    producer = open_producer(settings)
+    places: dict[int, Position] = {}
+    refusals: list[str] = []
+
+    def on_delivery(number: int) -> Callable[[KafkaError | None, Message], None]:
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            if error:
+                refusals.append(error.str())
+            else:
+                places[number] = position_of(message)
+
+        return delivered
+
+    for number, record in enumerate(records):
+        while True:
+            try:
+                producer.produce(
+                    record.topic, record.value, record.workspace_id,
+                    headers=list(record.headers), on_delivery=on_delivery(number),
+                )  # fmt: skip
+                break
+            except BufferError:
+                producer.poll(POLL_S)
+        producer.poll(0)
+    producer.flush(DELIVERY_S_MAX)
+    if lost := len(records) - len(places):
+        why = refusals[0] if refusals else f"no answer within {DELIVERY_S_MAX:.0f} s"
+        raise Unreachable(
+            f"{lost:,} of {len(records):,} {what} not delivered", f"{settings.kafka_bootstrap}: {why}", fix
+        )
+    return [places[number] for number in range(len(records))]

@@ -34,14 +34,6 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     free_runs: int
 
 
-class WorkspaceTotal(msgspec.Struct, frozen=True, kw_only=True):
-    """Credits and runs of a workspace since the ledger began."""
-
-    workspace_id: str
-    credits: str
-    runs: int
-
-
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One event that carried the run id, where it lies in Kafka, and what became of it."""
 
@@ -122,7 +114,10 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that could not be metered, as it came. ``raw`` is text where it is UTF-8, else escaped."""
+    """An event that could not be metered, as it came. ``raw`` is text where it is UTF-8, else escaped.
+
+    ``closed_by``: the position at which it was sent again; empty while it is open.
+    """
 
     position: str
     recorded_at: datetime
@@ -134,6 +129,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     raw_headers: str
     raw: str
     raw_bytes: int
+    closed_by: str
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ No float is accepted anywhere: 0.1 + 0.2 credits are 0.3 credits.
 """
 
 import re
+from decimal import Decimal
 
 Millicredits = int
 """Thousandths of a credit, signed."""
@@ -23,6 +24,11 @@ def parse_credits(text: str) -> Millicredits:
         raise ValueError(f"{text!r} is not a number of credits with at most 3 decimals")
     whole, decimals = shape.groups(default="")
     return int(f"{whole}{decimals:0<3}")
+
+
+def millicredits_of(amount: Decimal) -> Millicredits:
+    """Of what the ledger gives: credits with 3 decimals."""
+    return int(amount.scaleb(3))
 
 
 def format_credits(millicredits: Millicredits) -> str:

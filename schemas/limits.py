@@ -15,6 +15,11 @@ from msgspec import Meta
 
 from schemas.ledger import Pool
 
+FORECAST_DAYS: Final = 7
+"""The forecast of the run-out rests on the mean of this many days."""
+FORECAST_DAYS_MIN: Final = 3
+"""With fewer days of debits there is none."""
+
 
 class State(StrEnum):
     """May a workspace still run actions of a pool? In order of severity; ``unknown_plan`` stands outside of it."""

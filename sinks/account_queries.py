@@ -11,8 +11,9 @@ from uuid import UUID
 from clickhouse_connect.driver.client import Client
 
 from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy
-from schemas.credits import Millicredits, format_credits
+from schemas.credits import Millicredits, format_credits, millicredits_of
 from schemas.ledger import Kind, Pool
+from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN
 from sinks.ledger import POSITION
 
 _DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
@@ -202,18 +203,14 @@ def published_alerts(
 def _alert(row: dict[str, Any]) -> PublishedAlert:
     below, run_id = row["remaining_below"], row["run_id"]
     told = {
-        "used": _text(row["used"]),
-        "allowance": _text(row["allowance"]),
-        "remaining_below": None if below is None else _text(below),
+        "used": format_credits(millicredits_of(row["used"])),
+        "allowance": format_credits(millicredits_of(row["allowance"])),
+        "remaining_below": None if below is None else format_credits(millicredits_of(below)),
         "alert_id": str(row["alert_id"]),
         "run_id": str(run_id) if run_id.int else "",
         "thresholds": list(row["thresholds"]),
     }
     return PublishedAlert(**row | told)
-
-
-def _text(credits: Any) -> str:
-    return format_credits(int(credits.scaleb(3)))
 
 
 def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
@@ -224,7 +221,14 @@ def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delive
         parameters={"workspace": workspace_id, "event": str(event_id)},
     )
     return [
-        Delivery(position=position, recorded_at=at, kind=kind, reason=reason, credits=_text(credits), detail=detail)
+        Delivery(
+            position=position,
+            recorded_at=at,
+            kind=kind,
+            reason=reason,
+            credits=format_credits(millicredits_of(credits)),
+            detail=detail,
+        )
         for position, at, kind, reason, credits, detail in found.result_rows
     ]
 
@@ -243,9 +247,6 @@ class Standing(NamedTuple):
     plan: str
     runs_out_on: Any
 
-
-FORECAST_DAYS: Final = 7
-FORECAST_DAYS_MIN: Final = 3
 
 _ORDERS: Final = {
     TopBy.USED: "intDiv(toInt128(used * 1000) * 1000000, toInt128(allowance * 1000)) DESC, overage DESC, workspace_id",

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from schemas.answers import Delivery, Explanation
 from schemas.catalogue import Action, Catalogue, Category
-from schemas.credits import PER_CREDIT, Millicredits, format_credits, group_credits
+from schemas.credits import PER_CREDIT, Millicredits, format_credits, group_credits, millicredits_of
 from schemas.ledger import RULES, Kind, Pool, Position, Reason
 
 _FREE: Final = {
@@ -85,7 +85,7 @@ def taken_back(rows: list[dict[str, Any]]) -> str:
     """What the sentence adds for a run that was reversed: `rows` are those of its workspace."""
     for row in rows:
         if row["kind"] == Kind.REVERSAL:
-            given = credits_text(-int(row["credits"].scaleb(3)), row["pool"])
+            given = credits_text(-millicredits_of(row["credits"]), row["pool"])
             return f" It was reversed on {row['recorded_at']:%Y-%m-%d}: {given} given back."
     return ""
 
@@ -109,7 +109,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
     """
     chosen = run_of(rows)
     reason = Reason(chosen["reason"])
-    millicredits = int(chosen["credits"].scaleb(3))
+    millicredits = millicredits_of(chosen["credits"])
     action = _action(chosen, catalogue)
     mine = [row for row in rows if row["workspace_id"] == chosen["workspace_id"]]
     others = [_delivery(row) for row in mine if row is not chosen and not _is_account_event(row)]
@@ -165,6 +165,6 @@ def _delivery(row: dict[str, Any]) -> Delivery:
         recorded_at=row["recorded_at"],
         kind=row["kind"],
         reason=row["reason"],
-        credits=format_credits(int(row["credits"].scaleb(3))),
+        credits=format_credits(millicredits_of(row["credits"])),
         detail=row["detail"],
     )

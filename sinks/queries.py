@@ -1,6 +1,7 @@
-"""Every question that is asked of the ledger, one function each: ``question(client, ...)`` → plain values.
+"""Questions about runs, one function each: ``question(client, ...)`` → plain values.
 
-The worker's own questions come first, then those of people, which the CLI and the read API share.
+The worker's own come first, then those of people, which the CLI and the read API share, then the audit's. Accounts have
+theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's).
 """
 
 from collections.abc import Iterable
@@ -11,9 +12,9 @@ from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
 
-from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow, WorkspaceTotal
+from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow
 from schemas.catalogue import Catalogue, Version
-from schemas.credits import format_credits
+from schemas.credits import format_credits, millicredits_of
 from schemas.ledger import FREE_REASONS, Position, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, position_of, run_of
@@ -123,22 +124,13 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
         total[1] += 0 if fields["reason"] == Reason.REVERSED else runs
         total[2] += runs if fields["reason"] in FREE_REASONS else 0
     return [
-        UsageRow(**dict(zip((*keys, "pool"), group, strict=True)), credits=_text(credits), runs=runs, free_runs=free)
+        UsageRow(
+            **dict(zip((*keys, "pool"), group, strict=True)),
+            credits=format_credits(millicredits_of(credits)),
+            runs=runs,
+            free_runs=free,
+        )
         for group, (credits, runs, free) in sorted(sums.items(), key=lambda item: _rank(by, item))
-    ]
-
-
-def workspaces(client: Client, limit: int) -> list[WorkspaceTotal]:
-    """The workspaces that drew most, over all time, less what was reversed."""
-    found = client.query(
-        "SELECT workspace_id, sum(drawn) AS total, sum(if(kind = 'run', counted, 0)) FROM (SELECT workspace_id, kind, "
-        "sum(credits) AS drawn, count() AS counted FROM ledger WHERE kind IN ('run', 'reversal') "
-        "GROUP BY workspace_id, kind) GROUP BY workspace_id ORDER BY total DESC, workspace_id LIMIT {limit:UInt32}",
-        parameters={"limit": limit},
-    )
-    return [
-        WorkspaceTotal(workspace_id=name, credits=_text(credits), runs=runs)
-        for name, credits, runs in found.result_rows
     ]
 
 
@@ -155,10 +147,6 @@ def example_run(client: Client, reason: Reason) -> UUID | None:
 def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
     group, (credits, runs, _) = item
     return group if by == By.DAY else (-credits, -runs, group)
-
-
-def _text(credits: Decimal) -> str:
-    return format_credits(int(credits.scaleb(3)))
 
 
 def deliveries(client: Client, run_id: UUID) -> list[dict[str, Any]]:
@@ -185,17 +173,19 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanati
     return explain(rows, runs_of_this_cell, catalogue)
 
 
-def dead_letters(client: Client, reason: str, limit: int) -> list[DeadLetter]:
-    """The newest dead letters, of one reason or (empty) of all."""
-    return [
-        _dead_letter(row)
-        for row in _rows(
-            client,
-            "SELECT * FROM ledger WHERE kind = 'dead_letter' AND ({reason:String} = '' OR reason = {reason:String}) "
-            "ORDER BY recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
-            {"reason": reason, "limit": limit},
-        )
-    ]
+_REDRIVEN: Final = "SELECT redrive_of FROM ledger WHERE redrive_of != ''"
+
+
+def dead_letters(client: Client, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
+    """The newest dead letters, of one reason or (empty) of all; ``only_open``: those that were not sent again."""
+    rows = _rows(
+        client,
+        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND ({reason:String} = '' OR reason = {reason:String}) "
+        f"{f'AND {POSITION} NOT IN ({_REDRIVEN}) ' if only_open else ''}"
+        "ORDER BY recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
+        {"reason": reason, "limit": limit},
+    )
+    return _dead_letters(client, rows)
 
 
 def dead_letter(client: Client, position: Position) -> DeadLetter:
@@ -210,22 +200,34 @@ def dead_letter(client: Client, position: Position) -> DeadLetter:
         raise UnknownId(
             f"no dead letter at {position}", "the ledger holds none there", "See `creditstream dead-letters list`."
         )
-    return _dead_letter(rows[0])
+    (letter,) = _dead_letters(client, rows)
+    return letter
 
 
-def _dead_letter(row: dict[str, Any]) -> DeadLetter:
-    return DeadLetter(
-        position=position_of(row),
-        recorded_at=row["recorded_at"],
-        reason=row["reason"],
-        detail=row["detail"],
-        workspace_id=row["workspace_id"],
-        run_id=str(row["run_id"]) if row["run_id"].int else "",
-        raw_key=_shown(row["raw_key"]),
-        raw_headers=row["raw_headers"],
-        raw=_shown(row["raw"]),
-        raw_bytes=len(_bytes(row["raw"])),
-    )
+def _dead_letters(client: Client, rows: list[dict[str, Any]]) -> list[DeadLetter]:
+    positions = [position_of(row) for row in rows]
+    redrives = client.query(
+        f"SELECT redrive_of, argMin({POSITION}, recorded_at) FROM ledger "
+        "WHERE redrive_of != '' AND redrive_of IN {positions:Array(String)} GROUP BY redrive_of",
+        parameters={"positions": positions},
+    ).result_rows if rows else []  # fmt: skip
+    closed_by: dict[str, str] = dict(redrives)  # type: ignore[arg-type]
+    return [
+        DeadLetter(
+            position=position,
+            recorded_at=row["recorded_at"],
+            reason=row["reason"],
+            detail=row["detail"],
+            workspace_id=row["workspace_id"],
+            run_id=str(row["run_id"]) if row["run_id"].int else "",
+            raw_key=_shown(row["raw_key"]),
+            raw_headers=row["raw_headers"],
+            raw=_shown(row["raw"]),
+            raw_bytes=len(_bytes(row["raw"])),
+            closed_by=closed_by.get(position, ""),
+        )
+        for position, row in zip(positions, rows, strict=True)
+    ]
 
 
 def _rows(client: Client, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
@@ -259,7 +261,10 @@ def audit_sums(client: Client) -> SumAudit:
     )
     projected, raw = (client.query(sql, settings={"optimize_use_projections": use}).result_rows[0] for use in (1, 0))
     return SumAudit(
-        credits_projected=_text(projected[0]), rows_projected=projected[1], credits_raw=_text(raw[0]), rows_raw=raw[1]
+        credits_projected=format_credits(millicredits_of(projected[0])),
+        rows_projected=projected[1],
+        credits_raw=format_credits(millicredits_of(raw[0])),
+        rows_raw=raw[1],
     )
 
 

@@ -2,22 +2,17 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from schemas.cell_run import from_milliseconds
 from schemas.credits import format_credits
 from schemas.ledger import Pool
-from schemas.limits import AlertKind, AsOf, Cause, LimitAlert, LimitState
+from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN, AlertKind, AsOf, Cause, LimitAlert, LimitState
 from sinks.ledger import Chain
 from streams.balances import Account, Notice
 from streams.limits import REMAINING_BELOW, Line, Standing, alert_id, alert_id_of_time
 from streams.periods import Day, day_of, to_date
-
-FORECAST_DAYS: Final = 7
-"""The forecast rests on the mean of this many days."""
-FORECAST_DAYS_MIN: Final = 3
-"""With fewer days of debits there is none."""
 
 
 class Source(NamedTuple):

@@ -64,7 +64,7 @@ log: Final = structlog.get_logger()
 class Meter:
     """One worker's ledger, catalogue and units. Made once per process, opened once."""
 
-    def __init__(self, settings: Settings, on_fatal: Callable[[BaseException], Awaitable[None]] | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings: Final = settings
         self.units: dict[int, Unit] = {}
         self.written: Counter[str] = Counter()
@@ -72,7 +72,8 @@ class Meter:
         self.told: Counter[str] = Counter()
         """Alerts by kind, and states, since the start."""
         self.started_at: Final = time.time()
-        self.on_fatal = on_fatal
+        self.on_fatal: Callable[[BaseException], Awaitable[None]] | None = None
+        """Awaited when a part of it has failed."""
         self.hold: Callable[[int], None] = lambda partition: None
         """Told of a partition whose unit has an incident: it is fetched no more."""
         self.ends_ms: Callable[[int, tuple[int, int]], tuple[int, int]] = lambda partition, last: NOT_AT_END

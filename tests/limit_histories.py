@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from creditstream.reference_limits import ReferenceLimits, Told
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountRow, Tail
@@ -21,6 +20,7 @@ from streams.periods import to_date
 from tests.account_records import Step, Story, at
 from tests.limit_voices import Rated, Seen, account_row_of, debits_of, refer, seen_of, told_of
 from tests.records import run_id
+from tests.reference_limits import ReferenceLimits, Told
 
 NAMES: Final = ("ws_a", "ws_b", "ws_c")
 CHAINS: Final = (Chain("cell-runs", "topic-1", 0), Chain("account-events", "topic-2", 0))

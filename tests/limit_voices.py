@@ -13,7 +13,6 @@ import numpy as np
 from clickhouse_connect.driver.client import Client
 
 from creditstream.reference import Expected, ReferenceBilling, ReferenceRater
-from creditstream.reference_limits import Plan, ReferenceLimits, Told
 from schemas.account import LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds, to_milliseconds
@@ -30,6 +29,7 @@ from streams.rating import RatingTable
 from streams.unit import NOT_AT_END
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
+from tests.reference_limits import Plan, ReferenceLimits, Told
 from tests.unit_bench import Bench
 
 CHUNK: Final = 2_000
@@ -108,7 +108,7 @@ def _records(steps: Sequence[Step]) -> Iterator[tuple[bool, list[Any]]]:
 
 
 def by_reference(story: Story) -> Heard:
-    """`creditstream.reference_limits`."""
+    """`tests.reference_limits`."""
     limits = ReferenceLimits()
     seen = []
     for part, check in _parts(story, _rated_story(story)):

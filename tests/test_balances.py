@@ -15,17 +15,21 @@ from clickhouse_connect.driver.client import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from creditstream.reference_limits import ReferenceLimits, Told
 from schemas.cell_run import to_milliseconds
+from schemas.ledger import Pool
 from sinks.clickhouse import connect
 from sinks.migrate import migrate
+from streams import balances
+from streams.account_events import openings
 from streams.balances import METERED
+from streams.periods import day_of
 from streams.unit import Unit
 from tests.account_records import Step, Story, at
 from tests.ledger_rows import wait_until_grown
 from tests.limit_histories import NAMES, SILENCE_MAX, Life, histories, live, referred
-from tests.limit_voices import Rated, Seen, kafka_record, rated, seen_by_sql, seen_of, told_of
+from tests.limit_voices import Rated, Seen, account_row_of, kafka_record, rated, seen_by_sql, seen_of, told_of
 from tests.records import STEADY
+from tests.reference_limits import ReferenceLimits, Told
 from tests.unit_bench import Bench
 
 NUMBERS: Final = count(1)
@@ -148,6 +152,24 @@ def test_f19_who_has_events_above_the_mark_is_not_evicted() -> None:
     assert "ws_a" in life.balances
     life.balances.evict(-1, 0)
     assert "ws_a" not in life.balances
+
+
+def test_f19_an_eviction_looks_at_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many accounts must stay beyond the bound, a take pays for some; those then come after all others."""
+    monkeypatch.setattr(balances, "EVICTED_AT_ONCE", 3)
+    names = [f"ws_{number:02}" for number in range(20)]
+    now_ms = to_milliseconds(at("Jan 16"))
+    held = balances.Balances(1, now_ms)
+    for name in names:
+        story = Story(name)
+        story.plan("4", at("Jan 15"))
+        (plan,) = [account_row_of(record) for record in rated(story.steps)]
+        assert plan
+        held.load(openings([name], [plan], [(name, Pool.ENRICHMENT, day_of(now_ms), 2_000)]))  # it waits for a period
+    held.evict(0, 0)  # as many as were loaded
+    assert [account.name for account in held] == names
+    held.evict(0, 0)
+    assert [account.name for account in held] == names[3:] + names[:3]
 
 
 def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:

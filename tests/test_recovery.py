@@ -1,6 +1,7 @@
 """Where a unit begins, and what it does again: from the ledger's marks and Kafka's commits."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -9,8 +10,12 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Kind, Pool
+from schemas.limits import AlertKind
+from schemas.problem import Unreachable
+from sinks import accounts
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
+from streams import assignment
 from streams.account_events import openings
 from streams.recovery import TAIL_ROWS_MAX, Start, instants_of, starting_point, told_at, without
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
@@ -166,6 +171,50 @@ async def test_what_is_folded_again_is_told_before_it_is_committed(client: Clien
     bench = await Bench.open(client, committed=(0, 1))
     assert bench.states[b"enrichment/ws_1"].used == "2"
     assert not bench.unit.balances.moved
+
+
+@ON_CHDB
+async def test_an_instant_that_comes_during_the_look_back_is_told(client: Client) -> None:
+    """Who waits for it is loaded later, and as of before it: nobody's upgrade is lost while a slow ledger is asked."""
+    waiting, busy = Story(), Story("ws_2")
+    waiting.plan("4", at("Jan 15"))
+    waiting.runs(4, at("Jan 16"))
+    waiting.plan("20", at("Jan 18"), at("Jan 16 12:00"))
+    busy.runs(1, at("Jan 17"))
+    topics = Topics()
+    before = await live(client, (0, 0), *topics.append(waiting.steps), *topics.append(busy.steps))
+    comes = asyncio.Event()
+    bench = await Bench.open(client, committed=before.committed, accounts_max=1, on_look_aside=comes.wait)
+    assert list(bench.unit.balances) == [bench.unit.balances["ws_2"]]
+    busy.runs(1, at("Jan 19"))
+    ((_, records),) = topics.append(busy.steps[-1:])
+    bench.deliver(records)
+    now_ms = to_milliseconds(at("Jan 19"))
+    bench.unit.ends_ms = lambda: (now_ms, now_ms)
+    task = bench.start()
+    await bench.wait(task, lambda: bench.acknowledged == 1)
+    assert bench.alerts == []
+    comes.set()
+    await bench.wait(task, lambda: bool(bench.alerts))
+    await bench.kill(task)
+    assert [(alert.workspace_id, alert.kind, alert.at) for alert in bench.alerts] == [
+        ("ws_1", AlertKind.RECOVERED, at("Jan 18"))
+    ]
+
+
+@ON_CHDB
+async def test_a_recovery_that_takes_too_long_ends_the_process(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker may be quicker: partitions do not wait for ever behind a ledger that hangs."""
+    monkeypatch.setattr(assignment, "RECOVERY_S_MAX", 0.2)
+    monkeypatch.setattr(Bench, "look_up", _hang)
+    with pytest.raises(Unreachable, match=r"cell-runs\[0\] is not recovered: after 0.2 s"):
+        await Bench.open(client)
+
+
+async def _hang(bench: Bench, question: Callable[..., Any], *args: Any) -> Any:
+    if question is accounts.last_recorded_ms:
+        await asyncio.sleep(60)
+    return await asyncio.to_thread(question, bench.client, *args)
 
 
 @ON_CHDB

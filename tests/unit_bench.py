@@ -66,12 +66,13 @@ class Bench:
         self.sent: list[Sent] = []
         self.on_load: Callable[[], Awaitable[None]] | None = None
         self.on_note: Callable[[], Awaitable[None]] | None = None
+        self.on_look_aside: Callable[[], Awaitable[None]] | None = None
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
         self.lanes: Final = Lanes(**self._own_lanes() | lanes)
         self.loader: Final = Loader(
-            settings, self.lanes, self._outlets(), self.look_up, self.look_up, self._send, lambda _: None
+            settings, self.lanes, self._outlets(), self.look_up, self._look_aside, self._send, lambda _: None
         )
         self.unit: Unit
 
@@ -86,21 +87,26 @@ class Bench:
         chains: tuple[Chain, Chain] = CHAINS,
         committed: Sequence[int | None] = (None, None),
         accounts_max: int = 1_000,
+        on_look_aside: Callable[[], Awaitable[None]] | None = None,
         rating: RatingTable | None = None,
         plans: PlanLists = PLANS,
     ) -> Self:
-        """A unit at the ledger's marks, its duplicate filter complete; ``committed``: Kafka's next offsets."""
+        """A unit at the ledger's marks; ``committed``: Kafka's next offsets. What is loaded in the background is there,
+        unless ``on_look_aside`` is to be awaited before it is asked for.
+        """
         lanes = {
             "rating": rating or RatingTable(EXAMPLES), "plans": plans, "batching": Batching(batch_rows, linger_s),
         }  # fmt: skip
         settings = Settings(partitions=1, balances_max=accounts_max, duplicate_filter_mb_max=8)
         bench = cls(client, settings, chains, lanes)
+        bench.on_look_aside = on_look_aside
         runs, events = committed
         bench.committed = [runs, events]
         marks = await bench.loader.read_mark(chains[0]), await bench.loader.read_mark(chains[1])
         place = Place(chains, marks, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
         bench.unit = await bench.loader.load(place, None, bench._in_background)
-        await asyncio.gather(*bench._background)
+        if not on_look_aside:
+            await asyncio.gather(*bench._background)
         bench.in_writer = in_writer or bench.in_writer
         return bench
 
@@ -153,6 +159,11 @@ class Bench:
     async def look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         """Ask the ledger in a thread."""
         return await asyncio.to_thread(question, self.client, *args)
+
+    async def _look_aside(self, question: Callable[..., Any], *args: Any) -> Any:
+        if self.on_look_aside:
+            await self.on_look_aside()
+        return await self.look_up(question, *args)
 
     async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
         self.looked_up.append(set(identities))
