@@ -102,8 +102,12 @@ class Home(msgspec.Struct, frozen=True):
                 if _try_lock(lock.fileno(), fcntl.LOCK_SH):
                     return None
             endpoints = msgspec.json.decode(self.endpoints_path.read_bytes(), type=Endpoints)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise Problem(
+                f"{self.path} cannot be read", error.strerror or "", "Choose a directory that you may read."
+            ) from error
         return endpoints if endpoints.pid == lock_holder(self._lock_path) else None
 
     def _held_by_another(self) -> Problem:

@@ -77,6 +77,15 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
             f"{self.doubled:,} doubled; {Decimal(self.credits):,f} credits {equal} the reference rater's"
         )
 
+    @property
+    def sums_sentence(self) -> str:
+        """The same sums on two roads, in one line."""
+        sums = self.sums
+        return (
+            f"sums through projections: {Decimal(sums.credits_projected):,f} credits, {sums.rows_projected:,} rows; "
+            f"over raw rows: {Decimal(sums.credits_raw):,f} credits, {sums.rows_raw:,} rows"
+        )
+
 
 def reconcile(
     answers: Answers,

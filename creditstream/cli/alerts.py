@@ -3,6 +3,7 @@
 import os
 import signal
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -14,11 +15,13 @@ from creditstream.cli.options import (
     as_of_option,
     format_option,
     home_option,
+    kafka_settings_of,
     settings_of,
     show_rows,
     source_options,
     utc,
 )
+from creditstream.cli.terminal import say
 from schemas.answers import PublishedAlert
 from schemas.limits import AlertKind
 from schemas.problem import Problem
@@ -69,7 +72,7 @@ def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> No
         raise Problem(
             "the test alert was not accepted", f"{answer.said}, after {answer.took_ms} ms", _as_option(answer.fix)
         )
-    click.echo(f"{answer.said} in {answer.took_ms} ms")
+    say(f"{answer.said} in {answer.took_ms} ms")
 
 
 def _as_option(said: object) -> str:
@@ -83,7 +86,7 @@ def _secret(variable: str | None) -> str:
 
     if variable is None:
         fresh = new_secret()
-        click.echo(f"secret, made up: {fresh}", err=True)
+        say(f"secret, made up: {fresh}", err=True)
         return fresh
     try:
         secret = os.environ.get(variable, "").strip()
@@ -110,8 +113,8 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
     if endpoint is not None and endpoint not in known:
         raise click.UsageError(f"{endpoints} has no endpoint {endpoint!r}; it has {', '.join(known) or 'none'}.")
     refused = []
-    for name, answer in send_again(settings_of(home), known, alert_id, endpoint):
-        click.echo(f"{name}: {answer.said} in {answer.took_ms} ms{'' if answer.is_success else f'. {answer.fix}'}")
+    for name, answer in send_again(kafka_settings_of(home), known, alert_id, endpoint):
+        say(f"{name}: {answer.said} in {answer.took_ms} ms{'' if answer.is_success else f'. {answer.fix}'}")
         refused += [] if answer.is_success else [name]
     if refused:
         raise Problem("the alert was not accepted", f"by {', '.join(refused)}", "See above.")
@@ -160,7 +163,7 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
         when: str
         said: str
 
-    found = [delivery for delivery in deliveries(settings_of(home)) if state in (None, delivery.state)]
+    found = [delivery for delivery in deliveries(kafka_settings_of(home)) if state in (None, delivery.state)]
     rows = [
         Row(
             each.state,
@@ -186,10 +189,8 @@ def listen(port: int, secret_env: str | None) -> None:
     from creditstream.webhooks.receiver import Receiver
     from creditstream.webhooks.signing import parse_secret
 
-    def complain(line: str) -> None:
-        click.echo(line, err=True)
-
-    receiver = Receiver(parse_secret(_secret(secret_env)), port, click.echo, complain)
+    complain = partial(say, err=True)
+    receiver = Receiver(parse_secret(_secret(secret_env)), port, say, complain)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     complain(f"listening on {receiver.url} (an endpoint there needs allow_private = true); Ctrl-C ends it")
     try:

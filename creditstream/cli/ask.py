@@ -1,6 +1,7 @@
 """Questions to the ledger: what was used, why a run cost what it cost, what could not be metered."""
 
 from datetime import date, datetime
+from shlex import quote
 from uuid import UUID
 
 import rich_click as click
@@ -8,12 +9,14 @@ import rich_click as click
 from creditstream.asking import ask
 from creditstream.cli.options import (
     format_option,
+    grouped,
     settings_of,
     show_record,
     show_rows,
     source_options,
     utc,
 )
+from creditstream.cli.terminal import say
 from schemas.answers import By, DeadLetter, Explanation
 from schemas.ledger import DEAD_LETTER_REASONS, Position
 from schemas.problem import Problem
@@ -90,7 +93,7 @@ def explain(run_id: str, home: str, url: str, form: str) -> None:
     if form == "json":
         show_record(explanation)
     else:
-        click.echo("\n".join(explained(explanation)))
+        say(*explained(explanation))
 
 
 def explained(run: Explanation) -> list[str]:
@@ -120,7 +123,7 @@ def explained(run: Explanation) -> list[str]:
         f"{utc(delivery.recorded_at)}{f'  ({delivery.detail})' if delivery.detail else ''}"
         for delivery in run.deliveries
     ]
-    return [*lines, "", f"More: creditstream usage {run.workspace_id} --by column"]
+    return [*lines, "", f"More: `creditstream usage {quote(run.workspace_id)} --by column`"]
 
 
 def _moved(run: Explanation) -> list[str]:
@@ -129,9 +132,10 @@ def _moved(run: Explanation) -> list[str]:
     if move := run.balance:
         period = f", period {move.period_start} to before {move.period_end}" if move.period_start else ""
         if move.plan or move.allowance != "0":
-            balance = f"{move.before} -> {move.after} of {move.allowance} {move.pool} credits"
+            moved = f"{grouped(move.before)} -> {grouped(move.after)}"
+            balance = f"{moved} of {grouped(move.allowance)} {move.pool} credits left"
         else:
-            drawn = (text.removeprefix("-") for text in (move.before, move.after))
+            drawn = (grouped(text).removeprefix("-") for text in (move.before, move.after))
             balance = f"{' -> '.join(drawn)} {move.pool} credits drawn"
         plan = f", plan {move.plan}" if move.plan else ", no plan"
         lines.append(f"  balance    {balance}{period}{plan}")
@@ -180,9 +184,13 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
     if form == "json":
         show_record(letter)
         return
-    click.echo(f"{letter.position} was set aside as {letter.reason}: {letter.detail}\n")
-    click.echo(f"  received   {utc(letter.recorded_at)}")
-    click.echo(f"  key        {letter.raw_key}")
-    click.echo(f"  headers    {letter.raw_headers or '-'}")
-    click.echo(f"  value      {letter.raw_bytes:,} bytes\n")
-    click.echo(letter.raw)
+    say(
+        f"{letter.position} was set aside as {letter.reason}: {letter.detail}",
+        "",
+        f"  received   {utc(letter.recorded_at)}",
+        f"  key        {letter.raw_key}",
+        f"  headers    {letter.raw_headers or '-'}",
+        f"  value      {letter.raw_bytes:,} bytes",
+        "",
+        *letter.raw.split("\n"),
+    )

@@ -1,6 +1,7 @@
 """Questions about credits: what is left, where it went, may it run, what will it cost, who comes close."""
 
 from datetime import datetime
+from shlex import quote
 
 import rich_click as click
 
@@ -8,14 +9,18 @@ from creditstream.asking import ask
 from creditstream.cli.options import (
     as_of_option,
     format_option,
+    grouped,
     settings_of,
     show_record,
     show_rows,
     source_options,
     utc,
 )
+from creditstream.cli.terminal import say
 from schemas.answers import Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
+from schemas.credits import parse_credits
 from schemas.problem import Difference
+from sinks.explain import credits_text
 
 CELLS_MAX = 10_000_000
 BALANCE_COLUMNS = (
@@ -70,7 +75,7 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
     with ask(settings_of(home), url) as answers:
         lines = answers.statement(workspace, period.date() if period else None, as_of)
     if form == "text":
-        click.echo("\n".join([*_heading(lines[0]), ""]))
+        say(_heading(lines[0]), "")
     show_rows(lines, form, STATEMENT_COLUMNS if form == "text" else StatementLine.__struct_fields__, "")
     wrong = [line.pool for line in lines if not line.foots]
     if wrong:
@@ -78,14 +83,14 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
         raise Difference(what, f"pool {' and '.join(wrong)}", "Run `creditstream reconcile`.")
     if form == "text":
         days = f"--from {lines[0].period_start} --to {lines[0].period_end}"
-        click.echo("\nopening + granted - debited + reversed - expired = closing: it foots.")
-        click.echo(f"More: creditstream usage {workspace} {days}")
+        say("", "opening + granted - debited + reversed - expired = closing: it foots.")
+        say(f"More: `creditstream usage {quote(workspace)} {days}`")
 
 
-def _heading(line: StatementLine) -> list[str]:
+def _heading(line: StatementLine) -> str:
     state = "closed" if line.is_closed else f"running, as of {utc(line.as_of)}"
     plan = f"plan {line.plan}" if line.plan else "no plan"
-    return [f"{line.workspace_id}, {plan}, {line.period_start} to before {line.period_end} ({state})"]
+    return f"{line.workspace_id}, {plan}, {line.period_start} to before {line.period_end} ({state})"
 
 
 @click.command()
@@ -123,7 +128,7 @@ def check(
     if form == "json":
         show_record(found)
     else:
-        click.echo(told(found))
+        say(told(found))
     if not found.allowed:
         context.exit(Difference.exit_code)
 
@@ -145,8 +150,8 @@ def told(found: SpendCheck) -> str:
     because = _BECAUSE[found.reason].format(
         action=found.action,
         workspace_id=found.workspace_id,
-        credits=found.credits,
-        remaining=found.remaining,
+        credits=grouped(found.credits),
+        remaining=grouped(found.remaining or "0"),
         pool=found.pool,
     )
     until = f"; the next period starts on {found.period_end}" if found.period_end and not found.allowed else ""
@@ -179,28 +184,39 @@ def estimate(
 
     Example: `creditstream estimate ws_0001 find_work_email --cells 5000 --table tbl_1 --column col_2`
     """
+    if table_id and not column_id:
+        raise click.UsageError("--table says which column is meant; give --column, too.")
     column = {"table_id": table_id, "column_id": column_id}
     with ask(settings_of(home), url) as answers:
         found = answers.estimate(workspace, action, cells=cells, own_api_key=own_api_key, as_of=as_of, **column)
     if form == "json":
         show_record(found)
     else:
-        click.echo("\n".join(estimated(found)))
+        say(*estimated(found))
     if found.warning:
-        click.echo(found.warning, err=True)
+        say(found.warning, err=True)
 
 
 def estimated(found: Estimate) -> list[str]:
     """The estimate as lines of text."""
-    runs = sum(share.runs for share in found.history)
-    rests_on = ", ".join(f"{share.runs:,} {share.reason}" for share in found.history) or "no history: the worst case"
     return [
-        f"{found.action} in {found.cells:,} cells, {found.price} credits each",
+        f"{found.action} in {found.cells:,} cells, {credits_text(parse_credits(found.price))} each",
         "",
-        f"  worst case  {found.worst_case} credits",
-        f"  expected    {found.expected} credits ({f'{runs:,} runs: ' if runs else ''}{rests_on})",
-        f"  left        {'unknown' if found.remaining is None else found.remaining}",
+        f"  worst case  {grouped(found.worst_case)} credits",
+        f"  expected    {grouped(found.expected)} credits ({_rests_on(found)})",
+        f"  left        {'unknown' if found.remaining is None else grouped(found.remaining)}",
     ]
+
+
+def _rests_on(found: Estimate) -> str:
+    if found.worst_case == "0":
+        return "it is free"
+    if not found.column_id:
+        return "the worst case: name --table and --column to go by the column's own history"
+    if not found.history:
+        return f"the worst case: column {found.column_id} has no history of this action"
+    runs = sum(share.runs for share in found.history)
+    return f"{runs:,} runs: {', '.join(f'{share.runs:,} {share.reason}' for share in found.history)}"
 
 
 @click.command()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import rich_click as click
 
-from creditstream.cli.options import F, home_option, settings_of
+from creditstream.cli.options import F, home_option, kafka_settings_of
+from streams.settings import variable
 
 
 def endpoints_option(command: F) -> F:
@@ -15,8 +16,9 @@ def endpoints_option(command: F) -> F:
         "--endpoints",
         type=click.Path(dir_okay=False, path_type=Path),
         required=True,
-        envvar="CREDITSTREAM_WEBHOOK_ENDPOINTS",
-        help="TOML file that says who is told [CREDITSTREAM_WEBHOOK_ENDPOINTS].",
+        envvar=variable("webhook_endpoints"),
+        show_envvar=True,
+        help="TOML file that says who is told.",
     )(command)
 
 
@@ -33,7 +35,7 @@ def notifier(endpoints: Path, home: str | None) -> None:
     """
     from creditstream.webhooks.service import run_notifier
 
-    exit_code = run_notifier(settings_of(home), endpoints)
+    exit_code = run_notifier(kafka_settings_of(home), endpoints)
     sys.stderr.flush()
     # A thread that waits for a receiver, or for the resolver, must not hold up the end.
     os._exit(exit_code)

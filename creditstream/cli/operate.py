@@ -1,11 +1,22 @@
 """For whoever runs it: topics, migrations, settings, and the proof that the books close."""
 
+import msgspec
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import FORMATS, home_option, settings_of, show_record, show_rows, source_options
-from schemas.problem import Difference
-from streams.settings import Origin, origins, read_settings, unknown_variables
+from creditstream.cli.options import (
+    FORMATS,
+    format_option,
+    home_option,
+    kafka_settings_of,
+    settings_of,
+    show_record,
+    show_rows,
+    source_options,
+)
+from creditstream.cli.terminal import say
+from schemas.problem import Difference, Problem
+from streams.settings import Origin, origins, read_settings, unknown_variables, variable
 
 BOOK_COLUMNS = (
     "topic", "partition", "events", "rows", "missing", "doubled", "different", "behind", "offsets_without_event",
@@ -24,23 +35,17 @@ def reconcile(home: str, url: str, form: str) -> None:
     from creditstream.reconcile import PartitionBooks
     from creditstream.reconcile import reconcile as compare
 
-    settings = settings_of(home)
+    settings = kafka_settings_of(home)
     with ask(settings, url) as answers:
-        books = compare(answers, settings, say=lambda line: click.echo(line, err=True))
+        books = compare(answers, settings, say=lambda line: say(line, err=True))
     if form == "json":
         show_record(books)
     else:
         columns = BOOK_COLUMNS if form == "text" else PartitionBooks.__struct_fields__
         show_rows(books.partitions, form, columns, "The topic has no partitions.")
-    if form == "text":
-        sums = books.sums
-        click.echo(
-            f"\nsums through projections: {sums.credits_projected} credits, {sums.rows_projected:,} rows; "
-            f"over raw rows: {sums.credits_raw} credits, {sums.rows_raw:,} rows"
-        )
-        click.echo(books.sentence)
-    for example in (example for book in books.partitions for example in book.examples):
-        click.echo(f"  {example}", err=True)
+        if form == "text":
+            say("", books.sums_sentence, books.sentence)
+    say(*(f"  {example}" for book in books.partitions for example in book.examples), err=True)
     if not books.closes:
         raise Difference(
             "the books do not close",
@@ -56,14 +61,14 @@ def topics(home: str, check: bool) -> None:
     """Create the topics that are missing, and check those that exist."""
     from streams.topics import Broker, ensure_topic, require_topic, topic_names
 
-    settings = settings_of(home)
+    settings = kafka_settings_of(home)
     broker = Broker(settings)
     for name in topic_names(settings):
         found, created = (
             (require_topic(broker, name, settings), False) if check else ensure_topic(broker, name, settings)
         )
         done = "created" if created else "fits"
-        click.echo(f"{found.name}: {done}, {found.partitions} partitions, id {found.id}")
+        say(f"{found.name}: {done}, {found.partitions} partitions, id {found.id}")
 
 
 @click.command()
@@ -86,15 +91,31 @@ def migrate(home: str) -> None:
             applied = apply(client)
             client.close()
     for migration in applied:
-        click.echo(f"applied {migration.number:04d} {migration.name}")
+        say(f"applied {migration.number:04d} {migration.name}")
     if not applied:
-        click.echo("nothing to do")
+        say("nothing to do")
 
 
 @click.command()
-@click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")
-def config(form: str) -> None:
+@home_option
+@format_option
+def config(home: str | None, form: str) -> None:
     """Every setting: its value, where it comes from, its bounds and its meaning."""
-    rows = origins(read_settings())
+    try:
+        settings = read_settings(home=home)
+    except Problem as wrong:
+        # The fix that others name is this command.
+        raise Problem(wrong.what, wrong.why, "Correct it, or unset it.") from wrong
+    rows = [_in_force(row, settings.home) for row in origins(settings)]
     rows += [Origin(name, "", "environment", "", "unknown: ignored") for name in unknown_variables()]
     show_rows(rows, form, Origin.__struct_fields__, "")
+
+
+def _in_force(row: Origin, home: str) -> Origin:
+    """The setting as commands use it: a worker that runs in the home says which Kafka is meant."""
+    from creditstream.home import Home
+
+    worker = Home.at(home).worker()
+    if row.setting != variable("kafka_bootstrap") or not worker:
+        return row
+    return msgspec.structs.replace(row, value=worker.kafka_bootstrap, origin=f"the worker, process {worker.pid}")

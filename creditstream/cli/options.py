@@ -1,8 +1,8 @@
 """The options that commands share, and the one way in which a table leaves the program."""
 
 import csv
+import io
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -11,22 +11,33 @@ import msgspec
 import orjson
 import rich_click as click
 
+from creditstream.cli.terminal import printable, say, write
 from schemas import account
-from streams.settings import Settings, read_settings
+from schemas.credits import group_credits, parse_credits
+from schemas.problem import Unreachable
+from streams.settings import Settings, read_settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("text", "json", "csv")
+WIDTH_ELSEWHERE = 200
+"""Of a table that is not printed on a terminal, in characters."""
 
 
 def home_option(command: F) -> F:
     """``--home``: which installation."""
-    return click.option("--home", metavar="DIR", help="Directory of all embedded state [CREDITSTREAM_HOME].")(command)
+    return click.option(
+        "--home",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        envvar=variable("home"),
+        help=f"Directory of all embedded state [{variable('home')}].",
+    )(command)
 
 
 def source_options(command: F) -> F:
     """``--home`` and ``--url``: whom to ask."""
-    url = click.option("--url", metavar="URL", default="", help="A worker's read API, when it is not the home's.")
+    url = click.option("--url", type=Url(), default="", help="A worker's read API, when it is not the home's.")
     return home_option(url(command))
 
 
@@ -48,47 +59,85 @@ def settings_of(home: str | None = None, **flags: str | int | None) -> Settings:
     return settings
 
 
+def kafka_settings_of(home: str | None = None) -> Settings:
+    """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
+    from creditstream.home import Home
+
+    settings = settings_of(home)
+    place = Home.at(settings.home)
+    if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
+        option = f" --home {home}" if home else ""
+        fix = f"Run `creditstream worker --embedded{option}` in another terminal, then this again."
+        raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
+    return settings
+
+
 def show_rows(rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str) -> None:
     """Print a table: ``columns`` of each row. ``nothing`` is what people read when there is no row."""
-    values = [msgspec.to_builtins(row) for row in rows]
     if form == "json":
-        sys.stdout.buffer.write(orjson.dumps(values, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-        return
-    if form == "csv":
-        writer = csv.writer(sys.stdout)
+        write(_json(rows))
+    elif form == "csv":
+        table = io.StringIO()
+        writer = csv.writer(table)
         writer.writerow(columns)
+        values = [msgspec.to_builtins(row) for row in rows]
         writer.writerows([[_plain(value.get(column, "")) for column in columns] for value in values])
-        return
-    if not rows:
-        click.echo(nothing)
-        return
-    _print_table(values, columns)
+        write(table.getvalue())
+    elif not rows:
+        say(nothing)
+    else:
+        _print_table(rows, columns)
 
 
 def show_record(record: msgspec.Struct) -> None:
     """Print one object as JSON."""
-    value = msgspec.to_builtins(record)
-    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write(_json(record))
 
 
-def _print_table(values: list[dict[str, Any]], columns: Sequence[str]) -> None:
+def _json(value: Any) -> str:
+    return orjson.dumps(msgspec.to_builtins(value), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+AMOUNTS = frozenset({
+    "credits", "credits_reference", "used", "allowance", "remaining", "overage",
+    "opening", "granted", "debited", "reversed", "expired", "closing",
+})  # fmt: skip
+"""Columns that hold credits, which people read in groups of three digits."""
+
+
+def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = all(_is_number(value.get(column, "")) for value in values)
+        right = column in AMOUNTS or all(_is_count(getattr(row, column)) for row in rows)
         table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for value in values:
-        table.add_row(*(Text(_plain(value.get(column, ""))) for column in columns))
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
-    console.print(table)
+    for row in rows:
+        table.add_row(*(Text(printable(_read(column, getattr(row, column)))) for column in columns))
+    screen, text = Console(), io.StringIO()
+    width = screen.width if screen.is_terminal else WIDTH_ELSEWHERE
+    Console(file=text, force_terminal=screen.is_terminal, width=width).print(table)
+    write(text.getvalue())
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, str) and value.replace(".", "").lstrip("-").isdigit())
+def _read(column: str, value: Any) -> str:
+    """A field as people read it."""
+    if isinstance(value, datetime):
+        return utc(value)
+    if _is_count(value):
+        return f"{value:,}"
+    return grouped(value) if column in AMOUNTS else _plain(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def grouped(credits: str) -> str:
+    """Credits as people read them: ``"19,998"``."""
+    return group_credits(parse_credits(credits))
 
 
 def _plain(value: Any) -> str:
@@ -110,9 +159,28 @@ class Instant(click.ParamType):
             return value
         try:
             instant = datetime.fromisoformat(value)
-        except ValueError:
+            return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+        except (ValueError, OverflowError):  # an offset may lead out of the years that there are
             self.fail(f"{value!r} is no time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
-        return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+
+
+class Url(click.ParamType):
+    """Where a worker's read API is: ``http://127.0.0.1:8620``. Empty: not given."""
+
+    name = "URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, where it is one."""
+        from urllib.parse import urlsplit  # a tenth of the time that `--help` may take
+
+        try:
+            parts = urlsplit(value)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if value and not is_url:
+            self.fail(f"{value!r} is no URL; write http://127.0.0.1:8620, say.", param, ctx)
+        return str(value)
 
 
 class Credits(click.ParamType):

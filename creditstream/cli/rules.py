@@ -6,6 +6,7 @@ from pathlib import Path
 import rich_click as click
 
 from creditstream.cli.options import format_option, settings_of, show_record, show_rows
+from creditstream.cli.terminal import say
 from schemas.answers import Price
 from schemas.catalogue import Catalogue, read_version
 from schemas.prices import price_of, prices
@@ -47,9 +48,12 @@ def show(action: str, own_api_key: bool, form: str) -> None:
     if form == "json":
         show_record(price)
         return
-    click.echo(f"{price.name}: {_cost(price, own_api_key)}.")
-    click.echo(f"\n  action     {price.action} ({price.category}, provider {price.provider})")
-    click.echo(f"  priced by  catalogue version {price.catalogue}, in force since {price.effective_from:%Y-%m-%d}")
+    say(
+        f"{price.name}: {_cost(price, own_api_key)}.",
+        "",
+        f"  action     {price.action} ({price.category}, provider {price.provider})",
+        f"  priced by  catalogue version {price.catalogue}, in force since {price.effective_from:%Y-%m-%d}",
+    )
 
 
 def _cost(price: Price, own_api_key: bool) -> str:
@@ -69,4 +73,4 @@ def check(file: Path) -> None:
     """Check a catalogue file as the worker would; exit 1 naming file, action and field."""
     version = read_version(file)
     since = f"{version.effective_from:%Y-%m-%d %H:%M} UTC"
-    click.echo(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {since}")
+    say(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {since}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from creditstream.cli.options import home_option
+from creditstream.cli.terminal import say
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
 
@@ -38,7 +39,7 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
         if embedded:
             from creditstream.embedded import EmbeddedKafka
 
-            kafka = held.enter_context(EmbeddedKafka(place, lambda line: click.echo(line, err=True)))
+            kafka = held.enter_context(EmbeddedKafka(place, lambda line: say(line, err=True)))
             poll_kafka = kafka.poll
             settings = _embedded_settings(kafka.settings, place.path.as_posix())
         exit_code = _run(settings, place, poll_kafka, end_with_input)
@@ -61,5 +62,5 @@ def _run(settings: Settings, place: "Home", poll_kafka: Callable[[], int | None]
     try:
         return run_service(settings, place, poll_kafka, end_with_input)
     except Problem as problem:
-        click.echo(f"creditstream: {problem}", err=True)
+        say(*f"creditstream: {problem}".split("\n"), err=True)
         return problem.exit_code

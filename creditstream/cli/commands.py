@@ -1,0 +1,59 @@
+"""Every command, and how the command line is run."""
+
+import rich_click as click
+
+from creditstream import __version__
+from creditstream.cli import account, alerts, ask, balance, demo, notifier, operate, rules, send, worker
+from creditstream.cli.terminal import NAME, as_called, program
+
+click.rich_click.TEXT_MARKUP = "rich"
+click.rich_click.MAX_WIDTH = 110
+click.rich_click.COMMAND_GROUPS = {
+    "creditstream": [
+        {"name": "Start here", "commands": ["demo"]},
+        {"name": "Ask", "commands": ["balance", "usage", "explain", "statement", "rules", "dead-letters"]},
+        {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
+        {"name": "Be told", "commands": ["alerts", "notifier", "listen"]},
+        {"name": "Bill", "commands": ["plan", "grant", "reverse", "limits"]},
+        {"name": "Send", "commands": ["send"]},
+        {"name": "Operate", "commands": ["worker", "reconcile", "topics", "migrate", "config"]},
+    ]
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=NAME)
+def cli() -> None:
+    """Meters cell runs into an exactly-once credit ledger, and explains any charge in one sentence.
+
+    Try `creditstream demo`.
+    """
+
+
+for command in (
+    demo.demo, worker.worker, send.send, ask.usage, ask.explain, ask.dead_letters, rules.rules,
+    balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
+    account.plan, account.grant, account.reverse, account.limits,
+    alerts.alerts, notifier.notifier, alerts.listen,
+    operate.reconcile, operate.topics, operate.migrate, operate.config,
+):  # fmt: skip
+    cli.add_command(command)
+
+
+def run() -> int:
+    """Run what was typed; the exit code. Problem and KeyboardInterrupt are for the caller."""
+    _name_as_called(cli)
+    try:
+        return cli.main(standalone_mode=False, prog_name=program()) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort as end:
+        raise KeyboardInterrupt from end
+
+
+def _name_as_called(command: click.Command) -> None:
+    """Let the examples of a command's help be typed as they stand, and those of the commands below it."""
+    command.help = as_called(command.help or "")
+    for below in getattr(command, "commands", {}).values():
+        _name_as_called(below)

@@ -1,0 +1,60 @@
+"""What a person reads: commands as they are called here, and text that cannot command the terminal.
+
+Ids and details come from events, so anybody may have written them. JSON and CSV, which programs read, stay exact.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Final, TextIO
+
+from schemas.problem import Problem
+
+NAME: Final = "creditstream"
+
+
+def program() -> str:
+    """How this program is called again: by its name where the PATH leads to it, else as it was called now."""
+    import shutil  # slow to load
+
+    called, found = Path(sys.argv[0]), shutil.which(NAME)
+    if called.name != NAME:
+        return f"{shlex.quote(sys.executable)} -m {NAME}"
+    return NAME if found and called.exists() and called.samefile(found) else shlex.quote(sys.argv[0])
+
+
+def as_called(text: str) -> str:
+    """A text whose commands in backticks, `creditstream ...`, can be typed as they stand."""
+    return text.replace(f"`{NAME} ", f"`{program()} ")
+
+
+def printable(text: str) -> str:
+    """A text in which control characters, and others that cannot be seen, are written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines for a person; whatever stands in one, it stays one line."""
+    text = "".join(f"{printable(as_called(line))}\n" for line in lines)
+    write(text, sys.stderr if err else sys.stdout)
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Write to standard output, or to another stream, exactly. Ends the program quietly when nobody reads any more;
+    Problem when it cannot be written.
+    """
+    chosen = stream or sys.stdout
+    if chosen is None:  # standard output was closed before the start
+        return
+    try:
+        chosen.write(text)
+        chosen.flush()
+    except BrokenPipeError:
+        # What is left in its buffer would be complained about at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), chosen.fileno())
+        sys.exit(0)
+    except OSError as error:
+        raise Problem("the output cannot be written", error.strerror or "", "Write it elsewhere.") from error
