@@ -1,19 +1,31 @@
 """Send cell runs by hand: for trying things, for tests of a producer, for repairs."""
 
 import time
-from typing import IO, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import rich_click as click
 
 from creditstream.asking import Answers, ask
-from creditstream.cli.options import settings_of, source_options
-from schemas.answers import Explanation
-from schemas.cell_run import CellRun
-from schemas.problem import Problem, UnknownId, Unreachable
+from creditstream.cli.options import kafka_settings_of, source_options
+from creditstream.cli.terminal import say
+from schemas.answers import LedgerRow
+from schemas.catalogue import Catalogue
+from schemas.cell_run import CellRun, to_milliseconds
+from schemas.ledger import Position, Reason
+from schemas.problem import Problem, Unreachable
+from sinks.explain import credits_text, sentence
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from streams.topics import Topic
 
 DELIVERY_S_MAX = 30.0
 WAIT_S_MAX = 30.0
+"""Without any new row of a partition."""
 POLL_S = 0.1
+PAGE_ROWS = 20_000
 
 
 @click.command()
@@ -27,15 +39,9 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
 
     Example: `creditstream send --wait runs.ndjson`
     """
-    settings = settings_of(home)
     runs, bad = _read(file)
     if runs:
-        places = _produce(settings, runs)
-        click.echo(f"sent {len(places):,} cell run{'s' * (len(places) != 1)} to {settings.kafka_bootstrap}", err=True)
-        if wait:
-            with ask(settings, url) as answers:
-                for run, place in zip(runs, places, strict=True):
-                    click.echo(_line(_await(answers, run, place), place))
+        _send(runs, kafka_settings_of(home), url, wait)
     if bad:
         raise Problem(
             f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct and send them again."
@@ -57,27 +63,41 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
             runs.append(decode_run(line))
         except (msgspec.MsgspecError, UnicodeError) as error:
             bad += 1
-            click.echo(f"line {number}: {name_field(str(error))}", err=True)
+            say(f"line {number}: {name_field(str(error))}", err=True)
     return runs, bad
 
 
-def _produce(settings: Any, runs: list[CellRun]) -> list[str]:
-    from confluent_kafka import KafkaException
+def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None:
+    from streams.topics import Broker, cell_runs_topic, require_topic
 
+    topic = require_topic(Broker(settings), cell_runs_topic(settings), settings)
+    places = _produce(settings, topic.name, runs)
+    next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` tells what the last one cost"
+    say(f"sent {len(runs):,} cell run{'s' * (len(runs) != 1)} to {settings.kafka_bootstrap}{next_step}", err=True)
+    if not wait:
+        return
+    catalogue = Catalogue.load(Path(settings.catalogue_dir))
+    with ask(settings, url) as answers:
+        rows = _await_rows(answers, topic, places)
+    say(*(_line(run, rows[place], catalogue) for run, place in zip(runs, places, strict=True)))
+
+
+def _produce(settings: Settings, topic: str, runs: list[CellRun]) -> list[Position]:
+    """Where each run lies in Kafka. Unreachable when one was not delivered."""
     from creditstream.producing import open_producer
     from schemas.codec import encode_run
-    from streams.topics import Broker, cell_runs_topic, position_of, require_topic
+    from streams.topics import position_of
 
-    topic = cell_runs_topic(settings)
-    require_topic(Broker(settings), topic, settings)
     producer = open_producer(settings)
-    places: dict[int, str] = {}
+    places: dict[int, Position] = {}
+    refusals: list[str] = []
 
     def remember(index: int) -> Any:
         def delivered(error: Any, message: Any) -> None:
             if error:
-                raise KafkaException(error)
-            places[index] = str(position_of(message))
+                refusals.append(error.str())
+            else:
+                places[index] = position_of(message)
 
         return delivered
 
@@ -89,33 +109,48 @@ def _produce(settings: Any, runs: list[CellRun]) -> list[str]:
             except BufferError:
                 producer.poll(POLL_S)
         producer.poll(0)
-    if left := producer.flush(DELIVERY_S_MAX):
+    producer.flush(DELIVERY_S_MAX)
+    if lost := len(runs) - len(places):
         raise Unreachable(
-            f"{left:,} runs were not delivered",
-            f"no answer from {settings.kafka_bootstrap}",
+            f"{lost:,} runs were not delivered",
+            f"{settings.kafka_bootstrap}: {refusals[0] if refusals else 'no answer'}",
             "Send the file again: a copy is never charged twice.",
         )
     return [places[index] for index in range(len(runs))]
 
 
-def _await(answers: Answers, run: CellRun, place: str) -> Explanation:
-    """The explanation, once the ledger has a row for the event at this place."""
-    deadline = time.monotonic() + WAIT_S_MAX
-    while True:
-        try:
-            found = answers.explanation(run.run_id)
-            if any(delivery.position == place for delivery in found.deliveries):
-                return found
-        except UnknownId:
-            pass
-        if time.monotonic() > deadline:
+def _await_rows(answers: Answers, topic: "Topic", places: list[Position]) -> dict[Position, LedgerRow]:
+    """The ledger's row of each place: of this event, whoever else used its run id."""
+    offsets: dict[int, set[int]] = {}
+    for place in places:
+        offsets.setdefault(place.partition, set()).add(place.offset)
+    return {
+        Position(topic.name, partition, row.offset): row
+        for partition, wanted in offsets.items()
+        for row in _rows_through(answers, topic, partition, min(wanted), max(wanted))
+        if row.offset in wanted
+    }
+
+
+def _rows_through(answers: Answers, topic: "Topic", partition: int, first: int, last: int) -> Iterator[LedgerRow]:
+    """A partition's rows of the offsets [first, last], as they come. Unreachable when none comes for a while."""
+    after, deadline = first - 1, time.monotonic() + WAIT_S_MAX
+    while after < last:
+        rows = answers.ledger_rows(topic.id, partition, after, min(PAGE_ROWS, last - after))
+        yield from rows
+        if rows:
+            after, deadline = rows[-1].offset, time.monotonic() + WAIT_S_MAX
+        elif time.monotonic() > deadline:
+            place = Position(topic.name, partition, after + 1)
             raise Unreachable(
-                f"run {run.run_id} has no debit after {WAIT_S_MAX:.0f} s", "the worker is not metering", "See its log."
+                f"{place} has no ledger row after {WAIT_S_MAX:.0f} s", "the worker is not metering", "See its log."
             )
-        time.sleep(POLL_S)
+        else:
+            time.sleep(POLL_S)
 
 
-def _line(found: Explanation, place: str) -> str:
-    mine = next(delivery for delivery in found.deliveries if delivery.position == place)
-    said = found.sentence if mine.position == found.position else f"{mine.kind}: {mine.detail}."
-    return f"{found.run_id}  {mine.credits} credits  {mine.reason}  {said}"
+def _line(run: CellRun, row: LedgerRow, catalogue: Catalogue) -> str:
+    found = catalogue.find(run.action, catalogue.era_at(to_milliseconds(run.ran_at)))
+    action = found[1] if found else None
+    told = sentence(Reason(row.reason), row.credits, row.pool, run.action, action, row.detail)
+    return f"{run.run_id}  {credits_text(row.credits, row.pool)}  {row.reason}  {told}"
