@@ -7,22 +7,24 @@ from uuid import UUID
 
 import rich_click as click
 
-from creditstream.asking import ask
+from creditstream.asking import Answers, ask
 from creditstream.billing import make_event, require_plan, send_event, wait_until_metered
+from creditstream.cli.consequence import Metered, Pools, of_grant, of_limits, of_plan, of_reversal, told_limits
 from creditstream.cli.options import (
     Credits,
     Instant,
     as_of_option,
     format_option,
+    kafka_settings_of,
     settings_of,
     show_record,
     show_rows,
     source_options,
-    utc,
 )
+from creditstream.cli.terminal import say
 from schemas.account import AccountEvent
 from schemas.answers import PlanRow
-from schemas.credits import format_credits
+from schemas.problem import UnknownId
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,11 +62,11 @@ def set_plan(
 
     Example: `creditstream plan set ws_0001 50k --effective-at 2026-11-26T10:00:00Z --wait`
     """
-    effective = effective_at or datetime.now(UTC)
-    chosen = require_plan(settings_of(home), plan, effective)
-    fields = {"plan": plan, "effective_at": effective, "restart_period": restart_period or None}
-    _send("plan_changed", workspace, home, fields, **sent)
-    click.echo(f"{plan}: {format_credits(chosen.allowance)} credits a period, from {utc(effective)}", err=True)
+    since = effective_at or datetime.now(UTC)
+    chosen = require_plan(settings_of(home), plan, since)
+    fields = {"plan": plan, "effective_at": since, "restart_period": restart_period or None}
+    metered = _send("plan_changed", workspace, home, fields, **sent)
+    say(*of_plan(workspace, chosen, since, restart_period, metered), err=True)
 
 
 @plan.command("show")
@@ -93,8 +95,9 @@ def grant(workspace: str, credits: str, effective_at: datetime | None, home: str
 
     Example: `creditstream grant ws_0001 500 --actor ada`
     """
-    effective = effective_at or datetime.now(UTC)
-    _send("premium_granted", workspace, home, {"credits": credits, "effective_at": effective}, **sent)
+    since = effective_at or datetime.now(UTC)
+    metered = _send("premium_granted", workspace, home, {"credits": credits, "effective_at": since}, **sent)
+    say(*of_grant(workspace, credits, since, metered), err=True)
 
 
 @click.command()
@@ -106,7 +109,8 @@ def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
 
     Example: `creditstream reverse 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22 --workspace ws_0001`
     """
-    _send("run_reversed", workspace, home, {"run_id": run_id}, **sent)
+    metered = _send("run_reversed", workspace, home, {"run_id": run_id}, **sent)
+    say(*of_reversal(workspace, run_id, metered), err=True)
 
 
 @click.group()
@@ -131,7 +135,8 @@ def set_limits(
     if own == plan_default:
         raise click.UsageError("Give --threshold or --remaining-below, or else --plan-default.")
     fields = {"thresholds": thresholds or None, "remaining_below": remaining_below}
-    _send("limits_changed", workspace, home, fields, **sent)
+    metered = _send("limits_changed", workspace, home, fields, **sent)
+    say(*of_limits(workspace, metered), err=True)
 
 
 @limits.command("show")
@@ -149,9 +154,7 @@ def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, for
     if form == "json":
         show_record(found)
         return
-    percents = ", ".join(f"{percent} %" for percent in found.thresholds)
-    below = "no absolute line" if found.remaining_below is None else f"{found.remaining_below} credits left"
-    click.echo(f"{workspace} is told at {percents} ({found.thresholds_by}), {below} ({found.remaining_below_by}).")
+    say(told_limits(found))
 
 
 def _send(
@@ -164,14 +167,27 @@ def _send(
     actor: str | None,
     wait: bool,
     url: str,
-) -> None:
-    """Send one event; its id and place go to standard output, for a program that may have to send it again."""
-    settings = settings_of(home)
+) -> Metered | None:
+    """Send one event; its id and place go to standard output, for a program that may have to send it again. What
+    became of it, when it is waited for.
+    """
+    settings = kafka_settings_of(home)
     event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
-    position = send_event(settings, event)
-    said = ""
-    if wait:
-        with ask(settings, url) as answers:
-            row = wait_until_metered(answers, event, position)
+    if not wait:
+        say(f"{event.event_id}  {send_event(settings, event)}")
+        return None
+    with ask(settings, url) as answers:
+        before = _pools(answers, workspace)
+        position = send_event(settings, event)
+        row = wait_until_metered(answers, event, position)
         said = f"  {row.kind}/{row.reason}{f'  {row.detail}' if row.detail else ''}"
-    click.echo(f"{event.event_id}  {position}{said}")
+        say(f"{event.event_id}  {position}{said}")
+        return Metered(row, before, _pools(answers, workspace), answers.limits(workspace, None))
+
+
+def _pools(answers: Answers, workspace: str) -> Pools:
+    """Where the pools stand; none while nothing is known of the workspace."""
+    try:
+        return {pool.pool: pool for pool in answers.balance(workspace, None)}
+    except UnknownId:
+        return {}

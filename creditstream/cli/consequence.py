@@ -1,0 +1,102 @@
+"""What an account event means for its workspace, in sentences for whoever sent it. Pure."""
+
+from datetime import datetime
+from shlex import quote
+from typing import NamedTuple
+from uuid import UUID
+
+from creditstream.cli.options import grouped, utc
+from schemas.answers import Delivery, LimitsInForce, PoolBalance
+from schemas.credits import group_credits
+from schemas.ledger import Kind, Pool
+from schemas.limits import State
+from schemas.plan import Plan
+
+Pools = dict[str, PoolBalance]
+
+
+class Metered(NamedTuple):
+    """The event's ledger row, where the workspace's pools stood before it and after it, and its thresholds now."""
+
+    row: Delivery
+    before: Pools
+    after: Pools
+    limits: LimitsInForce
+
+
+def of_plan(workspace: str, plan: Plan, since: datetime, restarts: bool, metered: Metered | None) -> list[str]:
+    """A plan: what it gives, and from when on."""
+    given = f"{group_credits(plan.allowance)} credits a billing period"
+    told = [f"{workspace} has plan {plan.id}, {given}, from {utc(since)} on."]
+    if restarts:
+        told.append(f"A new billing period starts on {since:%Y-%m-%d}, with this allowance.")
+    pool = metered.after.get(Pool.ENRICHMENT) if metered else None
+    if pool and pool.period_end:
+        told.append(f"The running period, to before {pool.period_end}: {_standing(pool)}.")
+        told.append(f"The next one has {grouped(pool.next_allowance or '0')} credits.")
+    elif not restarts:
+        told.append(
+            "A larger allowance counts from then on; a smaller one, too, on the first day of a billing period, "
+            "and otherwise from the next period on."
+        )
+    return [*told, *_known(metered), _more("plan show", workspace, metered)]
+
+
+def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | None) -> list[str]:
+    """Premium credits."""
+    told = f"{workspace} is granted {grouped(credits)} premium credits from {utc(since)} on; they never expire."
+    return [told, *_moved(metered), _more("balance", workspace, metered)]
+
+
+def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
+    """A run that is taken back."""
+    told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day that it ran."
+    if metered and metered.row.kind == Kind.REVERSAL:
+        drawn = grouped(metered.row.credits.removeprefix("-"))
+        told = f"Run {run_id} of {workspace} is taken back: {drawn} credits are given back, on the day that it ran."
+    more = f"More: `creditstream explain {run_id}`" if metered else _more("balance", workspace, None)
+    return [told, *_moved(metered), more]
+
+
+def of_limits(workspace: str, metered: Metered | None) -> list[str]:
+    """Thresholds."""
+    told = told_limits(metered.limits) if metered else f"{workspace} has other thresholds as soon as it is metered."
+    return [told, *_known(metered), _more("limits show", workspace, metered)]
+
+
+def told_limits(found: LimitsInForce) -> str:
+    """At what a workspace is told, and who said so."""
+    percents = ", ".join(f"{percent} %" for percent in found.thresholds)
+    left = f"{grouped(found.remaining_below)} credits left" if found.remaining_below else "no absolute line"
+    return f"{found.workspace_id} is told at {percents} ({found.thresholds_by}), {left} ({found.remaining_below_by})."
+
+
+def _moved(metered: Metered | None) -> list[str]:
+    """What is left in the pools that the event changed."""
+    if not metered or _known(metered):
+        return _known(metered)
+    lines = []
+    for name, pool in metered.after.items():
+        before = _standing(metered.before[name]) if name in metered.before else "unknown"
+        if before != (now := _standing(pool)):
+            lines.append(f"The {name} pool before: {before}; now: {now}.")
+    return lines or ["What is left now is not changed by it."]
+
+
+def _standing(pool: PoolBalance) -> str:
+    """``2,041 of 50,000 used, 47,959 left``."""
+    if pool.state == State.UNKNOWN_PLAN:
+        return f"{grouped(pool.used)} used, no plan"
+    rest = f"{grouped(pool.remaining)} left" if pool.overage == "0" else f"{grouped(pool.overage)} over"
+    return f"{grouped(pool.used)} of {grouped(pool.allowance)} used, {rest}"
+
+
+def _known(metered: Metered | None) -> list[str]:
+    if metered is None or metered.row.kind != Kind.DUPLICATE:
+        return []
+    return [f"Nothing has changed: {metered.row.detail}."]
+
+
+def _more(command: str, workspace: str, metered: Metered | None) -> str:
+    asked = f"`creditstream {command} {quote(workspace)}`"
+    return f"More: {asked}" if metered else f"It is on its way; {asked} shows what became of it."
