@@ -148,6 +148,7 @@ class Listener(threading.Thread):
                 "group.id": "creditstream-demo",
                 "enable.auto.commit": False,
                 "fetch.queue.backoff.ms": 5,
+                "log_level": 0,
             }
         )
         self._consumer.assign(places)

@@ -2,16 +2,17 @@
 
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from shlex import quote
+from typing import Final, Self
 from uuid import UUID
 
-import rich_click as click
 from rich.console import Console
 from rich.live import Live
 
 from creditstream.asking import WorkerAnswers
 from creditstream.child import child_worker
 from creditstream.cli.options import settings_of
+from creditstream.cli.terminal import program, say
 from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
 from creditstream.demo_view import Facts, alert_line, live_view
@@ -44,11 +45,9 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         ensure_topics(Broker(settings), settings)
         with child_worker(place, instance=EMBEDDED_INSTANCE, **kafka.settings) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
-            scene = _Scene(settings, seconds, rate)
-            _play(console, answers, scene)
-            books = _close(console, answers, settings)
-            scene.listener.enough.set()
-            scene.listener.join()
+            with _Scene(settings, seconds, rate) as scene:
+                _play(console, answers, scene)
+                books = _close(console, answers, settings)
             example = answers.example_run(Reason.CHARGED)
     _report(console, books, scene, example, home)
 
@@ -65,11 +64,18 @@ class _Scene:
         self.worker = TrialWorker(settings, self.trial, seconds)
         self.listener = Listener(settings)
 
-    def begin(self) -> None:
+    def __enter__(self) -> Self:
         self.listener.start()
         self.billing.begin(self.trial)
         self.enrichments.start()
         self.worker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Everybody has gone when Kafka goes, also after Ctrl-C."""
+        self.stop()
+        self.listener.enough.set()
+        self.listener.join()
 
     def go_on(self) -> None:
         """Billing upgrades whoever has been stopped for a while."""
@@ -78,7 +84,8 @@ class _Scene:
             self.billing.set_plan(self.trial, UPGRADE)
             upgraded.set()
 
-    def end(self) -> None:
+    def stop(self) -> None:
+        """No more runs; alerts may still come."""
         for thread in (self.enrichments, self.worker):
             thread.enough.set()
             thread.join()
@@ -87,20 +94,17 @@ class _Scene:
 def _play(console: Console, answers: WorkerAnswers, scene: _Scene) -> None:
     """Let everybody act, and show what becomes of it: live on a terminal, else a line for each alert."""
     started, before, said = time.monotonic(), sum(answers.status().written.values()), 0
-    scene.begin()
-    try:
-        with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
-            while scene.enrichments.is_alive():
-                scene.go_on()
-                if console.is_terminal:
-                    produced = scene.enrichments.produced + scene.worker.allowed
-                    facts = Facts(answers.status(), before, produced, time.monotonic() - started, scene.seconds)
-                    live.update(live_view(facts, scene.listener, scene.worker, scene.trial))
-                else:
-                    said = _say_alerts(console, scene.listener, said)
-                time.sleep(LOOK_S)
-    finally:
-        scene.end()
+    with Live(console=console, refresh_per_second=4, transient=not console.is_terminal) as live:
+        while scene.enrichments.is_alive():
+            scene.go_on()
+            if console.is_terminal:
+                produced = scene.enrichments.produced + scene.worker.allowed
+                facts = Facts(answers.status(), before, produced, time.monotonic() - started, scene.seconds)
+                live.update(live_view(facts, scene.listener, scene.worker, scene.trial))
+            else:
+                said = _say_alerts(console, scene.listener, said)
+            time.sleep(LOOK_S)
+    scene.stop()
     if not console.is_terminal:
         _say_alerts(console, scene.listener, said)
 
@@ -134,23 +138,20 @@ def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUI
     console.print(
         f"\n[bold]{produced:,} runs produced now; {books.sentence}{behind}[/bold]", highlight=False, soft_wrap=True
     )
-    sums = books.sums
-    console.print(
-        f"sums through projections {sums.credits_projected}, over raw rows {sums.credits_raw} credits", highlight=False
-    )
+    console.print(books.sums_sentence, highlight=False, soft_wrap=True)
     for line in (line for book in books.partitions for line in book.examples):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     if not books.closes or books.behind:
         raise Problem("the books do not close", books.sentence, "Keep the home as it is and look at the offsets above.")
-    click.echo("\nThe books close. Try next:\n")
-    option = f" --home {home}" if home else ""
-    if example:
-        click.echo(f"  creditstream explain {example}{option}")
-    for words in (
+    words = [
         f"balance {scene.trial}", f"statement {scene.trial}", f"check {scene.trial} find_work_email --cells 500",
         "alerts list", "usage ws_0001 --by column", "dead-letters list",
-    ):  # fmt: skip
-        click.echo(f"  creditstream {words}{option}")
+    ]  # fmt: skip
+    words = [f"explain {example}", *words] if example else words
+    option = f" --home {quote(home)}" if home else ""
+    say("", "The books close, and Kafka and the worker have ended. Try next:", "")
+    say(*(f"  {program()} {each}{option}" for each in words))
+    say("", f"`creditstream worker --embedded{option}` starts them again: `send`, `plan set` and `grant` need them.")
 
 
 def _tell_of_the_gate(console: Console, scene: _Scene) -> None:
