@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -93,12 +94,39 @@ def test_billing_is_seen_in_every_answer(settings: dict[str, str | int]) -> None
         "exhausted",
     )
     text = creditstream("balance", WORKSPACE, settings=settings)
-    assert "19995" in text.out
+    assert "19,995" in text.out
     assert "None" not in text.out
     table = creditstream("balance", WORKSPACE, "--format", "csv", settings=settings)
     (row, _) = csv.DictReader(io.StringIO(table.out))
     assert tuple(row) == PoolBalance.__struct_fields__
     assert (row["remaining"], row["runs_out_on"]) == ("19995", "")
+
+
+def test_it_is_said_what_an_event_means(settings: dict[str, str | int]) -> None:
+    """Sentences on standard error: what was done, what is left before and now, and the command that shows more."""
+    since = (NOW - timedelta(days=40)).strftime("%Y-%m-%d")
+
+    def said(*words: str) -> list[str]:
+        done = creditstream(*words, settings=settings)
+        assert done.code == 0, done
+        return done.err.splitlines()
+
+    first = said("plan", "set", "ws_told", "50k", "--effective-at", since, "--wait")
+    assert first[0] == f"ws_told has plan 50k, 50,000 credits a billing period, from {since} 00:00:00 UTC on."
+    _, running, coming, more = said("plan", "set", "ws_told", "20k", "--wait")
+    assert re.fullmatch(r"The running period, to before [0-9-]+: 0 of 50,000 used, 50,000 left\.", running)
+    assert coming == "The next one has 20,000 credits."
+    assert more.endswith("creditstream plan show ws_told`")
+    assert said("grant", "ws_told", "1500", "--wait")[1] == (
+        "The premium pool before: 0 of 0 used, 0 left; now: 0 of 1,500 used, 1,500 left."
+    )
+    assert said("grant", "ws_told", "1")[1].startswith("It is on its way; `")
+    assert "a smaller one, too, on the first day" in said("plan", "set", "ws_later", "20k")[1]
+    assert said("limits", "set", "ws_told", "--threshold", "70", "--wait")[0] == (
+        "ws_told is told at 70 %, 100 % (workspace), no absolute line (default)."
+    )
+    again = said("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE, "--wait")
+    assert again[1].startswith("Nothing has changed: the run was reversed at accounts-account-events[")
 
 
 def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> None:
@@ -117,10 +145,10 @@ def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> Non
 def test_a_check_answers_by_its_exit_code(settings: dict[str, str | int]) -> None:
     """0 for yes, 3 for no, and a line that says why."""
     yes = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9997", settings=settings)
-    assert (yes.code, yes.out) == (0, "yes: 19994 of 19995 enrichment credits left (enough)\n")
+    assert (yes.code, yes.out) == (0, "yes: 19,994 of 19,995 enrichment credits left (enough)\n")
     no = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9998", settings=settings)
     assert no.code == 3
-    assert no.out.startswith("no: it would draw 19996 of 19995 enrichment credits left; the next period starts on ")
+    assert no.out.startswith("no: it would draw 19,996 of 19,995 enrichment credits left; the next period starts on ")
     own = creditstream("check", WORKSPACE, "clearbit_enrich_company", "--own-api-key", settings=settings)
     assert (own.code, own.out) == (0, "yes: with the workspace's own API key it costs nothing (R05) (own_api_key)\n")
     nobody = creditstream("check", "ws_none", "enrich_person", settings=settings)
@@ -131,7 +159,13 @@ def test_an_estimate_shows_worst_case_and_what_is_left_r14(settings: dict[str, s
     """A warning goes to standard error."""
     done = creditstream("estimate", WORKSPACE, "find_work_email", "--cells", "20000", settings=settings)
     assert done.code == 0
-    assert "worst case  40000 credits" in done.out
+    assert "worst case  40,000 credits" in done.out
+    assert "(the worst case: name --table and --column to go by the column's own history)" in done.out
+    history = ("--table", MAILS[0].table_id, "--column", "col_mail")
+    mails = creditstream("estimate", WORKSPACE, "find_work_email", "--cells", "5", *history, settings=settings)
+    assert "expected    10 credits (3 runs: 3 charged)" in mails.out
+    free = creditstream("estimate", WORKSPACE, "format_date", "--cells", "5", settings=settings)
+    assert "expected    0 credits (it is free)" in free.out
     assert done.err == "It does not fit: about 40,000 credits expected, 19,995 left.\n"
 
 
@@ -210,7 +244,7 @@ def test_a_crossing_is_explained_by_the_run_that_caused_it(
     (alert,) = alerts
     assert (alert.used, alert.allowance, alert.thresholds, alert.run_id) == ("2", "4", [50], str(runs[1].run_id))
     done = creditstream("explain", str(runs[1].run_id), settings=settings)
-    assert "  balance    3 -> 2 of 4 premium credits, no plan" in done.out
+    assert "  balance    3 -> 2 of 4 premium credits left, no plan" in done.out
     assert "  alert      crossed 50 %, sent " in done.out
     assert [row.period_end > NOW.date() for row in worker.answers.periods("ws_close", None)] == [True]
 

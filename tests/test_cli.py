@@ -4,14 +4,19 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
+import msgspec
+import psutil
 import pytest
 
 from schemas.cell_run import Outcome
@@ -23,6 +28,7 @@ from tests.worker_process import (
     WorkerProcess,
     cell_run,
     creditstream,
+    environment,
     event_of,
 )
 
@@ -48,7 +54,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator[Wor
         created = creditstream("topics", settings=environment_of(process))
         assert (created.code, created.err) == (0, "")
         assert created.out.startswith("cli-cell-runs: created, 4 partitions, id ")
-        process.produce([*map(event_of, RUNS), Event(WORKSPACE.encode(), b"no JSON, and \xff no UTF-8")])
+        process.produce(
+            [*map(event_of, RUNS), Event(WORKSPACE.encode(), b"no JSON,\n\x1b]0;owned\x07 and \xff no UTF-8")]
+        )
         process.start().wait_until_metered()
         yield process
 
@@ -151,8 +159,28 @@ def test_dead_letters(settings: dict[str, str | int]) -> None:
 
     assert sorted(letter["reason"] for letter in letters) == ["malformed", "unknown_action"]
     assert position in text.out
-    assert shown.out.endswith("no JSON, and \\xff no UTF-8\n")
-    assert (record["raw_bytes"], record["raw_key"]) == (23, WORKSPACE)
+    assert shown.out.endswith("no JSON,\n\\x1b]0;owned\\x07 and \\xff no UTF-8\n")
+    assert (record["raw_bytes"], record["raw_key"]) == (34, WORKSPACE)
+    assert "\x1b]0;owned\x07" in record["raw"]
+
+
+def test_what_events_name_cannot_command_a_terminal(worker: WorkerProcess, settings: dict[str, str | int]) -> None:
+    """Control characters of an id are escaped in tables and sentences; JSON and CSV have them as they came."""
+    evil = "col\x1b[2J\n1"
+    run = cell_run("ws_evil", column_id=evil)
+    worker.produce([event_of(run)])
+    worker.wait_until_metered()
+
+    table = creditstream("usage", "ws_evil", settings=settings)
+    told = creditstream("explain", str(run.run_id), settings=settings)
+    (row,) = read_json(creditstream("usage", "ws_evil", "--format", "json", settings=settings))
+    listed = creditstream("usage", "ws_evil", "--format", "csv", settings=settings)
+
+    for text in (table.out, told.out):
+        assert "col\\x1b[2J\\n1" in text
+        assert "\x1b" not in text
+    assert row["column_id"] == evil
+    assert next(csv.DictReader(io.StringIO(listed.out)))["column_id"] == evil
 
 
 def test_reconcile(settings: dict[str, str | int]) -> None:
@@ -203,8 +231,34 @@ def test_send_waits_for_the_debits(settings: dict[str, str | int]) -> None:
     assert done.code == 0, done
     first, second = done.out.splitlines()
     assert first.startswith(f"{run.run_id}  2 credits  charged  Charged 2 credits")
-    assert second.startswith(f"{run.run_id}  0 credits  duplicate  duplicate: a copy of the run at cli-cell-runs[")
+    assert second.startswith(
+        f"{run.run_id}  0 credits  duplicate  Not charged again: this is a copy of the run at cli-"
+    )
     assert done.err.startswith("sent 2 cell runs to ")
+
+
+def test_send_waits_for_the_run_of_its_own_workspace(settings: dict[str, str | int]) -> None:
+    """A run id that another workspace has used, too, is another run."""
+    mine = cell_run("ws_mine", action="find_work_email")
+    theirs = msgspec.structs.replace(mine, workspace_id="ws_theirs", outcome=Outcome.NO_DATA)
+    lines = "".join(f"{encode_run(each).decode()}\n" for each in (mine, theirs))
+
+    done = creditstream("send", "--wait", "-", settings=settings, stdin=lines)
+
+    assert done.code == 0, done
+    assert [line.split("  ")[1:3] for line in done.out.splitlines()] == [
+        ["2 credits", "charged"], ["0 credits", "no_data"]
+    ]  # fmt: skip
+
+
+def test_send_waits_for_many_at_once(settings: dict[str, str | int]) -> None:
+    """A thousand debits are printed in the order of the file, in the time of one wait."""
+    runs = [cell_run(f"ws_{number % 7}") for number in range(1000)]
+    lines = "".join(f"{encode_run(run).decode()}\n" for run in runs)
+
+    done = creditstream("send", "--wait", "-", settings=settings, stdin=lines)
+
+    assert [line.split("  ")[0] for line in done.out.splitlines()] == [str(run.run_id) for run in runs]
 
 
 def test_send_reports_bad_lines_and_sends_the_others(settings: dict[str, str | int]) -> None:
@@ -220,7 +274,7 @@ def test_send_reports_bad_lines_and_sends_the_others(settings: dict[str, str | i
     assert "line 3: field `outcome`" in done.err
     assert "line 4: " in done.err
     assert "2 lines were not sent" in done.err
-    assert done.out.startswith(f"{good.run_id}  1 credits  charged")
+    assert done.out.startswith(f"{good.run_id}  1 credit  charged")
 
 
 def test_send_without_input(settings: dict[str, str | int]) -> None:
@@ -290,9 +344,19 @@ def test_config() -> None:
     assert "hunter2" not in str(rows)
 
 
+def test_config_shows_the_kafka_that_is_in_force(worker: WorkerProcess, settings: dict[str, str | int]) -> None:
+    """That of the worker that runs in the home, whatever the default says."""
+    home = {"home": settings["home"]}
+    rows = {row["setting"]: row for row in read_json(creditstream("config", "--format", "json", settings=home))}
+
+    found = rows["CREDITSTREAM_KAFKA_BOOTSTRAP"]
+    assert (found["value"], found["origin"]) == (settings["kafka_bootstrap"], f"the worker, process {worker.pid}")
+
+
 def test_a_wrong_setting_is_one_line() -> None:
-    """It names the variable and its bound."""
-    assert "CREDITSTREAM_EPOCH" in line_of(creditstream("config", settings={"epoch": -1}), 1)
+    """It names the variable and its bound, and `config` does not send whoever asks it to itself."""
+    line = line_of(creditstream("config", settings={"epoch": -1}), 1)
+    assert "CREDITSTREAM_EPOCH: Expected `int` >= 0. Correct it" in line
 
 
 def test_an_unknown_id_is_exit_code_4(settings: dict[str, str | int]) -> None:
@@ -319,10 +383,65 @@ def test_wrong_usage_is_exit_code_2() -> None:
         ("usage", WORKSPACE, "--from", "2026-02-01", "--to", "2026-01-01"),
         ("dead-letters", "show", "nowhere"),
         ("demo", "--for", "soon"),
+        ("usage", WORKSPACE, "--url", "notaurl"),
+        ("usage", WORKSPACE, "--url", "http://[::1"),
+        ("balance", WORKSPACE, "--as-of", "0001-01-01T00:00+23:59"),
+        ("balance", WORKSPACE, "--home", __file__),
+        ("estimate", WORKSPACE, "find_work_email", "--table", "tbl_1"),
+        ("alerts", "resend", str(uuid4())),
     ):
         done = creditstream(*words)
         assert (done.code, done.out) == (2, ""), done
         assert "Traceback" not in done.err
+        assert "unexpected" not in done.err
+    assert "CREDITSTREAM_WEBHOOK_ENDPOINTS" in done.err
+
+
+def test_a_home_that_is_a_file_is_no_riddle() -> None:
+    """Also where it comes from the environment; what needs no home does not care."""
+    home = {"home": __file__}
+    assert creditstream("balance", WORKSPACE, settings=home).code == 2
+    assert creditstream("rules", "show", "find_work_email", settings=home).code == 0
+
+
+@pytest.mark.parametrize("words", [("rules", "list"), ("rules", "list", "--format", "json"), ("rules", "check")])
+def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
+    """A closed pipe, or a standard output that was closed from the start, is no failure; a full disk is one line."""
+    catalogue = str(ROOT / "schemas" / "catalogues" / "2026-07.toml")
+    command = shlex.join([sys.executable, "-m", "creditstream", *words, *([catalogue] if words[-1] == "check" else [])])
+
+    def shell(redirected: str) -> Finished:
+        script = f"{command} {redirected}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment())
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    assert shell("| true") == (0, "", "")
+    assert shell(">&-") == (0, "", "")
+    assert "the output cannot be written: No space left on device" in line_of(shell("> /dev/full"), 1)
+
+
+def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path: Path) -> None:
+    """At once, and as it is called here: after the demo nobody has a Kafka of his own."""
+    (tmp_path / "kafka").mkdir()
+
+    for words in (("send", "-"), ("grant", WORKSPACE, "5"), ("reconcile",), ("alerts", "deliveries")):
+        done = creditstream(*words, settings={"home": str(tmp_path)}, stdin=encode_run(EMAIL).decode())
+
+        called = f"`{shlex.quote(sys.executable)} -m creditstream worker --embedded --home {tmp_path}`"
+        assert f"Kafka does not run: that in {tmp_path} ends with its worker. Run {called} " in line_of(done, 5)
+
+
+def test_commands_are_named_as_the_program_was_called(tmp_path: Path) -> None:
+    """By its path where it is not on the PATH, by its name where it is."""
+    program = Path(sys.executable).with_name("creditstream")
+    inherited = environment(home=str(tmp_path))
+
+    def said(command: Path | str, path: str) -> str:
+        done = subprocess.run([command, "top"], capture_output=True, text=True, env=inherited | {"PATH": path})
+        return done.stderr
+
+    assert f"`{program} demo`" in said(program, "/usr/bin:/bin")
+    assert "`creditstream demo`" in said(program, f"{program.parent}:/usr/bin:/bin")
 
 
 def test_a_home_without_a_ledger_is_one_line(tmp_path: Path) -> None:
@@ -360,7 +479,27 @@ def test_the_demo_closes_its_books_and_its_next_step_works(tmp_path: Path) -> No
     assert done.code == 0, done
     assert "The books close" in done.out
     assert "0 missing, 0 doubled" in done.out
-    (next_step,) = re.findall(r"^  creditstream (explain .*)$", done.out, re.MULTILINE)
-    explained = creditstream(*next_step.split())
-    assert explained.code == 0, explained
-    assert explained.out.startswith("Charged ")
+    (next_step,) = re.findall(r"^  (\S+ -m creditstream explain .*)$", done.out, re.MULTILINE)
+    explained = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT)
+    assert explained.returncode == 0, explained
+    assert explained.stdout.startswith("Charged ")
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["while it starts", "while it runs"])
+def test_ctrl_c_ends_the_demo_in_one_line(tmp_path: Path, ready: bool) -> None:
+    """Within seconds, with exit code 130, without a line of Kafka's client, and no process is left."""
+    command = [sys.executable, "-m", "creditstream", "demo", "--home", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("ready: " if ready else "Apache Kafka"):
+                break
+        time.sleep(1)
+        demo.send_signal(signal.SIGINT)
+        _, err = demo.communicate(timeout=15)
+
+    assert (demo.returncode, err.strip()) == (130, "creditstream: interrupted")
+    left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in left if str(tmp_path) in " ".join(words or ())]
