@@ -87,6 +87,7 @@ def questions(client: Client, workspace: str) -> dict[str, Question]:
     run = _a_run(client, workspace)
 
     today = datetime.now(UTC).date()
+    plans = accounts.facts(client, workspace, accounts.moment(None)).plans
     views = ("usage_by_period", "billing_periods", "balances", "usage_by_column", "debits", "late_runs")
     asked: dict[str, Question] = {
         "API: usage of a day range": lambda: queries.usage(
@@ -94,6 +95,9 @@ def questions(client: Client, workspace: str) -> dict[str, Question]:
         ),
         "API: usage of the running period, by column": lambda: accounts.period_usage(
             client, workspace, By.COLUMN, today
+        ),
+        "the same, by the worker that holds its account": lambda: accounts.period_usage(
+            client, workspace, By.COLUMN, today, plans
         ),
         "API: balance": lambda: accounts.balance(client, workspace),
         "API: balance, as of an instant": lambda: accounts.balance(client, workspace, datetime.now(UTC)),

@@ -6,7 +6,7 @@ what the ledger knew at an instant; without it, for what it knows now.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -269,14 +269,17 @@ def _line(
     )
 
 
-def period_usage(client: Client, workspace_id: str, by: By, day: date) -> list[UsageRow]:
+def period_usage(
+    client: Client, workspace_id: str, by: By, day: date, plans: Sequence[PlanChange] | None = None
+) -> list[UsageRow]:
     """`sinks.queries.usage` over the billing period that holds a UTC day: the period first, then a range of days, which
-    is half of what the view `usage_by_period` costs.
+    is half of what the view `usage_by_period` costs. Without ``plans``, the workspace's history, the ledger is asked.
     """
     at = moment(None)
     wanted = _asked_day(day, at)
-    starts = account_queries.plan_starts(client, workspace_id)
-    plans = history(PlanChange(effective, arrival, "", 0, restarts) for effective, arrival, restarts in starts)
+    if plans is None:
+        starts = account_queries.plan_starts(client, workspace_id)
+        plans = history(PlanChange(effective, arrival, "", 0, restarts) for effective, arrival, restarts in starts)
     period = period_of(wanted, plans, at.ms)
     return queries.usage(client, workspace_id, by, to_date(period.start), to_date(period.end))
 

@@ -69,8 +69,11 @@ def create_api(meter: Meter) -> Litestar:
         period: Annotated[date | None, QueryParameter(description="any UTC day of a billing period, instead")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
-        question = (accounts.period_usage, period) if period else (queries.usage, start, end)
-        rows: list[UsageRow] = await meter.ask(question[0], workspace_id, by, *question[1:])
+        rows: list[UsageRow]
+        if period:
+            rows = await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))
+        else:
+            rows = await meter.ask(queries.usage, workspace_id, by, start, end)
         return rows
 
     @get("/v1/runs/example")

@@ -34,7 +34,9 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard
+from streams.intake import partition_of
 from streams.patience import patiently
+from streams.periods import PlanChange
 from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.recovery import first_day
@@ -53,7 +55,6 @@ from streams.voice import Outlets
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
-"""How long a question waits before it is asked again of a database that did not answer."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
@@ -310,6 +311,13 @@ class Meter:
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer people: ``question(client, *args)`` in a thread of its own, which no unit waits for."""
         return await self._ask("answers", question, *args)
+
+    def plans_of(self, workspace_id: str) -> Sequence[PlanChange] | None:
+        """A workspace's plans as its unit has folded them; None when no unit of this worker holds its account."""
+        unit = self.units.get(partition_of(workspace_id, self.settings.partitions))
+        if not unit or workspace_id not in unit.balances:
+            return None
+        return unit.balances[workspace_id].facts.plans
 
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer a unit, in the reader's thread."""

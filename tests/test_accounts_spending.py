@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Pool
 from schemas.problem import UnknownId
 from streams.meter import Meter
 from streams.settings import read_settings
+from tests.account_records import Story, Topics
 from tests.account_rows import AccountRows, at
 from tests.records import EXAMPLES, STEADY
+from tests.unit_bench import Bench
 
 DAY = timedelta(days=1)
 ON_CHDB = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
@@ -207,8 +210,8 @@ def test_top_and_balance_forecast_alike(client: Client) -> None:
 class _Answering(Meter):
     """A meter that only answers questions, over the test's own ledger."""
 
-    def __init__(self, client: Client, home: str) -> None:
-        super().__init__(read_settings({}, home=home))
+    def __init__(self, client: Client, home: str, **settings: Any) -> None:
+        super().__init__(read_settings({}, home=home, **settings))
         self.catalogue = EXAMPLES
         self._over = client
 
@@ -254,6 +257,32 @@ def test_the_api_answers_as_the_functions_do(drawn: Client, tmp_path: Any) -> No
         assert api.get("/v1/check", params=mine | {"action": "enrich_person", "cells": 0}).status_code == 400
         paths = api.get("/schema/openapi.json").json()["paths"]
         assert set(expected) <= set(paths)
+
+
+@ON_CHDB
+async def test_whoever_holds_the_account_knows_its_periods(client: Client, tmp_path: Path) -> None:
+    """The worker saves the question for the plans, with the same answer; of another's workspace it asks."""
+    story = Story()
+    story.plan("4", at("2026-01-15 12:00"))
+    story.plan("20", at("2026-01-20"), restart=True)
+    story.runs(12, at("2026-01-10"), at("2026-02-25"))
+    bench = await Bench.open(client)
+    task = bench.start()
+    for of_account, records in (chunks := Topics().append(story.steps)):
+        bench.deliver(records, of_account=of_account)
+    bench.unit.drain()
+    await bench.wait(task, lambda: bench.acknowledged == len(chunks))
+    meter = _Answering(client, str(tmp_path), partitions=1)
+    meter.units[0] = bench.unit
+    plans = meter.plans_of("ws_1")
+    assert plans
+    assert [plan.plan for plan in plans] == ["4", "20"]
+    days = [date(2026, 1, day) for day in (1, 14, 15, 19, 20, 31)]
+    answers = [accounts.period_usage(client, "ws_1", By.TABLE, day, plans) for day in days]
+    assert answers == [accounts.period_usage(client, "ws_1", By.TABLE, day) for day in days]
+    assert len({str(answer) for answer in answers}) == 3
+    assert meter.plans_of("ws_2") is None
+    await bench.kill(task)
 
 
 @ON_CHDB
