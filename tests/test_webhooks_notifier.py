@@ -16,12 +16,12 @@ import pytest
 
 from creditstream.producing import open_producer
 from creditstream.webhooks import notifier as notifier_module
-from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS
+from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS, PATIENCE_MS
 from creditstream.webhooks.endpoints import Address, Endpoint
 from creditstream.webhooks.notifier import Notifier, Step, World
 from creditstream.webhooks.outbox import Outbox
 from creditstream.webhooks.resending import deliveries, example_alert, resend
-from creditstream.webhooks.schedule import DELAYS_S
+from creditstream.webhooks.schedule import DELAYS_S, Answer
 from creditstream.webhooks.sending import send
 from creditstream.webhooks.signing import new_secret, parse_secret
 from schemas.limits import LimitAlert
@@ -316,9 +316,8 @@ def test_an_overloaded_endpoint_is_left_alone(
 def test_too_much_that_waits_holds_back_alerts_and_loses_none(
     stage: Stage, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the bound nothing more is read; once deliveries end, the rest follows."""
+    """At the bound nothing more is read for a while; once deliveries end, the rest follows."""
     monkeypatch.setattr(notifier_module, "WAITING_MAX", 2)
-    monkeypatch.setattr(notifier_module, "RESUMES_BELOW", 1)
     receiver.behave = lambda _: 500
     with stage.notifier(endpoint(receiver)) as notifier:
         stage.alert(some_alert(), some_alert())
@@ -329,6 +328,49 @@ def test_too_much_that_waits_holds_back_alerts_and_loses_none(
         receiver.behave = lambda _: 204
         stage.clock.advance(DELAYS_S[1])
         turn_until(lambda: notifier.counts["delivered"] == 3, notifier)
+
+
+def test_an_endpoint_over_its_share_gives_way_and_holds_up_nobody(
+    stage: Stage, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading waits for it for a while; then its oldest deliveries are given up, and others get all that is new."""
+    monkeypatch.setattr(notifier_module, "WAITING_MAX", 4)
+    alerts = [some_alert() for _ in range(5)]
+    with WebhookReceiver(lambda _: 500) as dead, stage.notifier(endpoint(dead, "dead"), endpoint(receiver)) as notifier:
+        stage.alert(*alerts[:4])
+        turn_until(lambda: notifier.counts["failed_attempts"] == notifier.counts["delivered"] == 4, notifier)
+        stage.alert(alerts[4])
+        turn_quietly(notifier)
+        assert notifier.counts["delivered"] == 4
+
+        stage.clock.advance(PATIENCE_MS // 1000)
+        turn_until(lambda: notifier.counts["delivered"] == 5 and notifier.counts["given_up"] == 3, notifier)
+
+    gone = [record for record in stage.records() if record.state is DeliveryState.FAILED]
+    assert {record.alert_id for record in gone} == {alert.alert_id for alert in alerts[:3]}
+    assert {(record.endpoint, record.said) for record in gone} == {("dead", "gave way to newer ones: 2 wait for it")}
+
+
+def test_a_defect_in_an_attempt_is_its_failure(
+    stage: Stage, receiver: WebhookReceiver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The notifier goes on, and tries again by the schedule; the log has the trace once."""
+    attempts = count(1)
+
+    def breaks_first(target: Endpoint, alert: LimitAlert, at_s: int) -> Answer:
+        if next(attempts) == 1:
+            raise ValueError("nobody thought of this")
+        return send(target, alert, at_s)
+
+    stage.alert(some_alert())
+    with stage.notifier(endpoint(receiver), send=breaks_first) as notifier:
+        turn_until(lambda: notifier.counts["failed_attempts"] == 1, notifier)
+        (record,) = stage.records()
+        assert (record.attempts, record.said) == (1, "it broke here: ValueError")
+        stage.clock.advance(DELAYS_S[1])
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+
+    assert capsys.readouterr().out.count("ValueError: nobody thought of this") == 1
 
 
 def test_seeded_and_unreadable_alerts_are_for_nobody(stage: Stage, receiver: WebhookReceiver) -> None:

@@ -147,6 +147,13 @@ def test_a_body_stays_below_20_kb() -> None:
     assert json.loads(body)["data"]["workspace_id"] == long.workspace_id
 
 
+def test_an_alert_that_is_long_by_itself_goes_as_it_is() -> None:
+    """Whatever somebody wrote to the topic: the receiver may refuse it, and the sender does not break."""
+    long = changed(plan="x" * BODY_BYTES_MAX)
+
+    assert json.loads(body_of(long, Format.STANDARD))["data"]["plan"] == long.plan
+
+
 def test_slack_escapes_its_three_characters() -> None:
     """A column or workspace that is named like a command does not call the whole channel."""
     alert = changed(workspace_id="<!channel> & <@U1>", column_id="<!here>")
@@ -335,10 +342,10 @@ def test_what_ended_is_known_longer_than_limit_alerts_keep_it() -> None:
     found = owned(done)
 
     assert KNOWN_MS > (40 + 7) * 24 * 3600 * 1000
-    assert found.knows(0, done.key)
+    assert found.knows(0, done.endpoint, done.key)
     assert found.forget_old(NOW_MS + KNOWN_MS - 1) == []
     assert found.forget_old(NOW_MS + KNOWN_MS) == [(0, done.key)]
-    assert not found.knows(0, done.key)
+    assert not found.knows(0, done.endpoint, done.key)
 
 
 def test_memory_of_what_ended_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

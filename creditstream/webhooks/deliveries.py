@@ -2,6 +2,10 @@
 
 Memory is bounded by what waits (`WAITING_MAX`, measured 1.8 kB each, so 90 MB) and what is over (`OVER_MAX`, measured
 0.7 kB each while it is loaded, so 140 MB).
+
+Of what may wait each endpoint has its share. While that is full no more alerts are read, so that an endpoint that only
+catches up loses nothing; but nobody is held up for longer than `PATIENCE_MS`: then the endpoint's oldest deliveries
+give way to newer ones, until there is room again.
 """
 
 import heapq
@@ -15,7 +19,13 @@ IN_FLIGHT_MAX: Final = 4
 """Attempts at one endpoint at once. Endpoints share nothing: a dead one holds up nobody else."""
 
 WAITING_MAX: Final = 50_000
-"""With so many waiting no more alerts are read; ``limit-alerts`` keeps them for 40 days."""
+"""So many may wait, each endpoint's share of them alike."""
+
+ROOM: Final = 100
+"""A share is no longer full when it has room for so many."""
+
+PATIENCE_MS: Final = 10_000
+"""How long reading waits for an endpoint whose share is full."""
 
 OVER_MAX: Final = 200_000
 """Beyond it the eldest are forgotten early: they would be sent again only if ``limit-alerts`` were read anew from its
@@ -47,8 +57,10 @@ class _Turn(NamedTuple):
 
 
 class _Partition(NamedTuple):
+    """``waiting`` by endpoint and key, the oldest first."""
+
     assignment: int
-    waiting: dict[bytes, Delivery]
+    waiting: dict[str, dict[bytes, Delivery]]
     over: dict[bytes, int]
 
 
@@ -58,7 +70,9 @@ class Deliveries:
     def __init__(self) -> None:
         self._partitions: dict[int, _Partition] = {}
         self._queues: dict[str, list[_Turn]] = {}
-        self._in_flight: dict[str, int] = {}
+        self._in_flight: dict[str, set[tuple[int, bytes]]] = {}
+        """Assignment and key of each attempt."""
+        self._full_since_ms: dict[str, int] = {}
         self._quiet_until_ms: dict[str, int] = {}
         self._number = 0
 
@@ -81,26 +95,33 @@ class Deliveries:
     @property
     def waiting(self) -> int:
         """Deliveries that are not over, those in flight included."""
-        return sum(len(owned.waiting) for owned in self._partitions.values())
+        return sum(self._waiting_for(endpoint) for endpoint in self._endpoints())
+
+    def _waiting_for(self, endpoint: str) -> int:
+        return sum(len(owned.waiting.get(endpoint, ())) for owned in self._partitions.values())
+
+    def _endpoints(self) -> set[str]:
+        return {endpoint for owned in self._partitions.values() for endpoint in owned.waiting}
 
     @property
     def in_flight(self) -> int:
         """Attempts that have not landed."""
-        return sum(self._in_flight.values())
+        return sum(map(len, self._in_flight.values()))
 
-    def knows(self, partition: int, key: bytes) -> bool:
+    def knows(self, partition: int, endpoint: str, key: bytes) -> bool:
         """Whether this delivery waits or is over."""
         owned = self._partitions[partition]
-        return key in owned.waiting or key in owned.over
+        return key in owned.waiting.get(endpoint, ()) or key in owned.over
 
     def put(self, partition: int, delivery: Delivery) -> None:
         """A delivery's newest record."""
         owned, key = self._partitions[partition], delivery.key
+        waiting = owned.waiting.setdefault(delivery.endpoint, {})
         if delivery.state is not DeliveryState.WAITING:
-            owned.waiting.pop(key, None)
+            waiting.pop(key, None)
             owned.over[key] = delivery.ended_at_ms
             return
-        owned.waiting[key] = delivery
+        waiting[key] = delivery
         self._number += 1
         turn = _Turn(delivery.next_at_ms, self._number, partition, owned.assignment, key)
         heapq.heappush(self._queues.setdefault(delivery.endpoint, []), turn)
@@ -110,24 +131,50 @@ class Deliveries:
         return [attempt for endpoint in list(self._queues) for attempt in self._due_of(endpoint, now_ms)]
 
     def _due_of(self, endpoint: str, now_ms: int) -> Iterator[Attempt]:
-        queue = self._queues[endpoint]
+        queue, in_flight = self._queues[endpoint], self._in_flight.setdefault(endpoint, set())
         quiet = self._quiet_until_ms.get(endpoint, 0) > now_ms
-        while (
-            queue and queue[0].next_at_ms <= now_ms and self._in_flight.get(endpoint, 0) < IN_FLIGHT_MAX and not quiet
-        ):
+        while queue and queue[0].next_at_ms <= now_ms and len(in_flight) < IN_FLIGHT_MAX and not quiet:
             turn = heapq.heappop(queue)
             owned = self._partitions.get(turn.partition)
-            if owned and owned.assignment == turn.assignment and (delivery := owned.waiting.get(turn.key)):
-                self._in_flight[endpoint] = self._in_flight.get(endpoint, 0) + 1
-                yield Attempt(turn.partition, owned.assignment, delivery)
+            if owned and owned.assignment == turn.assignment and (found := owned.waiting[endpoint].get(turn.key)):
+                in_flight.add((owned.assignment, turn.key))
+                yield Attempt(turn.partition, owned.assignment, found)
         if not queue:
             del self._queues[endpoint]
 
     def landed(self, attempt: Attempt) -> bool:
         """The attempt is over. Whether its outcome counts: False when its partition was given to another notifier."""
-        self._in_flight[attempt.delivery.endpoint] -= 1
+        self._in_flight[attempt.delivery.endpoint].discard((attempt.assignment, attempt.delivery.key))
         owned = self._partitions.get(attempt.partition)
         return owned is not None and owned.assignment == attempt.assignment
+
+    def is_crowded(self, share: int, now_ms: int) -> bool:
+        """Whether reading should wait: some endpoint's share is full, and has been for less than `PATIENCE_MS`."""
+        for endpoint in self._endpoints() | self._full_since_ms.keys():
+            waiting = self._waiting_for(endpoint)
+            if waiting >= share:
+                self._full_since_ms.setdefault(endpoint, now_ms)
+            elif waiting + ROOM <= share or not waiting:
+                self._full_since_ms.pop(endpoint, None)
+        return any(now_ms - since < PATIENCE_MS for since in self._full_since_ms.values())
+
+    def giving_way(self, share: int, now_ms: int) -> list[tuple[int, Delivery]]:
+        """Partition and delivery of what is too much of endpoints that were waited for in vain; the oldest of it."""
+        return [
+            found
+            for endpoint, since in self._full_since_ms.items()
+            if now_ms - since >= PATIENCE_MS and (surplus := self._waiting_for(endpoint) - share) > 0
+            for found in itertools.islice(self._oldest(endpoint), surplus)
+        ]
+
+    def _oldest(self, endpoint: str) -> Iterator[tuple[int, Delivery]]:
+        """What waits for an endpoint and is not in flight, the oldest first, of the partition with most of it first."""
+        in_flight = self._in_flight.get(endpoint, set())
+        ranked = sorted(self._partitions.items(), key=lambda item: -len(item[1].waiting.get(endpoint, ())))
+        for partition, owned in ranked:
+            for key, delivery in owned.waiting.get(endpoint, {}).items():
+                if (owned.assignment, key) not in in_flight:
+                    yield partition, delivery
 
     def leave_alone(self, endpoint: str, until_ms: int) -> None:
         """Send nothing to an endpoint for a while."""

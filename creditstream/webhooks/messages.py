@@ -19,11 +19,13 @@ def body_of(alert: LimitAlert, form: Format) -> bytes:
 
 
 def _standard(alert: LimitAlert) -> bytes:
-    body = _encode(Webhook(type=f"{TYPE_PREFIX}{alert.kind}", timestamp=alert.at, data=alert))
-    if len(body) < BODY_BYTES_MAX:
-        return body
-    # Without this courtesy every field is short.
-    return _standard(msgspec.structs.replace(alert, top_columns=None))
+    body = _webhook(alert)
+    # Without this courtesy an alert of ours is short. One that is not goes as it is: the receiver may refuse it.
+    return body if len(body) < BODY_BYTES_MAX else _webhook(msgspec.structs.replace(alert, top_columns=None))
+
+
+def _webhook(alert: LimitAlert) -> bytes:
+    return _encode(Webhook(type=f"{TYPE_PREFIX}{alert.kind}", timestamp=alert.at, data=alert))
 
 
 def _slack(alert: LimitAlert) -> bytes:

@@ -38,8 +38,6 @@ LAND_S_MAX: Final = 3.0
 """How long attempts in flight are waited for when a partition, or the process, ends. Later ones are made again."""
 
 TIDY_EVERY_MS: Final = 60_000
-RESUMES_BELOW: Final = WAITING_MAX * 9 // 10
-"""So that a reader that is full does not stop and start with every delivery."""
 
 log: Final = structlog.get_logger()
 
@@ -89,7 +87,7 @@ class Notifier:
         self._landed: Final[SimpleQueue[tuple[Attempt, Future[Answer]]]] = SimpleQueue()
         self._threads: Final = ThreadPoolExecutor(IN_FLIGHT_MAX * ENDPOINTS_MAX, "attempt")
         self._to_own: set[int] = set()
-        self._is_full = False
+        self._is_crowded = False
         self._tidied_at_ms = 0
         self._told: Counter[str] = Counter()
         self._alerts_topic: Final = settings.topic_prefix + LIMIT_ALERTS
@@ -122,7 +120,7 @@ class Notifier:
         self._plan(alerts)
         self._settle(0)
         self._start_due()
-        self._hold_back()
+        self._make_room()
         self._tidy()
 
     def stop(self) -> None:
@@ -190,7 +188,9 @@ class Notifier:
             )
             for endpoint in self._endpoints.values()
             if endpoint.wants(alert)
-            and not self._deliveries.knows(_partition(message), delivery_key(endpoint.name, alert.alert_id))
+            and not self._deliveries.knows(
+                _partition(message), endpoint.name, delivery_key(endpoint.name, alert.alert_id)
+            )
         ]
 
     def _commit(self, ends: dict[int, int]) -> None:
@@ -227,7 +227,7 @@ class Notifier:
             while True:
                 attempt, done = self._landed.get(timeout=wait_s) if wait_s else self._landed.get_nowait()
                 wait_s = 0
-                answer, now_ms = done.result(), self._world.now_ms()
+                answer, now_ms = _answer_of(done), self._world.now_ms()
                 self._world.reached(Step.ANSWERED)
                 if answer.is_gone:
                     self._gone.add(attempt.delivery.endpoint)
@@ -241,15 +241,20 @@ class Notifier:
         ours = []
         for attempt, delivery, answer in outcomes:
             if self._deliveries.landed(attempt):
-                self._outbox.put(attempt.partition, delivery.key, delivery)
-                ours.append((attempt, delivery, answer))
+                ours.append((attempt.partition, delivery, answer))
             else:
                 log.warning("attempt_of_lost_partition", partition=attempt.partition, **_told(delivery, answer))
-        if not ours:
+        self._write(ours)
+
+    def _write(self, outcomes: list[tuple[int, Delivery, Answer]]) -> None:
+        """What became of deliveries: into the outbox, then into memory and the log."""
+        if not outcomes:
             return
+        for partition, delivery, _ in outcomes:
+            self._outbox.put(partition, delivery.key, delivery)
         self._outbox.flush()
-        for attempt, delivery, answer in ours:
-            self._deliveries.put(attempt.partition, delivery)
+        for partition, delivery, answer in outcomes:
+            self._deliveries.put(partition, delivery)
             self._tell(delivery, answer)
         self._world.reached(Step.RECORDED)
 
@@ -265,17 +270,21 @@ class Notifier:
             self.counts["failed_attempts"] += 1
             log.warning("attempt_failed", **told, again_in_s=(delivery.next_at_ms - self._world.now_ms()) // 1000)
 
-    def _hold_back(self) -> None:
-        """Read no more alerts while too much waits; Kafka keeps them."""
-        is_full = self.waiting >= (RESUMES_BELOW if self._is_full else WAITING_MAX)
-        if is_full:
+    def _make_room(self) -> None:
+        """Read no more alerts while an endpoint's share is full, but for a while only: nobody is held up by another."""
+        share, now_ms = WAITING_MAX // max(1, len(self._endpoints)), self._world.now_ms()
+        is_crowded = self._deliveries.is_crowded(share, now_ms)
+        if is_crowded:
             # Again each time: an assignment begins without a pause.
             self._consumer.pause(self._consumer.assignment())
-        elif self._is_full:
+        elif self._is_crowded:
             self._consumer.resume(self._consumer.assignment())
-        if is_full != self._is_full:
-            log.warning("alerts_held_back" if is_full else "alerts_read_again", waiting=self.waiting)
-        self._is_full = is_full
+        if is_crowded != self._is_crowded:
+            log.warning("alerts_held_back" if is_crowded else "alerts_read_again", waiting=self.waiting)
+        self._is_crowded = is_crowded
+        why = f"gave way to newer ones: {share:,} wait for it"
+        giving_way = self._deliveries.giving_way(share, now_ms)
+        self._write([(partition, give_up(each, why, now_ms), Answer(0, why)) for partition, each in giving_way])
 
     def _tidy(self) -> None:
         """Now and then: forget what is old, and tell how it goes when something has happened."""
@@ -316,6 +325,15 @@ def _partition(message: Message) -> int:
     partition = message.partition()
     assert partition is not None
     return partition
+
+
+def _answer_of(done: Future[Answer]) -> Answer:
+    """What came of an attempt. A defect of ours is its failure, too: it ends neither the notifier nor the delivery."""
+    error = done.exception()
+    if not isinstance(error, Exception):
+        return done.result()
+    log.error("attempt_broke", error=type(error).__name__, exc_info=error)
+    return Answer(0, f"it broke here: {type(error).__name__}", "See the notifier's log, and report it.")
 
 
 def _told(delivery: Delivery, answer: Answer) -> dict[str, Any]:
