@@ -74,11 +74,6 @@ def decimals(millicredits: npt.NDArray[np.int64]) -> pa.Array:
     return pa.Array.from_buffers(pa.decimal128(18, 3), len(millicredits), [None, pa.py_buffer(words)])
 
 
-def uuids(sixteen_bytes: bytes) -> pa.Array:
-    """Joined RFC-order bytes of UUIDs → the column; length is a multiple of 16."""
-    return pa.Array.from_buffers(pa.binary(16), len(sixteen_bytes) // 16, [None, pa.py_buffer(sixteen_bytes)])
-
-
 def constant(value: str | bytes | int, length: int, kind: pa.DataType) -> pa.Array:
     """One value, ``length`` times."""
     return pa.repeat(pa.scalar(value, kind), length)

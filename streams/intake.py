@@ -33,7 +33,6 @@ from schemas.cell_run import (
 )
 from schemas.codec import decode_run, name_field
 from schemas.ledger import Reason, number_of
-from sinks.columns import uuids
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
@@ -117,7 +116,8 @@ class Runs(msgspec.Struct, frozen=True):
 
     def make_columns(self) -> None:
         """Let go of the lean runs, for columns."""
-        self.made["run_id"] = uuids(self.run_ids)
+        ids = pa.Array.from_buffers(pa.binary(16), len(self.lean), [None, pa.py_buffer(self.run_ids)])
+        self.made["run_id"] = ids
         for name in TEXTS:
             self.made[name] = pa.array([getattr(run, name) or "" for run in self.lean], pa.string())
         self.lean.clear()

@@ -135,10 +135,8 @@ class Unit:
         self._unwritten_events: list[account_events.Row] = []
         self._written: list[Event] = []
         self._is_to_settle = asyncio.Event()
-        self._is_settling = False
         self._told_at = 0.0
-        self._draining = False
-        self._is_tick_due = False
+        self._draining = self._is_tick_due = self._is_settling = False
         self._closing = threading.Event()
         self.redriven: set[str] = set()
         """Positions of dead letters that were sent again during this life."""

@@ -15,7 +15,7 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import Outcome, from_milliseconds, to_milliseconds
 from schemas.ledger import Kind, Pool, Reason, number_of
-from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, uuids
+from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import YOUNG_SERVER_S, Batch, Chain, Ledger, Mark
 
 NO_COPIES: Final[Mapping[int, int]] = {}
@@ -83,7 +83,7 @@ def _rows(
         "offset_gap": pa.array(gaps.astype(np.uint32)),
         "recorded_at": instants([recorded(offset) for offset in offsets]),
         "kind": pa.array(np.where(is_copy, number_of(Kind.DUPLICATE), number_of(Kind.RUN)).astype(np.int8)),
-        "run_id": uuids(b"".join(run_id(chain, run).bytes for run in runs)),
+        "run_id": pa.array([run_id(chain, run).bytes for run in runs], pa.binary(16)),
         "workspace_id": pa.array([f"workspace-{run % 3}" for run in runs]),
         "column_id": pa.array([f"column-{run % 4}" for run in runs]),
         "row_id": pa.array([f"row-{run}" for run in runs]),
