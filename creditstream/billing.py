@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from creditstream.asking import Answers
     from schemas.answers import Delivery
 
-DELIVERY_S_MAX: Final = 30.0
 WAIT_S_MAX: Final = 30.0
 POLL_S: Final = 0.1
 
@@ -57,29 +56,15 @@ def require_plan(settings: Settings, plan: str, effective_at: datetime) -> Plan:
 
 def send_event(settings: Settings, event: AccountEvent) -> str:
     """Deliver one event; where it lies in Kafka: ``account-events[2]@17``. Unreachable when it was not delivered."""
-    from confluent_kafka import KafkaError, Message
-
-    from creditstream.producing import open_producer
+    from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_account_event
-    from streams.topics import Broker, account_events_topic, position_of, require_topic
+    from streams.topics import Broker, account_events_topic, require_topic
 
-    topic = account_events_topic(settings)
-    require_topic(Broker(settings), topic, settings)
-    told: list[tuple[KafkaError | None, Message]] = []
-    producer = open_producer(settings)
-    producer.produce(
-        topic,
-        encode_account_event(event),
-        event.workspace_id,
-        on_delivery=lambda error, message: told.append((error, message)),
-    )
-    producer.flush(DELIVERY_S_MAX)
-    error, message = told[0] if told else (None, None)
-    if message is None or error:
-        why = error.str() if error else f"no answer within {DELIVERY_S_MAX:.0f} s"
-        fix = f"Send it again with --event-id {event.event_id}: it counts once."
-        raise Unreachable("the event was not delivered", f"{settings.kafka_bootstrap}: {why}", fix)
-    return str(position_of(message))
+    topic = require_topic(Broker(settings), account_events_topic(settings), settings)
+    record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))
+    fix = f"Send it again with --event-id {event.event_id}: it counts once."
+    (place,) = deliver(settings, [record], "account events were", fix)
+    return str(place)
 
 
 def wait_until_metered(answers: "Answers", event: AccountEvent, position: str) -> "Delivery":

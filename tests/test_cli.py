@@ -211,6 +211,22 @@ def test_reconcile_finds_a_lost_row(worker: WorkerProcess, settings: dict[str, s
     assert json.loads(done.out)["missing"] == 1
 
 
+def test_a_dead_letter_is_sent_again(worker: WorkerProcess, settings: dict[str, str | int]) -> None:
+    """What can be is, and is closed by that; what would be refused again is left alone, in a sentence."""
+    (old,) = worker.answers.dead_letters("unknown_action", 10, True)
+    (broken,) = worker.answers.dead_letters("malformed", 10, True)
+
+    sent = creditstream("dead-letters", "redrive", "--reason", "unknown_action", settings=settings)
+    worker.wait_until_metered()
+    listed = read_json(creditstream("dead-letters", "list", "--open", "--format", "json", settings=settings))
+    refused = creditstream("dead-letters", "redrive", broken.position, settings=settings)
+
+    before, _, place = sent.out.strip().partition(" -> ")
+    assert (sent.code, before) == (0, old.position)
+    assert {letter["position"] for letter in listed} == {place, broken.position}
+    assert "the same bytes would be refused again" in line_of(refused, 1)
+
+
 def tamper(home: Path, change: str) -> None:
     """What nobody may do to the ledger."""
     script = (

@@ -1,4 +1,4 @@
-"""Questions to the ledger: what was used, why a run cost what it cost, what could not be metered."""
+"""Questions to the ledger: what was used, why a run cost what it cost."""
 
 from datetime import date, datetime
 from shlex import quote
@@ -17,9 +17,10 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import By, DeadLetter, Explanation
-from schemas.ledger import DEAD_LETTER_REASONS, Position
+from schemas.answers import By, Explanation
+from schemas.credits import parse_credits
 from schemas.problem import Problem
+from sinks.explain import credits_text
 
 _COLUMNS_OF = {
     By.COLUMN: ("table_id", "column_id"),
@@ -29,7 +30,6 @@ _COLUMNS_OF = {
     By.REASON: ("reason",),
 }
 _DAY = click.DateTime(formats=["%Y-%m-%d"])
-LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id", "raw_bytes")
 
 
 @click.command()
@@ -119,7 +119,7 @@ def explained(run: Explanation) -> list[str]:
     lines += _moved(run)
     lines.append("  evidence")
     lines += [
-        f"    {delivery.position}  {delivery.kind}/{delivery.reason}  {delivery.credits} credits  "
+        f"    {delivery.position}  {delivery.kind}/{delivery.reason}  {credits_text(parse_credits(delivery.credits))}  "
         f"{utc(delivery.recorded_at)}{f'  ({delivery.detail})' if delivery.detail else ''}"
         for delivery in run.deliveries
     ]
@@ -143,54 +143,3 @@ def _moved(run: Explanation) -> list[str]:
         percents = ", ".join(f"{percent} %" for percent in alert.thresholds)
         lines.append(f"  alert      {alert.kind}{f' {percents}' if percents else ''}, sent {utc(alert.published_at)}")
     return lines
-
-
-@click.group("dead-letters")
-def dead_letters() -> None:
-    """Events that could not be metered, with their bytes. Nothing is ever dropped."""
-
-
-@dead_letters.command("list")
-@click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many, newest first.")
-@source_options
-@format_option
-def list_letters(reason: str | None, limit: int, home: str, url: str, form: str) -> None:
-    """The newest dead letters.
-
-    Example: `creditstream dead-letters list --reason malformed`
-    """
-    with ask(settings_of(home), url) as answers:
-        letters = answers.dead_letters(reason or "", limit)
-    columns = LETTER_COLUMNS if form == "text" else DeadLetter.__struct_fields__
-    show_rows(letters, form, columns, "No dead letters.")
-
-
-@dead_letters.command("show")
-@click.argument("position")
-@source_options
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
-def show_letter(position: str, home: str, url: str, form: str) -> None:
-    """One dead letter, with its bytes.
-
-    Example: `creditstream dead-letters show 'cell-runs[3]@88123'`
-    """
-    try:
-        place = Position.parse(position)
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
-    with ask(settings_of(home), url) as answers:
-        letter = answers.dead_letter(place)
-    if form == "json":
-        show_record(letter)
-        return
-    say(
-        f"{letter.position} was set aside as {letter.reason}: {letter.detail}",
-        "",
-        f"  received   {utc(letter.recorded_at)}",
-        f"  key        {letter.raw_key}",
-        f"  headers    {letter.raw_headers or '-'}",
-        f"  value      {letter.raw_bytes:,} bytes",
-        "",
-        *letter.raw.split("\n"),
-    )

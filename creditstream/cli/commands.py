@@ -3,7 +3,7 @@
 import rich_click as click
 
 from creditstream import __version__
-from creditstream.cli import account, alerts, ask, balance, demo, notifier, operate, rules, send, worker
+from creditstream.cli import account, alerts, ask, balance, demo, letters, notifier, operate, rules, send, worker
 from creditstream.cli.terminal import NAME, as_called, program
 
 click.rich_click.TEXT_MARKUP = "rich"
@@ -31,7 +31,7 @@ def cli() -> None:
 
 
 for command in (
-    demo.demo, worker.worker, send.send, ask.usage, ask.explain, ask.dead_letters, rules.rules,
+    demo.demo, worker.worker, send.send, ask.usage, ask.explain, letters.dead_letters, rules.rules,
     balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
     account.plan, account.grant, account.reverse, account.limits,
     alerts.alerts, notifier.notifier, alerts.listen,

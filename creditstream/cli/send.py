@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import rich_click as click
 
@@ -21,7 +21,6 @@ from streams.settings import Settings
 if TYPE_CHECKING:
     from streams.topics import Topic
 
-DELIVERY_S_MAX = 30.0
 WAIT_S_MAX = 30.0
 """Without any new row of a partition."""
 POLL_S = 0.1
@@ -68,10 +67,13 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
 
 
 def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None:
+    from creditstream.producing import Outgoing, deliver
+    from schemas.codec import encode_run
     from streams.topics import Broker, cell_runs_topic, require_topic
 
     topic = require_topic(Broker(settings), cell_runs_topic(settings), settings)
-    places = _produce(settings, topic.name, runs)
+    records = [Outgoing(topic.name, run.workspace_id, encode_run(run)) for run in runs]
+    places = deliver(settings, records, "runs were", "Send the file again: a copy is never charged twice.")
     next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` tells what the last one cost"
     say(f"sent {len(runs):,} cell run{'s' * (len(runs) != 1)} to {settings.kafka_bootstrap}{next_step}", err=True)
     if not wait:
@@ -80,43 +82,6 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None
     with ask(settings, url) as answers:
         rows = _await_rows(answers, topic, places)
     say(*(_line(run, rows[place], catalogue) for run, place in zip(runs, places, strict=True)))
-
-
-def _produce(settings: Settings, topic: str, runs: list[CellRun]) -> list[Position]:
-    """Where each run lies in Kafka. Unreachable when one was not delivered."""
-    from creditstream.producing import open_producer
-    from schemas.codec import encode_run
-    from streams.topics import position_of
-
-    producer = open_producer(settings)
-    places: dict[int, Position] = {}
-    refusals: list[str] = []
-
-    def remember(index: int) -> Any:
-        def delivered(error: Any, message: Any) -> None:
-            if error:
-                refusals.append(error.str())
-            else:
-                places[index] = position_of(message)
-
-        return delivered
-
-    for index, run in enumerate(runs):
-        while True:
-            try:
-                producer.produce(topic, encode_run(run), run.workspace_id, on_delivery=remember(index))
-                break
-            except BufferError:
-                producer.poll(POLL_S)
-        producer.poll(0)
-    producer.flush(DELIVERY_S_MAX)
-    if lost := len(runs) - len(places):
-        raise Unreachable(
-            f"{lost:,} runs were not delivered",
-            f"{settings.kafka_bootstrap}: {refusals[0] if refusals else 'no answer'}",
-            "Send the file again: a copy is never charged twice.",
-        )
-    return [places[index] for index in range(len(runs))]
 
 
 def _await_rows(answers: Answers, topic: "Topic", places: list[Position]) -> dict[Position, LedgerRow]:
