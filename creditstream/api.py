@@ -37,6 +37,7 @@ from schemas.answers import (
     PoolBalance,
     Price,
     PublishedAlert,
+    RunRow,
     SpendCheck,
     StatementLine,
     Status,
@@ -82,10 +83,23 @@ def create_api(meter: Meter) -> Litestar:
         found: UUID | None = await meter.ask(queries.example_run, reason)
         return found
 
+    @get("/v1/runs")
+    async def runs(
+        workspace_id: FromQuery[str],
+        table_id: FromQuery[str] = "",
+        column_id: FromQuery[str] = "",
+        reason: FromQuery[Reason | None] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
+    ) -> list[RunRow]:
+        """The newest runs of a workspace, free ones too."""
+        asked = partial(queries.runs, table_id=table_id, column_id=column_id, reason=reason or "", limit=limit)
+        rows: list[RunRow] = await meter.ask(asked, workspace_id)
+        return rows
+
     @get("/v1/runs/{run_id:uuid}")
-    async def explain(run_id: FromPath[UUID]) -> Explanation:
-        """Why a run cost what it cost, and every delivery of it."""
-        explanation: Explanation = await meter.ask(accounts.explanation, run_id, meter.catalogue)
+    async def explain(run_id: FromPath[UUID], workspace_id: FromQuery[str] = "") -> Explanation:
+        """Why a run cost what it cost, and every delivery of it. Ids are each workspace's own."""
+        explanation: Explanation = await meter.ask(accounts.explanation, run_id, meter.catalogue, workspace_id)
         return explanation
 
     @get("/v1/dead-letters")
@@ -157,7 +171,7 @@ def create_api(meter: Meter) -> Litestar:
 
     return Litestar(
         [
-            usage, example, explain, dead_letters, dead_letter, actions, action,
+            usage, runs, example, explain, dead_letters, dead_letter, actions, action,
             audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_account_routes(meter), *_spending_routes(meter),
         ],

@@ -7,6 +7,7 @@ there is none. Both ways run the same queries and give the same records.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from uuid import UUID
@@ -27,6 +28,7 @@ from schemas.answers import (
     PlanRow,
     PoolBalance,
     PublishedAlert,
+    RunRow,
     SpendCheck,
     StatementLine,
     Status,
@@ -54,7 +56,8 @@ class Answers(Protocol):
     """
 
     def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
-    def explanation(self, run_id: UUID) -> Explanation: ...  # noqa: D102
+    def runs(self, workspace_id: str, **asked: Any) -> list[RunRow]: ...  # noqa: D102
+    def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation: ...  # noqa: D102
     def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]: ...  # noqa: D102
     def dead_letter(self, position: Position) -> DeadLetter: ...  # noqa: D102
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
@@ -116,11 +119,11 @@ class LedgerAnswers:
     def __init__(self, client: Any, catalogue_dir: Path) -> None:
         self._client, self._catalogue_dir = client, catalogue_dir
 
-    def explanation(self, run_id: UUID) -> Explanation:
+    def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation:
         """Needs the catalogue for names and prices."""
         from creditstream import accounts
 
-        return accounts.explanation(self._client, run_id, self._catalogue())
+        return accounts.explanation(self._client, run_id, self._catalogue(), workspace_id)
 
     def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck:
         """Likewise."""
@@ -145,7 +148,7 @@ class LedgerAnswers:
 
         room = next((room for room in (accounts, spending) if hasattr(room, question)), queries)
         function = getattr(room, question)
-        return lambda *args: function(self._client, *args)
+        return partial(function, self._client)
 
 
 class WorkerAnswers:
@@ -159,9 +162,14 @@ class WorkerAnswers:
         period = {"from": start, "to": end}
         return self._get("/v1/usage", list[UsageRow], workspace_id=workspace_id, by=by, **period)
 
-    def explanation(self, run_id: UUID) -> Explanation:
+    def runs(self, workspace_id: str, **asked: Any) -> list[RunRow]:
+        """See `sinks.queries.runs`."""
+        given = {name: value or None for name, value in asked.items()}
+        return self._get("/v1/runs", list[RunRow], workspace_id=workspace_id, **given)
+
+    def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation:
         """See `sinks.queries.explanation`."""
-        return self._get(f"/v1/runs/{run_id}", Explanation)
+        return self._get(f"/v1/runs/{run_id}", Explanation, workspace_id=workspace_id or None)
 
     def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
         """See `sinks.queries.dead_letters`."""

@@ -265,7 +265,7 @@ class _Books:
         return any(one.kind == "run" and Decimal(one.credits) == drawn for one in self._deliveries(row))
 
     def _deliveries(self, row: LedgerRow) -> list[Delivery]:
-        return self._answers.explanation(UUID(row.run_id)).deliveries
+        return self._answers.explanation(UUID(row.run_id), row.workspace_id).deliveries
 
     def _place(self, offset: int) -> str:
         return str(Position(self._topic.name, self._partition, offset))

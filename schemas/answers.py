@@ -80,6 +80,21 @@ class PublishedAlert(msgspec.Struct, frozen=True, kw_only=True):
     published_at: datetime
 
 
+class RunRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One metered run, free ones too."""
+
+    run_id: str
+    ran_at: datetime
+    table_id: str
+    column_id: str
+    row_id: str
+    action: str
+    outcome: str
+    pool: str
+    credits: str
+    reason: str
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Why a run cost what it cost: a sentence for a customer, then the evidence."""
 

@@ -12,10 +12,10 @@ from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
 
-from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, SumAudit, UsageRow
+from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
 from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits, millicredits_of
-from schemas.ledger import FREE_REASONS, Position, Reason
+from schemas.ledger import FREE_REASONS, Kind, Position, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, position_of, run_of
 from sinks.ledger import POSITION
@@ -149,21 +149,53 @@ def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
     return group if by == By.DAY else (-credits, -runs, group)
 
 
-def deliveries(client: Client, run_id: UUID) -> list[dict[str, Any]]:
-    """Every ledger row under a run id, in the order of arrival."""
+def runs(
+    client: Client, workspace_id: str, *, table_id: str = "", column_id: str = "", reason: str = "", limit: int
+) -> list[RunRow]:
+    """The newest runs of a workspace, by the time at which they ran; an empty filter: all."""
+    found = client.query(
+        "SELECT run_id, ran_at, table_id, column_id, row_id, toString(action), toString(outcome), toString(pool), "
+        "credits, toString(reason) FROM ledger WHERE workspace_id = {workspace:String} AND kind = 'run' "
+        "AND ({table:String} = '' OR table_id = {table:String}) "
+        "AND ({column:String} = '' OR column_id = {column:String}) "
+        "AND ({reason:String} = '' OR reason = {reason:String}) ORDER BY ran_at DESC, run_id LIMIT {limit:UInt32}",
+        parameters={
+            "workspace": workspace_id,
+            "table": table_id,
+            "column": column_id,
+            "reason": reason,
+            "limit": limit,
+        },
+    )
+    return [
+        RunRow(
+            run_id=str(run_id), ran_at=ran_at, table_id=table, column_id=column, row_id=row, action=action,
+            outcome=outcome, pool=pool, credits=format_credits(millicredits_of(credits)), reason=why,
+        )
+        for run_id, ran_at, table, column, row, action, outcome, pool, credits, why in found.result_rows
+    ]  # fmt: skip
+
+
+def deliveries(client: Client, run_id: UUID, workspace_id: str = "") -> list[dict[str, Any]]:
+    """Every ledger row under a run id, in the order of arrival; of one workspace, or (empty) of all."""
     return _rows(
         client,
         "SELECT * EXCEPT (raw, raw_key, raw_headers, mark_read_at) FROM ledger WHERE run_id = {run:UUID} "
+        "AND ({workspace:String} = '' OR workspace_id = {workspace:String}) "
         "ORDER BY recorded_at, kafka_partition, kafka_offset",
-        {"run": str(run_id)},
+        {"run": str(run_id), "workspace": workspace_id},
     )
 
 
-def explanation(client: Client, run_id: UUID, catalogue: Catalogue) -> Explanation:
-    """Why a run cost what it cost. UnknownId when no event carried this id."""
-    rows = deliveries(client, run_id) if run_id.int else []  # what could not be read has no run id
+def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id: str = "") -> Explanation:
+    """Why a run cost what it cost. UnknownId when no event carried this id; Problem when runs of several workspaces do
+    and none is named.
+    """
+    rows = deliveries(client, run_id, workspace_id) if run_id.int else []  # what could not be read has no run id
     if not rows:
         raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
+    if len(names := sorted({row["workspace_id"] for row in rows if row["kind"] == Kind.RUN})) > 1:
+        raise Problem(f"run id {run_id} names {len(names)} runs", f"of {', '.join(names)}", "Name the workspace, too.")
     cell = {name: run_of(rows)[name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
     ((runs_of_this_cell,),) = client.query(
         "SELECT count() FROM ledger WHERE kind = 'run' AND workspace_id = {workspace_id:String} "

@@ -13,9 +13,9 @@ from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import DEAD_LETTER_REASONS, DEBIT_REASONS, REASONS, RULES, Kind, Pool, Reason
-from schemas.problem import UnknownId
+from schemas.problem import Problem, UnknownId
 from sinks.explain import again, credits_text, explain, run_of, sentence
-from sinks.queries import explanation
+from sinks.queries import explanation, runs
 from tests.ledger_rows import AUGUST_MS
 from tests.records import EXAMPLES, Record, Road, event, run_id, write_rows
 
@@ -343,3 +343,46 @@ def test_an_explanation_from_the_ledger(client: Client) -> None:
         explanation(client, UUID(int=5), EXAMPLES)
     with pytest.raises(UnknownId, match="no run"):
         explanation(client, UUID(int=0), EXAMPLES)  # the id of every row whose event could not be read
+
+
+def test_a_run_id_of_two_workspaces_needs_the_workspace(client: Client) -> None:
+    """Run ids are each workspace's own: none is chosen for the one who asks, and each is found under its workspace."""
+    road = Road()
+    records = [
+        Record(0, event(run=1, action="find_work_email")),
+        Record(1, event(run=1, workspace_id="ws_2"), key=b"ws_2"),
+    ]
+    write_rows(client, road.chain, road.table(records))
+
+    with pytest.raises(Problem, match=r"names 2 runs: of ws_1, ws_2\."):
+        explanation(client, run_id(1), EXAMPLES)
+    found = {name: explanation(client, run_id(1), EXAMPLES, name) for name in ("ws_1", "ws_2")}
+    assert {name: (one.workspace_id, one.credits) for name, one in found.items()} == {
+        "ws_1": ("ws_1", "2"), "ws_2": ("ws_2", "1")
+    }  # fmt: skip
+    with pytest.raises(UnknownId, match="no run"):
+        explanation(client, run_id(1), EXAMPLES, "ws_3")
+
+
+def test_the_newest_runs_are_listed_with_their_ids(client: Client) -> None:
+    """Free ones too, of a column or with a reason; neither copies nor other workspaces' runs."""
+    road = Road()
+    events = [
+        event(run=1, action="find_work_email", ran_ms=AUGUST_MS - 3_000),
+        event(run=2, column_id="col_2", ran_ms=AUGUST_MS - 1_000),
+        event(run=3, outcome="error", ran_ms=AUGUST_MS - 2_000),
+        event(run=2, column_id="col_2", ran_ms=AUGUST_MS - 1_000),
+    ]
+    records = [Record(offset, value) for offset, value in enumerate(events)]
+    records.append(Record(4, event(run=4, workspace_id="ws_2"), key=b"ws_2"))
+    write_rows(client, road.chain, road.table(records))
+
+    def listed(**asked: Any) -> list[tuple[str, str, str]]:
+        found = runs(client, "ws_1", **{"limit": 10} | asked)
+        return [(row.run_id, row.credits, row.reason) for row in found]
+
+    first, second, third = (str(run_id(number)) for number in (1, 2, 3))
+    assert listed() == [(second, "1", "charged"), (third, "0", "error"), (first, "2", "charged")]
+    assert listed(limit=1) == listed(column_id="col_2") == [(second, "1", "charged")]
+    assert listed(reason="error") == [(third, "0", "error")]
+    assert listed(table_id="tbl_none") == []
