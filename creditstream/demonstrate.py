@@ -145,7 +145,7 @@ def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUI
         raise Problem("the books do not close", books.sentence, "Keep the home as it is and look at the offsets above.")
     words = [
         f"balance {scene.trial}", f"statement {scene.trial}", f"check {scene.trial} find_work_email --cells 500",
-        "alerts list", "usage ws_0001 --by column", "dead-letters list",
+        "alerts list", "usage ws_0001 --by column", "runs ws_0001 --limit 5", "dead-letters list",
     ]  # fmt: skip
     words = [f"explain {example}", *words] if example else words
     option = f" --home {quote(home)}" if home else ""

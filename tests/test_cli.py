@@ -149,6 +149,19 @@ def test_explain(settings: dict[str, str | int]) -> None:
     assert [delivery["kind"] for delivery in record["deliveries"]] == ["run", "duplicate"]
 
 
+def test_runs(settings: dict[str, str | int]) -> None:
+    """The newest runs of a workspace, with the ids that `explain` takes; of one column, or for one reason."""
+    text = creditstream("runs", WORKSPACE, settings=settings)
+    charged = read_json(creditstream("runs", WORKSPACE, "--reason", "charged", "--format", "json", settings=settings))
+    (date,) = read_json(creditstream("runs", WORKSPACE, "--column", "col_2", "--format", "json", settings=settings))
+
+    assert str(EMAIL.run_id) in text.out
+    assert (str(EMAIL.run_id), "2") in {(row["run_id"], row["credits"]) for row in charged}
+    assert {row["reason"] for row in charged} == {"charged"}
+    assert (date["action"], date["reason"]) == ("format_date", "free_action")
+    assert creditstream("runs", "ws_none", settings=settings).out == "ws_none has no such runs.\n"
+
+
 def test_dead_letters(settings: dict[str, str | int]) -> None:
     """The list names position and reason; the bytes are shown as they came."""
     letters = read_json(creditstream("dead-letters", "list", "--format", "json", settings=settings))
@@ -265,6 +278,10 @@ def test_send_waits_for_the_run_of_its_own_workspace(settings: dict[str, str | i
     assert [line.split("  ")[1:3] for line in done.out.splitlines()] == [
         ["2 credits", "charged"], ["0 credits", "no_data"]
     ]  # fmt: skip
+    explain = ("explain", str(mine.run_id))
+    assert "of ws_mine, ws_theirs. Name the workspace" in line_of(creditstream(*explain, settings=settings), 1)
+    told = creditstream(*explain, "--workspace", "ws_theirs", settings=settings)
+    assert told.out.startswith('Free: "Find Work Email" found nothing.')
 
 
 def test_send_waits_for_many_at_once(settings: dict[str, str | int]) -> None:

@@ -17,8 +17,9 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import By, Explanation
+from schemas.answers import By, Explanation, RunRow
 from schemas.credits import parse_credits
+from schemas.ledger import DEBIT_REASONS
 from schemas.problem import Problem
 from sinks.explain import credits_text
 
@@ -66,6 +67,8 @@ def usage(
         )
     columns = (*_COLUMNS_OF[By(by)], "pool", "credits", "runs", "free_runs")
     show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
+    if rows and form == "text":
+        say("", f"More: `creditstream runs {quote(workspace)}`")
 
 
 def _require_order(start: date | None, end: date | None) -> None:
@@ -74,10 +77,32 @@ def _require_order(start: date | None, end: date | None) -> None:
 
 
 @click.command()
+@click.argument("workspace")
+@click.option("--table", "table_id", metavar="ID", default="", help="Only of this table.")
+@click.option("--column", "column_id", metavar="ID", default="", help="Only of this column.")
+@click.option("--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only these.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many, newest first.")
+@source_options
+@format_option
+def runs(
+    workspace: str, table_id: str, column_id: str, reason: str | None, limit: int, home: str, url: str, form: str
+) -> None:
+    """The newest runs of a workspace, free ones too, each with the id that `explain` takes.
+
+    Example: `creditstream runs ws_0001 --table tbl_1 --column col_2 --reason charged`
+    """
+    asked = {"table_id": table_id, "column_id": column_id, "reason": reason or "", "limit": limit}
+    with ask(settings_of(home), url) as answers:
+        rows = answers.runs(workspace, **asked)
+    show_rows(rows, form, RunRow.__struct_fields__, f"{workspace} has no such runs.")
+
+
+@click.command()
 @click.argument("run_id")
+@click.option("--workspace", metavar="ID", default="", help="Whose run it is, where several have used the id.")
 @source_options
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
-def explain(run_id: str, home: str, url: str, form: str) -> None:
+def explain(run_id: str, workspace: str, home: str, url: str, form: str) -> None:
     """Why a run cost what it cost, in one sentence, and the evidence.
 
     Example: `creditstream explain 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22`
@@ -86,10 +111,10 @@ def explain(run_id: str, home: str, url: str, form: str) -> None:
         wanted = UUID(run_id)
     except ValueError as error:
         raise Problem(
-            f"{run_id!r} is no run id", "a run id is a UUID", "Copy it from `usage` or the product."
+            f"{run_id!r} is no run id", "a run id is a UUID", "`creditstream runs WORKSPACE` lists them."
         ) from error
     with ask(settings_of(home), url) as answers:
-        explanation = answers.explanation(wanted)
+        explanation = answers.explanation(wanted, workspace)
     if form == "json":
         show_record(explanation)
     else:

@@ -11,7 +11,7 @@ click.rich_click.MAX_WIDTH = 110
 click.rich_click.COMMAND_GROUPS = {
     "creditstream": [
         {"name": "Start here", "commands": ["demo"]},
-        {"name": "Ask", "commands": ["balance", "usage", "explain", "statement", "rules", "dead-letters"]},
+        {"name": "Ask", "commands": ["balance", "usage", "runs", "explain", "statement", "rules", "dead-letters"]},
         {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
         {"name": "Be told", "commands": ["alerts", "notifier", "listen"]},
         {"name": "Bill", "commands": ["plan", "grant", "reverse", "limits"]},
@@ -31,7 +31,7 @@ def cli() -> None:
 
 
 for command in (
-    demo.demo, worker.worker, send.send, ask.usage, ask.explain, letters.dead_letters, rules.rules,
+    demo.demo, worker.worker, send.send, ask.usage, ask.runs, ask.explain, letters.dead_letters, rules.rules,
     balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
     account.plan, account.grant, account.reverse, account.limits,
     alerts.alerts, notifier.notifier, alerts.listen,

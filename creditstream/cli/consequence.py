@@ -54,7 +54,11 @@ def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[s
     if metered and metered.row.kind == Kind.REVERSAL:
         drawn = grouped(metered.row.credits.removeprefix("-"))
         told = f"Run {run_id} of {workspace} is taken back: {drawn} credits are given back, on the day that it ran."
-    more = f"More: `creditstream explain {run_id}`" if metered else _more("balance", workspace, None)
+    more = (
+        f"More: `creditstream explain {run_id} --workspace {quote(workspace)}`"
+        if metered
+        else _more("balance", workspace, None)
+    )
     return [told, *_moved(metered), more]
 
 
