@@ -53,6 +53,7 @@ from schemas.prices import price_of, prices
 from schemas.problem import Problem
 from sinks import queries
 from streams.meter import Meter
+from streams.unit import Unit
 
 STATUS_OF_EXIT_CODE = {3: 409, 4: 404, 5: 503}
 ROWS_MAX = 100_000
@@ -295,21 +296,26 @@ def status_of(meter: Meter) -> Status:
         not_ready_because=not_ready_because(meter),
         topic=meter.topic.name,
         kafka_bootstrap=meter.settings.kafka_bootstrap,
-        units=[
-            UnitStatus(
-                partition=partition,
-                mark=unit.mark.last,
-                event_mark=unit.event_mark.last,
-                balances=len(unit.balances),
-                rows_unwritten=unit.rows_unwritten,
-                incident=str(unit.incident or ""),
-            )
-            for partition, unit in sorted(meter.units.items())
-        ],
+        units=[_unit_status(meter, partition, unit) for partition, unit in sorted(meter.units.items())],
         written=dict(meter.written),
         told=dict(meter.told),
         uptime_s=int(time.time() - meter.started_at),
         duplicate_filter_bytes=sum(unit.filters.nbytes for unit in meter.units.values()),
+    )
+
+
+def _unit_status(meter: Meter, partition: int, unit: Unit) -> UnitStatus:
+    marks = unit.mark.last, unit.event_mark.last
+    lag, event_lag = meter.lags(partition, marks)
+    return UnitStatus(
+        partition=partition,
+        mark=marks[0],
+        event_mark=marks[1],
+        lag=lag,
+        event_lag=event_lag,
+        balances=len(unit.balances),
+        rows_unwritten=unit.rows_unwritten,
+        incident=str(unit.incident or ""),
     )
 
 

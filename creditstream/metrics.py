@@ -62,6 +62,13 @@ class _Of(Collector):
         marks = {(CELL_RUNS, *at): unit.mark for at, unit in units} | {
             (ACCOUNT_EVENTS, *at): unit.event_mark for at, unit in units
         }
+        lags = {(CELL_RUNS, *at): unit.lag for at, unit in units} | {
+            (ACCOUNT_EVENTS, *at): unit.event_lag for at, unit in units
+        }
+        known = {place: lag for place, lag in lags.items() if lag is not None}
+        yield _gauge(
+            "lag_offsets", "Offsets in Kafka behind the mark, by its last answer.", known, "topic", "partition"
+        )
         yield _gauge("mark_offset", "Last offset that has its ledger row; -1: none.", marks, "topic", "partition")
 
 

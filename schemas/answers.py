@@ -199,13 +199,15 @@ class LedgerRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One partition of both topics. The marks are the last offsets that have ledger rows; ``balances`` counts the
-    workspaces in memory.
+    """One partition of both topics. The marks are the last offsets that have ledger rows; the lags, how many offsets
+    Kafka had behind them by its latest answer (None: no answer yet); ``balances`` counts the workspaces in memory.
     """
 
     partition: int
     mark: int
     event_mark: int
+    lag: int | None
+    event_lag: int | None
     balances: int
     rows_unwritten: int
     incident: str

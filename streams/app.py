@@ -6,7 +6,8 @@
 import asyncio
 import functools
 import gc
-from typing import Any, Final, cast
+from collections.abc import Callable
+from typing import Any, Final, TypeVar, cast
 
 import faust
 import mode
@@ -32,6 +33,8 @@ EXIT_RESTART: Final = 75
 
 log: Final = structlog.get_logger()
 
+T = TypeVar("T")
+
 
 class NoTables(TableManager):
     """Faust's table manager without its second of sleep: there are no tables to wait for."""
@@ -55,7 +58,8 @@ class MeterApp(faust.App):
             await asyncio.to_thread(self.meter.open)
         self.meter.on_fatal = self.on_fatal
         self.meter.hold = self._hold
-        self.meter.ends_ms = self._ends_ms
+        self.meter.ends_ms = lambda *of: self._of_both(self.chunks.end_ms, *of)
+        self.meter.lags = lambda *of: self._of_both(self.chunks.lag, *of)
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()
         gc.freeze()
@@ -96,11 +100,11 @@ class MeterApp(faust.App):
         for topic in (self.meter.topic, self.meter.event_topic):
             self.chunks.hold(TP(topic.name, partition))
 
-    def _ends_ms(self, partition: int, last: tuple[int, int]) -> tuple[int, int]:
+    def _of_both(self, question: Callable[[TP, int], T], partition: int, last: tuple[int, int]) -> tuple[T, T]:
         run, event = last
         return (
-            self.chunks.end_ms(TP(self.meter.topic.name, partition), run),
-            self.chunks.end_ms(TP(self.meter.event_topic.name, partition), event),
+            question(TP(self.meter.topic.name, partition), run),
+            question(TP(self.meter.event_topic.name, partition), event),
         )
 
     @property

@@ -79,6 +79,11 @@ class Meter:
         """Told of a partition whose unit has an incident: it is fetched no more."""
         self.ends_ms: Callable[[int, tuple[int, int]], tuple[int, int]] = lambda partition, last: NOT_AT_END
         """Until when (Unix ms) Kafka had nothing in a partition of both topics behind these offsets."""
+        self.lags: Callable[[int, tuple[int, int]], tuple[int | None, int | None]] = lambda partition, last: (
+            None,
+            None,
+        )
+        """How many offsets Kafka had behind these, in a partition of both topics; None: it has not said."""
         self.is_open = False
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""

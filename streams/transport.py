@@ -139,18 +139,32 @@ class Consumer(driver.Consumer):
         0: it has one, or has not answered. Behind the last record may lie markers of transactions: then the fetch
         position tells, once nothing is in flight.
         """
-        thread = cast(Any, self._thread)
-        consumer = thread and thread._consumer
-        if not consumer or tp not in consumer.assignment():
-            return 0
-        state = consumer._subscription.subscription.assignment.state_value(tp)
-        if state.highwater is None or state.timestamp is None:
+        state = self._state_of(tp)
+        if state is None or state.timestamp is None:
             return 0
         before, self._answered_ms[tp] = self._answered_ms.get(tp, 0), state.timestamp
         if state.timestamp - before > ANSWERS_APART_MS_MAX:
             return 0
-        idle = not self._records_inflight[tp] and state.has_valid_position and state.position >= state.highwater
-        return state.timestamp - CLOCK_GRACE_MS if last + 1 >= state.highwater or idle else 0
+        return 0 if self._lag(tp, state, last) else state.timestamp - CLOCK_GRACE_MS
+
+    def lag(self, tp: TP, last: int) -> int | None:
+        """How many offsets Kafka had after ``last``, by its latest answer to a fetch; None: it has not answered."""
+        state = self._state_of(tp)
+        return None if state is None else self._lag(tp, state, last)
+
+    def _lag(self, tp: TP, state: Any, last: int) -> int:
+        is_idle = not self._records_inflight[tp] and state.has_valid_position
+        behind: int = state.highwater - max(last + 1, state.position if is_idle else 0)
+        return max(0, behind)
+
+    def _state_of(self, tp: TP) -> Any:
+        """What aiokafka knows of an assigned partition that Kafka has answered for; None: nothing."""
+        thread = cast(Any, self._thread)
+        consumer = thread and thread._consumer
+        if not consumer or tp not in consumer.assignment():
+            return None
+        state = consumer._subscription.subscription.assignment.state_value(tp)
+        return None if state.highwater is None else state
 
     def forget(self, message: Message) -> None:
         """Do not wait for this chunk: nobody will acknowledge it."""

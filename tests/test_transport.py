@@ -164,21 +164,23 @@ def answered(consumer: Any, **said: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "said", "is_end"),
+    ("last", "said", "lag"),
     [
-        pytest.param(9, {}, True, id="the_last_record_is_read"),
-        pytest.param(8, {}, False, id="one_is_not_read"),
-        pytest.param(8, {"position": 10}, True, id="only_a_marker_is_behind"),
-        pytest.param(8, {"position": 10, "has_valid_position": False}, False, id="it_seeks"),
-        pytest.param(9, {"highwater": None}, False, id="no_answer_yet"),
+        pytest.param(9, {}, 0, id="the_last_record_is_read"),
+        pytest.param(6, {}, 3, id="three_are_not_read"),
+        pytest.param(8, {"position": 10}, 0, id="only_a_marker_is_behind"),
+        pytest.param(8, {"position": 10, "has_valid_position": False}, 1, id="it_seeks"),
+        pytest.param(9, {"highwater": None}, None, id="no_answer_yet"),
     ],
 )
-async def test_where_kafka_ends(consumer: Any, last: int, said: dict[str, Any], is_end: bool) -> None:
+async def test_where_kafka_ends(consumer: Any, last: int, said: dict[str, Any], lag: int | None) -> None:
     """By the broker's latest answer, a second before it came."""
+    assert consumer.lag(TOPIC, last) is None
     answered(consumer, timestamp=1_000_000, **said)
     assert consumer.end_ms(TOPIC, last) == 0, "the first answer may be old"
     answered(consumer, timestamp=1_000_250, **said)
-    assert consumer.end_ms(TOPIC, last) == (999_250 if is_end else 0)
+    assert consumer.end_ms(TOPIC, last) == (999_250 if lag == 0 else 0)
+    assert consumer.lag(TOPIC, last) == lag
 
 
 async def test_an_answer_from_before_a_standstill_says_nothing(consumer: Any) -> None:

@@ -237,6 +237,7 @@ def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
                 worker.start()
             time.sleep(0.1)
         books = worker.reconcile()
+        worker.wait_until(lambda status: {(unit.lag, unit.event_lag) for unit in status.units} == {(0, 0)}, "no lag")
         kafka.stop()
         assert worker.stop() in (0, EXIT_RESTART)
 
