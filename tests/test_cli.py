@@ -457,11 +457,13 @@ def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path:
     """At once, and as it is called here: after the demo nobody has a Kafka of his own."""
     (tmp_path / "kafka").mkdir()
 
-    for words in (("send", "-"), ("grant", WORKSPACE, "5"), ("reconcile",), ("alerts", "deliveries")):
+    for words in (("send", "-"), ("grant", WORKSPACE, "5"), ("reconcile",), ("alerts", "deliveries"), ("worker",)):
         done = creditstream(*words, settings={"home": str(tmp_path)}, stdin=encode_run(EMAIL).decode())
 
         called = f"`{shlex.quote(sys.executable)} -m creditstream worker --embedded --home {tmp_path}`"
-        assert f"Kafka does not run: that in {tmp_path} ends with its worker. Run {called} " in line_of(done, 5)
+        assert f"Kafka does not run: that in {tmp_path} ends with its worker. {called} starts it again; for" in line_of(
+            done, 5
+        )
 
 
 def test_commands_are_named_as_the_program_was_called(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     place = Home.at(settings.home)
     if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
         option = f" --home {home}" if home else ""
-        fix = f"Run `creditstream worker --embedded{option}` in another terminal, then this again."
+        another = f"for another one, set {variable('kafka_bootstrap')}"
+        fix = f"`creditstream worker --embedded{option}` starts it again; {another}."
         raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
     return settings
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from creditstream.cli.options import home_option
+from creditstream.cli.options import home_option, kafka_settings_of
 from creditstream.cli.terminal import say
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
@@ -34,9 +34,10 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
     place = Home.at(home)
     with ExitStack() as held:
         held.enter_context(place.hold())
-        settings = read_settings(home=str(place.path))
         poll_kafka = None
-        if embedded:
+        if not embedded:
+            settings = kafka_settings_of(home)
+        else:
             from creditstream.embedded import EmbeddedKafka
 
             kafka = held.enter_context(EmbeddedKafka(place, lambda line: say(line, err=True)))
