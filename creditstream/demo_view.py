@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from creditstream.cli.terminal import printable
 from creditstream.demo_scene import Listener, Told, TrialWorker
 from schemas.answers import Status
 from schemas.credits import group_credits, parse_credits
@@ -64,8 +65,8 @@ def _balances(states: dict[str, LimitState], trial: str) -> Table:
         style = _COLOURS[state.state]
         bar = ProgressBar(total=max(1, allowance), completed=max(0, used), width=30, complete_style=style)
         table.add_row(
-            state.workspace_id, state.plan or "none", group_credits(used), group_credits(allowance), bar,
-            Text(str(state.state), style),
+            Text(printable(state.workspace_id)), state.plan or "none", group_credits(used), group_credits(allowance),
+            bar, Text(str(state.state), style),
         )  # fmt: skip
     return table
 
@@ -96,6 +97,6 @@ def alert_line(told: Told) -> str:
     used, allowance = group_credits(parse_credits(alert.used)), group_credits(parse_credits(alert.allowance))
     pool = "" if alert.pool == "enrichment" else f" {alert.pool}"
     return (
-        f"{told.came_at:%H:%M:%S}  {alert.kind:<14} {alert.workspace_id:<11} {lines or '-':<10} "
+        f"{told.came_at:%H:%M:%S}  {alert.kind:<14} {printable(alert.workspace_id):<11} {lines or '-':<10} "
         f"{used} of {allowance}{pool} credits  (+{told.after_ms:,} ms)"
     )

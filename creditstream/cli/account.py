@@ -16,6 +16,7 @@ from creditstream.cli.options import (
     as_of_option,
     format_option,
     kafka_settings_of,
+    record_format_option,
     settings_of,
     show_record,
     show_rows,
@@ -143,7 +144,7 @@ def set_limits(
 @click.argument("workspace")
 @as_of_option
 @source_options
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+@record_format_option
 def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
     """At what a workspace is told, and who said so: itself, its plan, or the default.
 

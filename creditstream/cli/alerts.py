@@ -51,7 +51,14 @@ def alerts() -> None:
 @alerts.command()
 @click.argument("url")
 @click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
-@click.option("--format", "form", type=click.Choice([str(form) for form in Format]), default="standard", help="Body.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice([str(form) for form in Format]),
+    default="standard",
+    show_default=True,
+    help="Body.",
+)
 @click.option("--allow-private", is_flag=True, help="The URL may be plain http, or lie in a private network.")
 def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> None:
     """Send one signed alert, marked as a test, and say what to fix.
@@ -123,7 +130,7 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 @alerts.command("list")
 @click.option("--workspace", metavar="WORKSPACE", help="Only of this one.")
 @click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many, newest first.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many, newest first.")
 @as_of_option
 @source_options
 @format_option
@@ -142,7 +149,9 @@ def list_alerts(
 
 @alerts.command("deliveries")
 @click.option("--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many; failed ones first.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many; failed ones first."
+)
 @home_option
 @format_option
 def list_deliveries(state: str | None, limit: int, home: str | None, form: str) -> None:
@@ -179,7 +188,13 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65_535), default=PORT, help="Port on 127.0.0.1; 0: any free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=PORT,
+    show_default=True,
+    help="Port on 127.0.0.1; 0: any free one.",
+)
 @click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
 def listen(port: int, secret_env: str | None) -> None:
     """Receive alerts on this machine: verify each signature, print each alert in one line. Ctrl-C ends it.

@@ -10,6 +10,7 @@ from creditstream.asking import ask
 from creditstream.cli.options import (
     format_option,
     grouped,
+    record_format_option,
     settings_of,
     show_record,
     show_rows,
@@ -35,7 +36,9 @@ _DAY = click.DateTime(formats=["%Y-%m-%d"])
 
 @click.command()
 @click.argument("workspace")
-@click.option("--by", type=click.Choice([str(by) for by in By]), default="column", help="What to sum by.")
+@click.option(
+    "--by", type=click.Choice([str(by) for by in By]), default="column", show_default=True, help="What to sum by."
+)
 @click.option("--from", "start", type=_DAY, metavar="YYYY-MM-DD", help="First UTC day.")
 @click.option("--to", "end", type=_DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
 @click.option("--period", type=_DAY, metavar="YYYY-MM-DD", help="The billing period that holds this UTC day, instead.")
@@ -101,7 +104,7 @@ def runs(
 @click.argument("run_id")
 @click.option("--workspace", metavar="ID", default="", help="Whose run it is, where several have used the id.")
 @source_options
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+@record_format_option
 def explain(run_id: str, workspace: str, home: str, url: str, form: str) -> None:
     """Why a run cost what it cost, in one sentence, and the evidence.
 

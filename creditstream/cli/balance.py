@@ -10,6 +10,7 @@ from creditstream.cli.options import (
     as_of_option,
     format_option,
     grouped,
+    record_format_option,
     settings_of,
     show_record,
     show_rows,
@@ -37,9 +38,6 @@ _cells = click.option(
     "--cells", type=click.IntRange(1, CELLS_MAX), default=1, show_default=True, help="How many cells are to run."
 )
 _own_api_key = click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
-_text_or_json = click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it."
-)
 
 
 @click.command()
@@ -104,7 +102,7 @@ def _heading(line: StatementLine) -> str:
 )  # fmt: skip
 @as_of_option
 @source_options
-@_text_or_json
+@record_format_option
 @click.pass_context
 def check(
     context: click.Context,
@@ -167,7 +165,7 @@ def told(found: SpendCheck) -> str:
 @_own_api_key
 @as_of_option
 @source_options
-@_text_or_json
+@record_format_option
 def estimate(
     workspace: str,
     action: str,
@@ -220,7 +218,9 @@ def _rests_on(found: Estimate) -> str:
 
 
 @click.command()
-@click.option("--by", type=click.Choice([str(by) for by in TopBy]), default="used", help="What to list first.")
+@click.option(
+    "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="What to list first."
+)
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many.")
 @as_of_option
 @source_options

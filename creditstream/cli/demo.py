@@ -6,8 +6,15 @@ from creditstream.cli.options import home_option
 
 
 @click.command()
-@click.option("--for", "seconds", default="30s", metavar="SECONDS", help="How long runs are produced, as 30 or 30s.")
-@click.option("--rate", type=click.IntRange(1, 50_000), default=500, help="Cell runs a second.")
+@click.option(
+    "--for",
+    "seconds",
+    default="30s",
+    show_default=True,
+    metavar="SECONDS",
+    help="How long runs are produced, as 30 or 30s.",
+)
+@click.option("--rate", type=click.IntRange(1, 50_000), default=500, show_default=True, help="Cell runs a second.")
 @home_option
 def demo(seconds: str, rate: int, home: str | None) -> None:
     """Start everything, charge a stream of simulated cell runs, and prove that the books close.

@@ -6,6 +6,7 @@ from creditstream.asking import ask
 from creditstream.cli.options import (
     format_option,
     kafka_settings_of,
+    record_format_option,
     settings_of,
     show_record,
     show_rows,
@@ -27,7 +28,7 @@ def dead_letters() -> None:
 
 @dead_letters.command("list")
 @click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, help="How many, newest first.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many, newest first.")
 @click.option("--open", "only_open", is_flag=True, help="Only those that were not sent again.")
 @source_options
 @format_option
@@ -45,7 +46,7 @@ def list_letters(reason: str | None, limit: int, only_open: bool, home: str, url
 @dead_letters.command("show")
 @click.argument("position")
 @source_options
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+@record_format_option
 def show_letter(position: str, home: str, url: str, form: str) -> None:
     """One dead letter, with its bytes.
 

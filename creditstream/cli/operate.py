@@ -5,7 +5,6 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.options import (
-    FORMATS,
     format_option,
     home_option,
     kafka_settings_of,
@@ -26,7 +25,7 @@ BOOK_COLUMNS = (
 
 @click.command()
 @source_options
-@click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")
+@format_option
 def reconcile(home: str, url: str, form: str) -> None:
     """Prove that every event is accounted for: Kafka's logs against the ledger, offset by offset.
 

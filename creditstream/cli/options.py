@@ -19,7 +19,6 @@ from streams.settings import Settings, read_settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FORMATS = ("text", "json", "csv")
 WIDTH_ELSEWHERE = 200
 """Of a table that is not printed on a terminal, in characters."""
 
@@ -42,9 +41,18 @@ def source_options(command: F) -> F:
 
 
 def format_option(command: F) -> F:
-    """``--format``: text for people, json and csv for programs."""
-    return click.option("--format", "form", type=click.Choice(FORMATS), default="text", help="How to print it.")(
-        command
+    """``--format`` of a table: text for people, json and csv for programs."""
+    return _format_of(("text", "json", "csv"))(command)
+
+
+def record_format_option(command: F) -> F:
+    """``--format`` of one object, which makes no table."""
+    return _format_of(("text", "json"))(command)
+
+
+def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
+    return click.option(
+        "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="How to print it."
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import rich_click as click
 
-from creditstream.cli.options import format_option, settings_of, show_record, show_rows
+from creditstream.cli.options import format_option, record_format_option, settings_of, show_record, show_rows
 from creditstream.cli.terminal import say
 from schemas.answers import Price
 from schemas.catalogue import Catalogue, read_version
@@ -38,7 +38,7 @@ def list_rules(form: str) -> None:
 @rules.command()
 @click.argument("action")
 @click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+@record_format_option
 def show(action: str, own_api_key: bool, form: str) -> None:
     """What a run of an action costs now.
 
