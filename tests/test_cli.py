@@ -23,6 +23,7 @@ from schemas.cell_run import Outcome
 from schemas.codec import encode_run
 from tests.worker_process import (
     ROOT,
+    WAIT_S_MAX,
     Event,
     Finished,
     WorkerProcess,
@@ -533,7 +534,7 @@ def test_ctrl_c_ends_the_demo_in_one_line(tmp_path: Path, ready: bool) -> None:
                 break
         time.sleep(1)
         demo.send_signal(signal.SIGINT)
-        _, err = demo.communicate(timeout=15)
+        _, err = demo.communicate(timeout=WAIT_S_MAX)
 
     assert (demo.returncode, err.strip()) == (130, "creditstream: interrupted")
     left = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
