@@ -91,7 +91,9 @@ def ask(settings: Settings, url: str = "") -> Iterator[Answers]:
             yield answers
     elif not home.ledger.exists():
         raise Problem(
-            "there is no ledger yet", f"{home.path} is empty", "Run `creditstream demo` or `creditstream worker`."
+            "there is no ledger yet",
+            f"{home.path} is empty",
+            "Run `creditstream demo` or `creditstream worker --embedded`.",
         )
     else:
         with home.hold(), _opened(settings, f"chdb://{home.ledger}") as answers:
@@ -250,7 +252,8 @@ class WorkerAnswers:
         return self._get("/v1/status", Status)
 
     def _get(self, path: str, kind: type[T], /, **parameters: Any) -> T:
-        import urllib.error  # a tenth of the time that `--help` may take
+        import http.client  # a tenth of the time that `--help` may take
+        import urllib.error
         import urllib.parse
         import urllib.request
 
@@ -260,9 +263,9 @@ class WorkerAnswers:
                 return msgspec.json.decode(answer.read(), type=kind)
         except urllib.error.HTTPError as error:
             raise _problem_of(error) from error
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
             reason = getattr(error, "reason", error)
-            raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
+            raise Unreachable(f"no worker answers at {self._url}", str(reason), "Is it running?") from error
 
 
 def _instant(as_of: datetime | None) -> str | None:

@@ -113,7 +113,7 @@ def read_version(file: Path) -> Version:
         raise CatalogueProblem(
             f"catalogue {file.name} cannot be read", error.strerror or str(error), f"Check the path {file}."
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise _wrong(file, f"it is not TOML ({error})") from error
     except msgspec.ValidationError as error:
         raise _wrong(file, _name_action(str(error), tomllib.loads(content.decode()))) from error

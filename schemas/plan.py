@@ -6,8 +6,10 @@ written into the ledger with it. So a changed list changes no workspace until bi
 
 import tomllib
 from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -36,23 +38,32 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     remaining_below: Millicredits | None = None
 
 
+class PlanVersion(NamedTuple):
+    """One file. ``starts_ms``: its ``effective_from``, Unix ms."""
+
+    starts_ms: int
+    number: int
+    plans: dict[str, Plan]
+
+
 class PlanLists:
     """All versions, oldest first. An instance never changes."""
 
-    def __init__(self, versions: list[tuple[int, dict[str, Plan]]]) -> None:
-        ordered = sorted(versions, key=lambda version: version[0])
-        self._starts: Final = [start for start, _ in ordered]
-        self._plans: Final = [plans for _, plans in ordered]
+    def __init__(self, versions: Sequence[PlanVersion]) -> None:
+        self._starts: Final = [version.starts_ms for version in versions]
+        self._plans: Final = [version.plans for version in versions]
 
     @classmethod
     def load(cls, directory: Path) -> "PlanLists":
-        """Read every ``*.toml`` of a directory; PlanProblem when one is wrong or two begin at once."""
+        """Read every ``*.toml`` of a directory; PlanProblem when one is wrong, or their numbers and times disagree."""
         files = sorted(directory.glob("*.toml"))
         if not files:
             raise PlanProblem("no plan list", f"{directory} holds no .toml file", "Set CREDITSTREAM_PLANS_DIR.")
-        versions = [_read(file) for file in files]
-        if len({start for start, _ in versions}) < len(versions):
-            raise PlanProblem("plan lists refused", f"{directory}: two have one `effective_from`", "Give each its own.")
+        versions = sorted(_read(file) for file in files)
+        for earlier, later in pairwise(versions):
+            if earlier.starts_ms == later.starts_ms or earlier.number >= later.number:
+                why = f"{directory}: version {later.number} does not begin after version {earlier.number}"
+                raise PlanProblem("plan lists refused", why, "A later `effective_from` has a higher `version`.")
         return cls(versions)
 
     def find(self, plan: str, at_ms: int) -> Plan | None:
@@ -83,17 +94,17 @@ class _WireList(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     plans: list[_WirePlan]
 
 
-def _read(file: Path) -> tuple[int, dict[str, Plan]]:
+def _read(file: Path) -> PlanVersion:
     try:
         wire = msgspec.convert(tomllib.loads(file.read_text()), _WireList)
         plans = [_plan(entry) for entry in wire.plans]
     except OSError as error:
         raise PlanProblem(f"plan list {file.name} cannot be read", error.strerror or "", f"Check {file}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanProblem("plan list refused", f"{file.name}: {error}", "Correct the file.") from error
     if len({plan.id for plan in plans}) < len(plans):
         raise PlanProblem("plan list refused", f"{file.name}: a plan stands there twice", "Give each its own id.")
-    return to_milliseconds(wire.effective_from), {plan.id: plan for plan in plans}
+    return PlanVersion(to_milliseconds(wire.effective_from), wire.version, {plan.id: plan for plan in plans})
 
 
 def _plan(entry: _WirePlan) -> Plan:

@@ -43,14 +43,16 @@ def connect(
     Unreachable when nobody answers; Problem when the URL is wrong or another process holds the chDB directory.
     """
     parts = urlsplit(url)
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise Problem("the ledger's URL is wrong", str(error), "Set CREDITSTREAM_LEDGER_URL.") from error
     match parts.scheme:
         case "chdb":
             return _open_chdb(Path(parts.path), database or database_of(url))
         case "http" | "https":
             return _open_http(url, password, database or database_of(url), answer_timeout_s)
-    raise Problem(
-        "the ledger's URL is wrong", f"{url!r} is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL."
-    )
+    raise Problem("the ledger's URL is wrong", "it is neither http(s):// nor chdb://", "Set CREDITSTREAM_LEDGER_URL.")
 
 
 def database_of(url: str) -> str:
@@ -85,11 +87,14 @@ def _is_lock_error(error: Exception) -> bool:
 
 def _open_http(url: str, password: str, database: str, answer_timeout_s: int) -> Client:
     parts = urlsplit(url)
+    host = parts.hostname or "127.0.0.1"
+    port = parts.port or (8443 if parts.scheme == "https" else 8123)
+    place = f"{host}:{port}"
     try:
         return clickhouse_connect.get_client(
             interface=parts.scheme,
-            host=parts.hostname or "127.0.0.1",
-            port=parts.port or (8443 if parts.scheme == "https" else 8123),
+            host=host,
+            port=port,
             username=unquote(parts.username or "default"),
             password=unquote(parts.password or "") or password,
             database=database,
@@ -100,7 +105,6 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
             settings=SESSION,
         )
     except ClickHouseError as error:
-        place = f"{parts.hostname}:{parts.port}"
         if isinstance(error, OperationalError):
             raise Unreachable(
                 f"ClickHouse at {place} does not answer", first_line(error), "Start it or set CREDITSTREAM_LEDGER_URL."

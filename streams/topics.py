@@ -162,7 +162,9 @@ class Broker:
                 raise self._refused(refusal) from error
             reason = found.str() if found else "no answer"
             raise Unreachable(
-                f"Kafka at {self.bootstrap} does not answer", reason, "Start it, or set CREDITSTREAM_KAFKA_BOOTSTRAP."
+                f"Kafka at {self.bootstrap} does not answer",
+                reason,
+                "Start it, set CREDITSTREAM_KAFKA_BOOTSTRAP, or run `creditstream worker --embedded`.",
             ) from error
 
     def _heard(self, error: KafkaError) -> None:

@@ -124,6 +124,7 @@ REFUSED: Final = {
     "local_time": (document(since="2026-01-01T00:00:00"), "$.effective_from", "timezone", ""),
     "microseconds": (document(since="2026-01-01T00:00:00.0005Z"), "`effective_from`", "millisecond", ""),
     "bad_toml": ("version = \n", "not TOML", "line 1", ""),
+    "too_deep": ("version = " + "[" * 100_000, "not TOML", "recursion", ""),
     "not_utf8": (b"version = 1 # \xff", "not TOML", "utf-8", ""),
 }  # fmt: skip
 
