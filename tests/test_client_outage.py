@@ -1,5 +1,6 @@
 """A broker that freezes, stops and comes back, under a gate and a producer that were at work."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,10 +8,20 @@ import psutil
 import pytest
 
 from creditstream.client import Because, CellRunProducer, Gate
+from creditstream.client.place import KafkaOptions
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from streams.topics import CELL_RUNS, LIMIT_STATES
-from tests.client_kafka import a_run, first_copies, fresh_settings, limit_state, publish, record_of, wait_until
+from tests.client_kafka import (
+    a_run,
+    first_copies,
+    fresh_settings,
+    limit_state,
+    publish,
+    record_of,
+    recorded,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +56,13 @@ def test_an_outage_is_noticed_by_the_gate_and_survived_by_the_producer(
     settings = fresh_settings(mortal.bootstrap, LIMIT_STATES, CELL_RUNS, home=str(tmp_path))
     publish(settings, [record_of(limit_state(f"ws_{number}", "5", 1)) for number in range(50)])
     java = java_of(mortal)
-    recorded = 0
+    accepted = 0
 
     def record(producer: CellRunProducer, runs: int) -> None:
-        nonlocal recorded
-        for number in range(recorded, recorded + runs):
+        nonlocal accepted
+        for number in range(accepted, accepted + runs):
             producer.record(a_run(number, f"ws_{number % 3}"))
-        recorded += runs
+        accepted += runs
 
     with (
         CellRunProducer(settings, memory_s_max=1) as producer,
@@ -78,4 +89,28 @@ def test_an_outage_is_noticed_by_the_gate_and_survived_by_the_producer(
         record(producer, 200)
         assert producer.flush(60) == 0
         assert producer.counts().spool_bytes == 0
-    assert first_copies(settings) == {f"ws_{start}": list(range(start, recorded, 3)) for start in range(3)}
+    assert first_copies(settings) == {f"ws_{start}": list(range(start, accepted, 3)) for start in range(3)}
+
+
+def test_a_slow_kafka_is_waited_for(mortal: EmbeddedKafka, tmp_path: Path) -> None:
+    """While acknowledgements trickle in, runs that are older than `memory_s_max` are neither spooled nor sent again."""
+    settings = fresh_settings(mortal.bootstrap, CELL_RUNS, home=str(tmp_path))
+    java = java_of(mortal)
+    one_by_one: KafkaOptions = {"batch.num.messages": 1, "max.in.flight": 1}
+    with CellRunProducer(settings, memory_s_max=2, kafka=one_by_one) as producer:
+        producer.record(a_run(0))
+        assert producer.flush(60) == 0
+        started_s = time.monotonic()
+        for number in range(1, 500):
+            producer.record(a_run(number))
+        while time.monotonic() < started_s + 5:
+            delivered = producer.counts().delivered
+            java.suspend()
+            time.sleep(0.3)
+            java.resume()
+            wait_until(lambda delivered=delivered: producer.counts().delivered > delivered, "acknowledged")
+        waited = producer.counts().waiting_in_memory
+        assert producer.flush(60) == 0
+        assert (producer.counts().spooled, producer.counts().delivered) == (0, 500)
+    assert waited, "Kafka was not slow"
+    assert [len(runs) for runs in recorded(settings).values() if runs] == [500]

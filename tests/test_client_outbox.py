@@ -10,20 +10,21 @@ from confluent_kafka import KafkaError, Producer
 from creditstream.client.outbox import Outbox
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
+from streams.topics import CELL_RUNS
 from tests.client_kafka import a_run
 
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
     """An empty spool."""
-    made = Spool(tmp_path, 10_000_000)
+    made = Spool(tmp_path, CELL_RUNS, 10_000_000)
     yield made
     made.close()
 
 
 def open_outbox(spool: Spool | None, *, write_ahead: bool = False) -> Outbox:
     """An outbox whose Kafka does not answer yet."""
-    return Outbox("cell-runs", spool, "spool" if spool else "raise", 0, write_ahead)
+    return Outbox(CELL_RUNS, spool, "spool" if spool else "raise", 0, write_ahead)
 
 
 def nowhere() -> Producer:
@@ -128,7 +129,31 @@ def test_it_is_stuck_by_a_failure_or_by_silence(spool: Spool, caplog: pytest.Log
     outbox.take_back()
     outbox._fail(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
     assert outbox.is_stuck(60)
-    assert "authorization" in outbox.trouble
+    assert "authorization" in outbox.trouble.reason
     assert [record.getMessage() for record in caplog.records] == [
         "cell runs are waiting: no acknowledgement for 0 s",
     ]
+
+
+def test_a_slow_link_is_not_stuck(spool: Spool) -> None:
+    """However old the oldest run is, with acknowledgements coming there is nothing to send again; without, there is."""
+    outbox = open_outbox(spool)
+    outbox.producer = nowhere()
+    put(outbox, *range(6))
+    for acknowledged in (6, 5, 4, 3, 2):
+        time.sleep(0.1)
+        outbox._deliver(acknowledged, None, None)  # type: ignore[arg-type]  # what Kafka says of a run is not looked at
+        assert not outbox.is_stuck(0.25)
+    time.sleep(0.3)
+    assert outbox.is_stuck(0.25)
+
+
+def test_who_waits_long_for_the_next_run_is_not_stuck(spool: Spool) -> None:
+    """Time in which nothing was under way is no time without an acknowledgement."""
+    outbox = open_outbox(spool)
+    outbox.producer = nowhere()
+    put(outbox, 1)
+    outbox._deliver(1, None, None)  # type: ignore[arg-type]
+    time.sleep(0.1)
+    put(outbox, 2)
+    assert not outbox.is_stuck(0.05)

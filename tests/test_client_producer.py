@@ -16,8 +16,9 @@ from aiokafka.partitioner import murmur2
 from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
 from creditstream.client import producer as producers
 from creditstream.client import spool as spools
+from creditstream.client.spool import Entry, Spool
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
-from schemas.codec import encode_run
+from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 from streams.topics import CELL_RUNS
@@ -388,6 +389,25 @@ def test_a_close_in_an_outage_leaves_all_to_the_spool(settings: Settings, door: 
     assert first_copies(settings) == in_turn(*range(30))
 
 
+CLOSES_FOR_LONG = """
+producer = CellRunProducer(settings, memory_s_max=600)
+for number in range(30):
+    producer.record(a_run(number))
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+producer.close(600)
+"""
+
+
+def test_who_interrupts_a_close_loses_nothing(settings: Settings, door: Door) -> None:
+    """Ctrl-C while the last runs are being sent leaves them to the spool."""
+    done = run_program(CLOSES_FOR_LONG, behind(door, settings))
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+    with CellRunProducer(settings) as heir:
+        assert heir.counts().adopted == 30
+    assert first_copies(settings) == {"ws_1": list(range(30))}
+
+
 def test_without_a_spool_a_loss_is_told(settings: Settings, door: Door) -> None:
     """Whoever chose no spool hears at the end how many runs were lost."""
     producer = CellRunProducer(behind(door, settings), on_full="raise", memory_s_max=1)
@@ -418,6 +438,85 @@ def test_raise_and_block_bound_the_memory(settings: Settings, door: Door, monkey
     found = first_copies(settings)
     assert {ws: [n for n in ns if n < 300] for ws, ns in found.items()} == in_turn(*range(60))
     assert {ws: [n for n in ns if n >= 300] for ws, ns in found.items()} == in_turn(*range(300, 360))
+
+
+def test_who_waits_for_room_is_refused_when_it_is_closed(
+    settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under "block", `close` wakes every thread that waits, and they hear what any caller hears after it."""
+    monkeypatch.setattr(outbox, "QUEUE_RUNS_MAX", 3)
+    producer = CellRunProducer(behind(door, settings), on_full="block", block_s_max=600)
+    record(producer, *range(3))
+    heard: list[str] = []
+
+    def work(number: int) -> None:
+        with pytest.raises(RunRefused) as refusal:
+            record(producer, number)
+        heard.append(str(refusal.value))
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in (3, 4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(producer._outbox.changed._waiters) == 2, "waiting")  # type: ignore[attr-defined]
+    with pytest.raises(Unreachable, match="3 accepted runs are lost"):
+        producer.close(0)
+    for thread in threads:
+        thread.join(10)
+    assert heard == ["the run was not recorded: the producer is closed. Record before closing it."] * 2
+    assert (producer.counts().accepted, producer.counts().refused) == (3, 2)
+
+
+def test_a_defect_does_not_end_the_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody foresaw is logged once, with its traceback, can be seen meanwhile, and holds up nothing for ever."""
+    read = Spool.read
+    failures = iter(range(3))
+
+    def read_badly(spool: Spool, runs_max: int) -> list[Entry]:
+        for _ in failures:
+            raise ZeroDivisionError("a defect")
+        return read(spool, runs_max)
+
+    monkeypatch.setattr(Spool, "read", read_badly)
+    with CellRunProducer(settings, write_ahead=True) as producer:
+        record(producer, *range(30))
+        wait_until(lambda: producer.trouble == "ZeroDivisionError('a defect')", "in trouble")
+        assert producer.counts().waiting_in_spool > 0
+        assert producer.flush(60) == 0
+        assert producer.trouble == ""
+    assert first_copies(settings) == in_turn(*range(30))
+    [said] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert said.exc_info
+    assert said.exc_info[0] is ZeroDivisionError
+
+
+def test_damage_in_the_spool_holds_up_no_run(
+    settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Behind a line that is no run, and a segment that the disk does not give, all runs reach Kafka; both are kept, and
+    said, and counted.
+    """
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 3000)
+    dead = CellRunProducer(behind(door, settings), write_ahead=True)
+    record(dead, *range(60))
+    dead.close(0)
+    deep, hidden, *_ = spool_files(settings)
+    lost = [decode_run(line).run_id.int - (1 << 64) for line in hidden.read_bytes().splitlines()]
+    lines = deep.read_bytes().splitlines()
+    deep.write_bytes(b"\n".join([lines[0], b'{"x":' + b"[" * 100_000, *lines[1:], b""]))
+    hidden.unlink()
+    hidden.mkdir()
+    with CellRunProducer(settings) as producer:
+        assert producer.flush(60) == 0
+        record(producer, 60)
+        assert producer.flush(60) == 0
+        assert producer.counts().unreadable_segments == 1
+    assert first_copies(settings) == in_turn(*(number for number in range(61) if number not in lost))
+    left = [path.name for path in (Path(settings.home) / "spool").rglob("*") if path.suffix != ""]
+    assert left == [f"{deep.parent.name}-{deep.name}.unreadable", hidden.name]
+    assert f"{deep}, byte {len(lines[0]) + 1}: not a cell run" in caplog.text
+    assert f"{hidden} cannot be read: Is a directory" in caplog.text
 
 
 def test_options_that_contradict_each_other_are_refused(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """The spool on a real disk: order, torn lines, full disks, the spools of dead processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from creditstream.client import spool as spools
 from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
 from schemas.codec import encode_run
 from schemas.problem import Problem
+from streams.topics import CELL_RUNS
 from tests.client_kafka import a_run
 from tests.records import STEADY
 
@@ -38,7 +40,7 @@ def files(root: Path) -> list[str]:
 
 def test_runs_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
     """Several segments, read in pieces, are one sequence; a segment goes when all of it is settled, and no sooner."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     written = values(*range(30_000))
     for value in written:
         spool.append(value)
@@ -59,7 +61,7 @@ def test_runs_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -
 
 def test_what_was_in_memory_goes_in_front(tmp_path: Path) -> None:
     """Runs that were handed over and came back are read before those that were spooled after them."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two, three, four = values(1, 2, 3, 4)
     spool.append(one)
     assert numbers(spool.read(10)) == [one]
@@ -70,7 +72,7 @@ def test_what_was_in_memory_goes_in_front(tmp_path: Path) -> None:
     assert numbers(spool.read(10)) == [two]
     assert numbers(spool.read(10)) == [three, four]
     spool.close()
-    heir = Spool(tmp_path, BYTES_MAX)
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     assert heir.adopt() == 5
     assert [value for _ in range(3) for value in numbers(heir.read(10))] == [one, two, one, three, four]
 
@@ -85,7 +87,7 @@ def test_any_history_keeps_the_order_of_first_copies(
 ) -> None:
     """Whatever is appended, read, settled, taken back and inherited: nothing is lost, first copies come in order."""
     root = tmp_path_factory.mktemp("spool")
-    spool, appended, delivered = Spool(root, BYTES_MAX), 0, []
+    spool, appended, delivered = Spool(root, CELL_RUNS, BYTES_MAX), 0, []
     pending: list[Entry] = []
     for step in [*steps, "heir", *["read", "settle"] * 60]:
         if step == "append":
@@ -105,7 +107,7 @@ def test_any_history_keeps_the_order_of_first_copies(
             pending = []
         elif step == "heir":
             spool.close()
-            spool, pending = Spool(root, BYTES_MAX), []
+            spool, pending = Spool(root, CELL_RUNS, BYTES_MAX), []
             spool.adopt()
     assert list(dict.fromkeys(delivered)) == values(*range(appended))
     assert spool.unread == 0
@@ -115,14 +117,14 @@ def test_any_history_keeps_the_order_of_first_copies(
 
 def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
     """What a killed process had half written is not a run; what stands before it is."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     whole, torn = values(1, 2)
     spool.append(whole)
     spool.close()
     segment = next(tmp_path.rglob("*.ndjson"))
     with segment.open("ab") as file:
         file.write(torn[:50])
-    heir = Spool(tmp_path, BYTES_MAX)
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     assert heir.adopt() == 1
     entries = heir.read(10)
     assert numbers(entries) == [whole]
@@ -130,12 +132,24 @@ def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
     assert not segment.exists()
 
 
-def test_a_line_that_is_no_run_is_kept_for_a_person(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 40,
+        b"\xff",
+        b'{"workspace_id":7}',
+        b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"workspace_id":"ws_1"}',
+    ],
+    ids=["zeros", "no_text", "no_run", "deep"],
+)
+def test_a_line_that_is_no_run_is_kept_for_a_person(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
     """Damage on disk does not stop the runs around it; the file stays, under another name, and the log names it."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two = values(1, 2)
     spool.append(one)
-    spool.append(b"\0" * 40)
+    spool.append(damage)
     spool.append(two)
     entries = spool.read(10)
     assert numbers(entries) == [one, two]
@@ -151,7 +165,7 @@ def test_a_file_of_nothing_but_damage_is_kept_too(tmp_path: Path) -> None:
     directory = tmp_path / "00000000000000000001-1"
     directory.mkdir()
     (directory / "0000000000000001.ndjson").write_bytes(b"\0" * 600_000 + b"\n")
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     spool.adopt()
     while spool.unread:
         assert spool.read(10) == []
@@ -159,10 +173,162 @@ def test_a_file_of_nothing_but_damage_is_kept_too(tmp_path: Path) -> None:
     assert [name.rpartition(".")[2] for name in files(tmp_path)] == ["unreadable"]
 
 
+def test_a_segment_that_cannot_be_read_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deleted segment, a truncated one and one that the disk does not give are said once, counted and left alone; all
+    others are read, also those that are written afterwards; and what becomes readable again is read again.
+    """
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 3000)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    written = values(*range(100))
+    for value in written:
+        spool.append(value)
+    deleted, truncated, hidden, *_, tail = sorted(tmp_path.rglob("*.ndjson"))
+    texts = {path: path.read_bytes() for path in (deleted, truncated, hidden, tail)}
+    truncated.write_bytes(b"")
+    for path in (deleted, hidden, tail):
+        path.unlink()
+    hidden.mkdir()  # root may read any file, but not a directory
+
+    def drained() -> list[bytes]:
+        spool.append(written[0])
+        read: list[bytes] = []
+        while entries := spool.read(700):
+            read += numbers(entries)
+            for entry in entries:
+                spool.settle(entry)
+        return read
+
+    lost = {line for text in texts.values() for line in text.splitlines()}
+    tail.write_bytes(b"")
+    assert drained() == [value for value in written if value not in lost]
+    assert spool.unreadable == 4
+    assert drained() == [written[0]]
+    for path in (truncated, tail):
+        path.write_bytes(texts[path])
+    assert spool.adopt() == 0
+    assert drained() == [*texts[truncated].splitlines(), *texts[tail].splitlines(), written[0]]
+    assert spool.unreadable == 2
+    said = [record.getMessage() for record in caplog.records]
+    assert [sum(str(path) in line for line in said) for path in texts] == [1, 1, 1, 1]
+    spool.close()
+    assert hidden.exists()
+
+
+def test_an_orphan_that_cannot_be_read_holds_up_no_other(tmp_path: Path) -> None:
+    """Whoever adopts takes what can be read, and comes back for the rest."""
+    dead = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    dead.append(values(1)[0])
+    dead.close()
+    directory = tmp_path / f"00000000000000000001-1-{CELL_RUNS}"
+    (directory / "0000000000000001.ndjson").mkdir(parents=True)
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert (heir.adopt(), heir.unreadable) == (1, 1)
+    assert numbers(heir.read(10)) == values(1)
+    (directory / "0000000000000001.ndjson").rmdir()
+    (directory / "0000000000000001.ndjson").write_bytes(values(2)[0] + b"\n")
+    heir.adopt()
+    assert (numbers(heir.read(10)), heir.unreadable) == (values(2), 0)
+
+
+def test_orphans_of_another_topic_are_left_to_their_own(tmp_path: Path) -> None:
+    """Runs of one topic are never sent to another; a directory of an older version, without a topic, is adopted."""
+    for number, topic in enumerate((CELL_RUNS, f"a-{CELL_RUNS}", f"b-{CELL_RUNS}")):
+        dead = Spool(tmp_path, topic, BYTES_MAX)
+        dead.append(values(number)[0])
+        dead.close()
+    old = tmp_path / "00000000000000000001-1"
+    old.mkdir()
+    (old / "0000000000000001.ndjson").write_bytes(values(9)[0] + b"\n")
+    for topic, found in ((f"a-{CELL_RUNS}", values(9, 1)), (CELL_RUNS, values(0)), (f"b-{CELL_RUNS}", values(2))):
+        heir = Spool(tmp_path, topic, BYTES_MAX)
+        assert heir.adopt() == len(found)
+        assert [value for _ in found for value in numbers(heir.read(10))] == found
+
+
+class TimeIsUp(BaseException):
+    """What a worker's own alarm raises, wherever the main thread is."""
+
+
+def read_all(spool: Spool) -> list[bytes]:
+    """Everything that is unread; nothing is settled."""
+    read: list[bytes] = []
+    while entries := spool.read(700):
+        read += numbers(entries)
+    return read
+
+
+def test_an_alarm_between_two_writes_tears_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whenever the handler of a signal raises, what was accepted is read in order, by this process and by its heir; the
+    run that was interrupted may be among it or not.
+    """
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    accepted = values(0)
+    spool.append(accepted[0])
+    interrupted: set[bytes] = set()
+
+    at_work = False
+
+    def raise_alarm(*_: object) -> None:
+        if at_work:
+            raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, raise_alarm)
+    try:
+        for number in range(1, 5000):
+            value = encode_run(a_run(number, row_id="x" * (1 + number * 37 % 100)))
+            try:
+                at_work = True
+                signal.setitimer(signal.ITIMER_REAL, (1 + number % 60) * 1e-6)
+                spool.append(value)
+                at_work = False
+                accepted.append(value)
+            except TimeIsUp:
+                at_work = False
+                interrupted.add(value)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [value for value in read_all(spool) if value not in interrupted] == accepted
+    spool.close()
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    heir.adopt()
+    assert [value for value in read_all(heir) if value not in interrupted] == accepted
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("cut", [0, 100, 10_000], ids=["nothing", "a_part", "all"])
+def test_an_alarm_within_a_write_tears_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cut: int
+) -> None:
+    """However much of a run the disk has when the handler of a signal raises, the next run takes its place."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    one, two = values(1, 2)
+    spool.append(one)
+    write = os.pwrite
+
+    def write_a_part(descriptor: int, data: bytes, place: int) -> int:
+        write(descriptor, data[:cut], place)
+        raise TimeIsUp
+
+    with monkeypatch.context() as alarmed:
+        alarmed.setattr(os, "pwrite", write_a_part)
+        with pytest.raises(TimeIsUp):
+            spool.append(encode_run(a_run(3, row_id="x" * 120)))
+    spool.append(two)
+    assert (read_all(spool), spool.unread) == ([one, two], 0)
+    spool.close()
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert heir.adopt() == 2
+    assert read_all(heir) == [one, two]
+    assert caplog.messages == []
+
+
 def test_a_full_spool_says_so(tmp_path: Path) -> None:
     """Beyond its bytes it takes nothing, and what it has stays whole."""
     one, two = values(1, 2)
-    spool = Spool(tmp_path, len(one) + 1)
+    spool = Spool(tmp_path, CELL_RUNS, len(one) + 1)
     spool.append(one)
     with pytest.raises(SpoolFull):
         spool.append(two)
@@ -175,7 +341,7 @@ from pathlib import Path
 from creditstream.client.spool import Spool
 from tests.client_kafka import a_run
 from schemas.codec import decode_run, encode_run
-spool = Spool(Path(sys.argv[1]), 10**9)
+spool = Spool(Path(sys.argv[1]), "cell-runs", 10**9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 taken = refused = 0
 for number in range(20):
@@ -208,10 +374,10 @@ def test_a_disk_that_refuses_loses_nothing_it_had_taken(tmp_path: Path) -> None:
 
 def test_the_spool_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     """Who lives holds its lock; who is gone, whatever its pid, does not; two heirs never share."""
-    living, dead = Spool(tmp_path, BYTES_MAX), Spool(tmp_path, BYTES_MAX)
+    living, dead = Spool(tmp_path, CELL_RUNS, BYTES_MAX), Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     living.append(values(1)[0])
     dead.append(values(2)[0])
-    heirs = Spool(tmp_path, BYTES_MAX), Spool(tmp_path, BYTES_MAX)
+    heirs = Spool(tmp_path, CELL_RUNS, BYTES_MAX), Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     assert [heir.adopt() for heir in heirs] == [0, 0]
     dead.close()
     assert [heir.adopt() for heir in heirs] == [1, 0]
@@ -222,7 +388,7 @@ def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: p
     """One fsync covers all that was written before it; what Kafka already has needs none."""
     synced: list[int] = []
     monkeypatch.setattr(spools.os, "fsync", synced.append)
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     tickets = [spool.append(value) for value in values(1, 2, 3)]
     before = len(synced)
     for ticket in reversed(tickets):
@@ -244,7 +410,7 @@ def test_a_directory_that_cannot_be_used_is_a_problem(tmp_path: Path) -> None:
 
 def test_segments_are_lines_that_can_be_sent_by_hand(tmp_path: Path) -> None:
     """A segment is what `creditstream send` reads, and nobody else may read it."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     for value in values(1, 2):
         spool.append(value)
     segment = next(tmp_path.rglob("*.ndjson"))
@@ -256,7 +422,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As any other: whoever hands runs over keeps them. Nothing is left behind, and the next attempt succeeds."""
-    spool = Spool(tmp_path, BYTES_MAX)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
 
     def full(*_: object) -> int:

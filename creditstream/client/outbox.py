@@ -6,7 +6,6 @@ librdkafka only while nothing is recalled or unread. So first copies arrive in t
 come after them, and the meter charges a run once.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -16,15 +15,15 @@ from typing import Final, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from creditstream.client.recording import Counts, OnFull, RunRefused
+from creditstream.client.recording import Counts, OnFull, RunRefused, refused_by_closed
 from creditstream.client.spool import Entry, Spool, SpoolFull, Ticket
+from creditstream.client.trouble import Trouble
 
 QUEUE_RUNS_MAX: Final = 10_000
 """Runs in memory, at the most."""
 HAND_OVER_RUNS: Final = 500
 """Runs that are read from the spool at once, under the lock that `put` needs too."""
 _SAME_ID: Final = "Record it again, under the same run id."
-_log: Final = logging.getLogger("creditstream.client")
 
 
 class _Run(NamedTuple):
@@ -32,8 +31,7 @@ class _Run(NamedTuple):
 
     value: bytes
     workspace_id: str
-    entry: Entry | None
-    handed_s: float
+    entry: Entry | None = None
 
 
 class Outbox:
@@ -42,14 +40,16 @@ class Outbox:
     def __init__(self, topic: str, spool: Spool | None, on_full: OnFull, block_s_max: int, write_ahead: bool) -> None:
         self.changed: Final = threading.Condition()
         self.producer: Producer | None = None
-        self.trouble = ""
-        """Why runs were taken back last; empty once one was delivered."""
+        self.trouble: Final = Trouble("cell runs are waiting")
+        """Over once a run was delivered."""
         self.is_closed = False
         self._topic, self._spool, self._on_full = topic, spool, on_full
         self._block_s_max, self._write_ahead = block_s_max, write_ahead
         self._waiting: dict[int, _Run] = {}
         self._recalled: deque[_Run] = deque()
         self._sequence = 0
+        self._progress_s = 0.0
+        """When Kafka acknowledged a run last, or was given one while it had none."""
         self._failed = False
         self._accepted = self._refused = self._delivered = self._spooled = self._adopted = 0
 
@@ -58,7 +58,7 @@ class Outbox:
         with self.changed:
             try:
                 if self.is_closed:
-                    raise RunRefused("the run was not recorded", "the producer is closed", "Record before closing it.")
+                    raise refused_by_closed()
                 ticket = self._put(value, workspace_id)
             except RunRefused:
                 self._refused += 1
@@ -78,19 +78,12 @@ class Outbox:
         with self.changed:
             if not self._can_hand:
                 return False
-            while self._recalled and self._has_room:
-                run = self._recalled[0]
-                if not self._hand(run.value, run.workspace_id, run.entry):
-                    return False
+            if self._spool and not self._recalled and self._has_room:
+                entries = self._spool.read(min(HAND_OVER_RUNS, QUEUE_RUNS_MAX - len(self._waiting)))
+                self._recalled.extend(_Run(entry.value, entry.workspace_id, entry) for entry in entries)
+            while self._recalled and self._has_room and self._hand(self._recalled[0]):
                 self._recalled.popleft()
-            if self._recalled or not self._spool or not self._has_room:
-                return False
-            entries = self._spool.read(min(HAND_OVER_RUNS, QUEUE_RUNS_MAX - len(self._waiting)))
-            for place, entry in enumerate(entries):
-                if not self._hand(entry.value, entry.workspace_id, entry):
-                    self._recalled.extend(_Run(late.value, late.workspace_id, late, 0) for late in entries[place:])
-                    return False
-            return bool(self._spool.unread)
+            return not self._recalled and self._has_room and bool(self._spool and self._spool.unread)
 
     def take_back(self) -> Producer | None:
         """Nothing is with librdkafka any more: what was goes to the front of the spool, or stays in memory where that
@@ -108,26 +101,28 @@ class Outbox:
             return producer
 
     def is_stuck(self, patience_s: float) -> bool:
-        """Whether librdkafka reported a failure, or has not delivered its oldest run for so long."""
+        """Whether librdkafka reported a failure, or Kafka has acknowledged none of its runs for so long. How old a run
+        is says nothing: over a slow link all of them are, and to send them again would be no faster.
+        """
         with self.changed:
-            oldest = next(iter(self._waiting.values()), None)
-            if oldest and time.monotonic() - oldest.handed_s > patience_s:
-                if not self.trouble:
-                    self.note(f"no acknowledgement for {patience_s:.0f} s")
+            if self._waiting and time.monotonic() - self._progress_s > patience_s:
+                if not self.trouble.reason:
+                    self.trouble.note(f"no acknowledgement for {patience_s:.0f} s")
                 return True
             return self._failed
-
-    def note(self, trouble: str) -> None:
-        """Why runs wait. Only the first of a row of troubles is logged: an outage has many."""
-        if not self.trouble:
-            _log.warning("cell runs are waiting: %s", trouble)
-        self.trouble = trouble
 
     def adopt(self) -> None:
         """Take over the spools of dead processes. OSError."""
         with self.changed:
             if self._spool:
                 self._adopted += self._spool.adopt()
+
+    def close(self) -> bool:
+        """Accept nothing more, not from those either who wait for room; False when it is closed already."""
+        with self.changed:
+            was_closed, self.is_closed = self.is_closed, True
+            self.changed.notify_all()
+            return not was_closed
 
     def wait_until_empty(self, timeout_s: float) -> int:
         """How many runs are not delivered, once there is none or the time is over."""
@@ -155,14 +150,19 @@ class Outbox:
                 delivered=self._delivered,
                 spooled=self._spooled,
                 adopted=self._adopted,
-                waiting_in_memory=len(self._waiting) + len(self._recalled),
+                waiting_in_memory=self._in_memory,
                 waiting_in_spool=self._spool.unread if self._spool else 0,
                 spool_bytes=self._spool.size_bytes if self._spool else 0,
+                unreadable_segments=self._spool.unreadable if self._spool else 0,
             )
 
     @property
     def _undelivered(self) -> int:
-        return len(self._waiting) + len(self._recalled) + (self._spool.unread if self._spool else 0)
+        return self._in_memory + (self._spool.unread if self._spool else 0)
+
+    @property
+    def _in_memory(self) -> int:
+        return len(self._waiting) + len(self._recalled)
 
     @property
     def _can_hand(self) -> bool:
@@ -173,49 +173,52 @@ class Outbox:
         return len(self._waiting) < QUEUE_RUNS_MAX
 
     def _put(self, value: bytes, workspace_id: str) -> Ticket | None:
+        run = _Run(value, workspace_id)
         in_order = not self._recalled and not (self._spool and self._spool.unread) and not self._write_ahead
-        if in_order and self._has_room and self._hand(value, workspace_id, None):
+        if in_order and self._has_room and self._hand(run):
             return None
         if self._spool:
             return self._append(self._spool, value)
-        if len(self._waiting) + len(self._recalled) >= QUEUE_RUNS_MAX:
+        if self._in_memory >= QUEUE_RUNS_MAX:
             self._wait_for_room()
-        if self._recalled or not self._hand(value, workspace_id, None):
-            self._recalled.append(_Run(value, workspace_id, None, 0))
+        if self._recalled or not self._hand(run):
+            self._recalled.append(run)
         return None
 
     def _wait_for_room(self) -> None:
-        def has_room() -> bool:
-            return len(self._waiting) + len(self._recalled) < QUEUE_RUNS_MAX or self.is_closed
-
         timeout_s = self._block_s_max if self._on_full == "block" else 0
-        if not self.changed.wait_for(has_room, timeout_s) or self.is_closed:
-            why = f"{QUEUE_RUNS_MAX:,} runs wait in memory ({self.trouble or 'Kafka is slow'})"
+        if not self.changed.wait_for(lambda: self.is_closed or self._in_memory < QUEUE_RUNS_MAX, timeout_s):
+            why = f"{QUEUE_RUNS_MAX:,} runs wait in memory ({self.trouble.reason or 'Kafka is slow'})"
             raise RunRefused("the run was not recorded", why, _SAME_ID)
+        if self.is_closed:
+            raise refused_by_closed()
 
     def _append(self, spool: Spool, value: bytes) -> Ticket:
         try:
             ticket = spool.append(value)
         except SpoolFull as error:
-            why = f"the spool is full ({self.trouble or 'Kafka is slow'})"
+            why = f"the spool is full ({self.trouble.reason or 'Kafka is slow'})"
             raise RunRefused("the run was not recorded", why, _SAME_ID) from error
         except OSError as error:
             raise spool_refused(error) from error
         self._spooled += 1
         return ticket
 
-    def _hand(self, value: bytes, workspace_id: str, entry: Entry | None) -> bool:
+    def _hand(self, run: _Run) -> bool:
         if self.producer is None or self._failed:
             return False
         sequence = self._sequence = self._sequence + 1
+        on_delivery = partial(self._deliver, sequence)
         try:
-            self.producer.produce(self._topic, value, workspace_id, on_delivery=partial(self._deliver, sequence))
+            self.producer.produce(self._topic, run.value, run.workspace_id, on_delivery=on_delivery)
         except BufferError:
             return False
         except KafkaException as error:
-            self._fail(error.args[0])
+            self._fail(error)
             return False
-        self._waiting[sequence] = _Run(value, workspace_id, entry, time.monotonic())
+        if not self._waiting:
+            self._progress_s = time.monotonic()
+        self._waiting[sequence] = run
         return True
 
     def _deliver(self, sequence: int, error: KafkaError | None, _: Message) -> None:
@@ -228,14 +231,15 @@ class Outbox:
                 return
             run = self._waiting.pop(sequence)
             self._delivered += 1
-            self.trouble = ""
+            self._progress_s = time.monotonic()
+            self.trouble.end()
             self.changed.notify_all()
             if run.entry and self._spool:
                 self._spool.settle(run.entry)
 
-    def _fail(self, error: KafkaError) -> None:
+    def _fail(self, error: KafkaError | KafkaException) -> None:
         self._failed = True
-        self.note(error.str())
+        self.trouble.note(error)
 
     def _put_back(self, spool: Spool, runs: Sequence[_Run]) -> bool:
         entries = [run.entry for run in runs if run.entry]
@@ -245,7 +249,7 @@ class Outbox:
         try:
             spool.put_first([run.value for run in runs])
         except OSError as error:
-            self.note(spool_refused(error).why)
+            self.trouble.note(spool_refused(error).why)
             return False
         self._spooled += len(runs) - len(entries)
         return True

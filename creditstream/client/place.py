@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
+from confluent_kafka import KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 
 from creditstream.home import Home
 from schemas.problem import Problem
@@ -15,6 +17,7 @@ KafkaOptions = Mapping[str, str | int]
 """librdkafka's properties, for clusters that need more than the settings can say: ``ssl.key.location``, say."""
 
 RECONNECT_MS_MAX: Final = 1000
+PROBE_S_MAX: Final = 1.0
 
 
 def found_settings() -> Settings:
@@ -39,3 +42,11 @@ def connection(settings: Settings, ours: Mapping[str, Any], theirs: KafkaOptions
         **(theirs or {}),
         **ours,
     }
+
+
+def partitions(kafka: AdminClient | Producer, topic: str) -> int:
+    """How many the topic has. KafkaException when no broker answers within `PROBE_S_MAX`, or when it is not there."""
+    found = kafka.list_topics(topic, timeout=PROBE_S_MAX).topics[topic]
+    if found.error is not None:
+        raise KafkaException(found.error)
+    return len(found.partitions)

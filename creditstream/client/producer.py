@@ -9,11 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaException, Producer
 
 from creditstream.client.forking import abandon, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
-from creditstream.client.place import KafkaOptions, connection, found_settings
+from creditstream.client.place import KafkaOptions, connection, found_settings, partitions
 from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_value
 from creditstream.client.spool import Spool, prepare_root
 from creditstream.home import Home
@@ -27,8 +27,9 @@ MEMORY_S_MAX: Final = 5
 SPOOL_MB_MAX: Final = 256
 MB: Final = 1024 * 1024
 BLOCK_S_MAX: Final = 30
+BATCH_BYTES: Final = 256 * 1024
+"""Some 25 KB when compressed, so that also over a link of 20 kB/s one is acknowledged within `MEMORY_S_MAX`."""
 FLUSH_S_MAX: Final = 10
-PROBE_S_MAX: Final = 1.0
 RETRY_S: Final = 0.25
 ADOPT_EVERY_S: Final = 10.0
 BUSY_POLL_S: Final = 0.02
@@ -49,13 +50,13 @@ class CellRunProducer:
     """Records cell runs, from any thread, until `close`.
 
     **What accepted means.** When `record` returns, the run is in memory, in the queue of the Kafka client, or synced to
-    the spool on disk. Memory is the usual place, for the 10 ms or so until Kafka acknowledges; a run that is not
-    acknowledged within ``memory_s_max``, or for which memory has no room, is moved to the spool. An ordinary end of the
-    process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing` child, which must
-    `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a ``kill -9`` or a lost
-    machine lose runs, and only those in memory: 10,000 at the most, and `counts` says how many. With ``write_ahead`` no
-    end loses any: every run is synced to the spool before it is sent, at the price of an fsync, which threads that
-    record at once share.
+    the spool on disk. Memory is the usual place, for the 10 ms or so until Kafka acknowledges; a run for which memory
+    has no room goes to the spool, and so does all of memory when nothing is acknowledged for ``memory_s_max``. An
+    ordinary end of the process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing`
+    child, which must `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a
+    ``kill -9`` or a lost machine lose runs, and only those in memory: 10,000 at the most, and `counts` says how many.
+    With ``write_ahead`` no end loses any: every run is synced to the spool before it is sent, at the price of an fsync,
+    which threads that record at once share.
 
     **Order.** First copies of a workspace's runs arrive in the order in which they were recorded by this process.
     After an outage Kafka may have some twice, which the meter does not charge twice.
@@ -63,7 +64,8 @@ class CellRunProducer:
     ``on_full`` says what `record` does when memory is full: "spool" (the default; it waits for the disk, never for
     Kafka), "block" for up to ``block_s_max``, or "raise". Without "spool" nothing is written to disk, and an outage
     longer than the end of the process loses runs; `close` says how many. ``spool`` is the directory, by default that of
-    the home; each process has its own below it, and takes over what dead ones left. Problem when it cannot be used.
+    the home, for one cluster; each process has its own below it, and takes over what dead ones left for the same topic.
+    Problem when it cannot be used.
 
     A forked child has a connection and a spool of its own; what its parent accepted stays with the parent.
     """
@@ -87,7 +89,7 @@ class CellRunProducer:
         if min(spool_mb_max, memory_s_max) < 1:
             raise ValueError("spool_mb_max and memory_s_max are 1 or more")
         self._settings: Final = settings or found_settings()
-        self._config: Final = connection(self._settings, _OURS, kafka)
+        self._config: Final = connection(self._settings, _OURS, {"batch.size": BATCH_BYTES, **(kafka or {})})
         self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
         self._bytes_max: Final = spool_mb_max * MB
         self._memory_s_max: Final = memory_s_max
@@ -124,7 +126,9 @@ class CellRunProducer:
                 raise self._outbox.refuse(spool_refused(error), was_accepted=True) from error
 
     def flush(self, timeout_s: float = FLUSH_S_MAX) -> int:
-        """Wait until Kafka has everything, spool included; how many runs it has not when the time is over."""
+        """Wait until Kafka has everything, also what can be read of the spool; how many runs it has not when the time
+        is over.
+        """
         self._wake.set()
         return self._outbox.wait_until_empty(timeout_s)
 
@@ -135,32 +139,19 @@ class CellRunProducer:
     @property
     def trouble(self) -> str:
         """Why runs are waiting; empty while all is well."""
-        return self._outbox.trouble
+        return self._outbox.trouble.reason
 
     def close(self, timeout_s: float = FLUSH_S_MAX) -> None:
         """Send what can be sent, leave the rest to the spool, and end. Unreachable, with their number, when runs are
         lost: without a spool, or when it cannot be written either.
         """
-        if self._outbox.is_closed:
+        if not self._outbox.close():
             return
-        self._outbox.is_closed = True
-        if self._thread:
-            if self._outbox.producer or not self._spool:  # else Kafka does not answer, and all is on disk: why wait
+        try:
+            if self._thread and (self._outbox.producer or not self._spool):  # else all is on disk: why wait
                 self.flush(timeout_s)
-            self._enough.set()
-            self._wake.set()
-            self._thread.join(STOP_S_MAX)
-        atexit.unregister(self._at_exit)
-        _dispose(self._outbox.take_back())
-        lost = self._outbox.in_memory_only
-        if self._spool:
-            self._spool.close()
-        if lost:
-            raise Unreachable(
-                f"{lost:,} accepted runs are lost",
-                self.trouble or f"no answer from {self._settings.kafka_bootstrap}",
-                "Record them again, under the same run ids.",
-            )
+        finally:  # also when the wait is interrupted: what is in memory must get to the spool
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -179,9 +170,27 @@ class CellRunProducer:
         self._prepare()
         self._outbox.is_closed = was_closed
 
+    def _end(self) -> None:
+        self._enough.set()
+        self._wake.set()
+        if self._thread:
+            self._thread.join(STOP_S_MAX)
+        atexit.unregister(self._at_exit)
+        _dispose(self._outbox.take_back())
+        lost = self._outbox.in_memory_only
+        if self._spool:
+            self._spool.close()
+        if lost:
+            raise Unreachable(
+                f"{lost:,} accepted runs are lost",
+                self.trouble or f"no answer from {self._settings.kafka_bootstrap}",
+                "Record them again, under the same run ids.",
+            )
+
     def _prepare(self) -> None:
-        self._spool: Spool | None = Spool(self._directory, self._bytes_max) if self._on_full == "spool" else None
-        self._outbox = Outbox(cell_runs_topic(self._settings), self._spool, self._on_full, *self._options)
+        topic = cell_runs_topic(self._settings)
+        self._spool: Spool | None = Spool(self._directory, topic, self._bytes_max) if self._on_full == "spool" else None
+        self._outbox = Outbox(topic, self._spool, self._on_full, *self._options)
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._wake = threading.Event()
@@ -201,8 +210,9 @@ class CellRunProducer:
             if self._thread is None:
                 # The first is not asked for an answer: the first run must not wait for one either.
                 self._outbox.producer = self._open()
-                self._thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _open(self) -> Producer:
         try:
@@ -212,11 +222,10 @@ class CellRunProducer:
 
     def _work(self) -> None:
         while not self._enough.is_set():
-            try:
+            with self._outbox.trouble:
                 self._step()
-            except (OSError, KafkaException) as error:
-                self._note(error)
-                self._enough.wait(RETRY_S)
+                continue
+            self._enough.wait(RETRY_S)  # after trouble
 
     def _step(self) -> None:
         """One turn of the thread: connect, hand over, collect deliveries, take back, adopt, sleep."""
@@ -239,16 +248,9 @@ class CellRunProducer:
     def _connected(self) -> Producer | None:
         """A producer whose broker knows the topic. KafkaException when there is none, or not yet."""
         self._candidate = self._candidate or self._open()
-        topic = cell_runs_topic(self._settings)
-        found = self._candidate.list_topics(topic, timeout=PROBE_S_MAX).topics[topic]
-        if found.error is not None:
-            raise KafkaException(found.error)
+        partitions(self._candidate, cell_runs_topic(self._settings))
         producer, self._candidate = self._candidate, None
         return producer
-
-    def _note(self, error: OSError | KafkaException) -> None:
-        reason = error.args[0] if isinstance(error, KafkaException) else error
-        self._outbox.note(reason.str() if isinstance(reason, KafkaError) else str(reason))
 
     def _at_exit(self) -> None:
         try:

@@ -20,6 +20,11 @@ class InvalidRun(RunRefused):
     """A run that would become a dead letter; recording it again cannot help."""
 
 
+def refused_by_closed() -> RunRefused:
+    """The refusal of every run after `close`."""
+    return RunRefused("the run was not recorded", "the producer is closed", "Record before closing it.")
+
+
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """What became of the runs of this process so far, and what waits now."""
 
@@ -38,6 +43,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     waiting_in_spool: int = 0
     """On disk, and not yet handed over."""
     spool_bytes: int = 0
+    unreadable_segments: int = 0
+    """Files of the spool that could not be read when that was last tried: their runs wait. The log names them."""
 
 
 def valid_value(run: CellRun) -> bytes:

@@ -1,12 +1,13 @@
 """Cell runs on disk that Kafka has not taken yet: what survives an outage, a full queue and a killed process.
 
 Below the spool's root each process has a directory of its own, locked for as long as it lives; the operating system
-drops the lock with the process, and whoever finds a directory unlocked adopts it. A directory holds segments, files of
-JSON lines, each line the Kafka value of one run; so a segment can also be sent by hand, by ``creditstream send``. A
-segment is deleted once Kafka has all of it. Until then it is sent again from its beginning by whoever adopts it: a
-copy is never charged twice.
+drops the lock with the process, and whoever finds a directory unlocked adopts it, if it sends to the topic that the
+directory's name ends with. A directory holds segments, files of JSON lines, each line the Kafka value of one run; so a
+segment can also be sent by hand, by ``creditstream send``. A segment is deleted once Kafka has all of it. Until then it
+is sent again from its beginning by whoever adopts it: a copy is never charged twice.
 """
 
+import errno
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ SEGMENT_BYTES: Final = 4 * 1024 * 1024
 READ_BYTES: Final = 256 * 1024
 """How much is read at once; more than the longest line."""
 _MIDDLE: Final = 10**15
-"""The number of a directory's first segment: later ones count up, those that must be sent before them count down."""
+"""Segments have numbers above it in the order of writing; those that must be sent before them count down from it."""
 _log: Final = logging.getLogger("creditstream.client")
 
 
@@ -38,6 +39,8 @@ class _Keyed(msgspec.Struct, gc=False):
 
 
 _decode_key: Final = msgspec.json.Decoder(_Keyed).decode
+_NO_RUN: Final = (ValueError, RecursionError)
+"""What decoding raises; msgspec's errors are ValueErrors."""
 
 
 class Segment:
@@ -59,25 +62,34 @@ class Segment:
         self._synced = 0
         self._syncing: Final = threading.Lock()
 
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.position >= self.length
+
     def append(self, data: bytes, runs: int) -> None:
-        """Write whole lines, or nothing: OSError, and the file is as it was."""
+        """Write whole lines. OSError, or whatever the handler of a signal raises; then none of them counts, and what
+        was written of them lies beyond ``length`` until the next append removes it.
+        """
         assert self._descriptor is not None
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._descriptor, data[written:])
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, self.length)
-                os.lseek(self._descriptor, self.length, os.SEEK_SET)
-            raise
-        self.length += len(data)
+        if os.fstat(self._descriptor).st_size > self.length:
+            os.ftruncate(self._descriptor, self.length)
+        end = self.length + len(data)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._descriptor, data[written:], self.length + written)
+        # Nothing is called between the two, so no signal parts them.
+        self.length = end
         self.runs += runs
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing but whole lines is in the file, so that another may be appended."""
-        return self._descriptor is not None and os.fstat(self._descriptor).st_size == self.length
+    def read(self) -> bytes:
+        """A part of what has not been read. OSError, also when the file is shorter than it was."""
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            data = file.read(min(READ_BYTES, self.length - self.position))
+        if not data:
+            raise OSError(errno.ENODATA, f"it ends before byte {self.length}")
+        return data
 
     def sync(self, length: int) -> None:
         """Return once this many bytes are on disk. Threads that come together share one fsync."""
@@ -98,11 +110,6 @@ class Segment:
         """In the child. Not `close`: its lock may have been taken when the process forked."""
         if self._descriptor is not None:
             os.close(self._descriptor)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether nothing is left to read."""
-        return self.position >= self.length
 
 
 class Ticket(NamedTuple):
@@ -130,17 +137,20 @@ class _Directory(NamedTuple):
 class Spool:
     """The segments of this process and of those that it adopted, in the order in which they are to be sent.
 
+    A segment that cannot be read is set aside: said in the log, left where it is, and tried again by `adopt`.
     Not thread-safe, but for `Segment.sync`. OSError where the disk refuses. ``bytes_max`` bounds what `append` takes.
     """
 
-    def __init__(self, root: Path, bytes_max: int) -> None:
+    def __init__(self, root: Path, topic: str, bytes_max: int) -> None:
         self._root: Final = root
+        self._topic: Final = topic
         self._bytes_max: Final = bytes_max
         self._segments: list[Segment] = []
+        self._aside: set[Path] = set()
         self._own: _Directory | None = None
         self._adopted: list[_Directory] = []
         self._tail: Segment | None = None
-        self._numbers = (_MIDDLE, _MIDDLE)
+        self._first = self._last = _MIDDLE
 
     @property
     def size_bytes(self) -> int:
@@ -152,19 +162,19 @@ class Spool:
         """Runs that have not been read since they were written, or since `rewind`."""
         return sum(segment.runs - segment.runs_read for segment in self._segments)
 
+    @property
+    def unreadable(self) -> int:
+        """Segments that are set aside."""
+        return len(self._aside)
+
     def append(self, value: bytes) -> Ticket:
-        """Write one run at the end. SpoolFull, or OSError, and then nothing was written."""
+        """Write one run at the end. SpoolFull, or OSError, and then it does not count."""
         if self.size_bytes + len(value) + 1 > self._bytes_max:
             raise SpoolFull
         if self._tail is None or self._tail.length >= SEGMENT_BYTES:
             self._rotate()
         assert self._tail is not None
-        try:
-            self._tail.append(value + b"\n", 1)
-        except OSError:
-            if not self._tail.is_whole:
-                self._retire_tail()
-            raise
+        self._tail.append(value + b"\n", 1)
         return Ticket(self._tail, self._tail.length)
 
     def put_first(self, values: Sequence[bytes]) -> None:
@@ -172,8 +182,8 @@ class Spool:
 
         What was read of the other segments and is still pending must be among them: it is forgotten there.
         """
-        first = self._numbers[0] - 1
-        segment = self._create(first)
+        self._first -= 1
+        segment = self._create(self._first)
         try:
             segment.append(b"".join(value + b"\n" for value in values), len(values))
             segment.sync(segment.length)
@@ -182,7 +192,6 @@ class Spool:
             segment.path.unlink()
             raise
         segment.close()
-        self._numbers = (first, self._numbers[1])
         for other in self._segments:
             other.pending = 0
         self._segments.insert(0, segment)
@@ -190,9 +199,18 @@ class Spool:
 
     def read(self, runs_max: int) -> list[Entry]:
         """The next runs, at most this many; each is pending until `settle`, `rewind` or `put_first`."""
-        for segment in self._segments:
-            if not segment.is_read:
-                return self._read_from(segment, runs_max)
+        for segment in tuple(self._segments):
+            if segment.is_read:
+                continue
+            try:
+                data = segment.read()
+            except OSError as error:
+                self._segments.remove(segment)
+                self._set_aside(segment.path, error)
+                if segment is self._tail:
+                    self._retire_tail()
+            else:
+                return self._entries(segment, data, runs_max)
         return []
 
     def settle(self, entry: Entry) -> None:
@@ -213,27 +231,22 @@ class Spool:
             entry.segment.pending = 0
 
     def adopt(self) -> int:
-        """Take over the directories of dead processes; how many runs they hold. OSError when that cannot be known."""
-        runs = 0
+        """Take over the directories of dead processes; how many of their runs can be read. OSError for the root."""
+        self._segments += self._readable(self._aside)
+        adopted: list[Segment] = []
         for path in sorted(self._root.iterdir()):
-            if path.name.startswith(".") or not path.is_dir() or (self._own and path == self._own.path):
+            if not path.is_dir() or not self._may_adopt(path.name):
                 continue
             try:
                 lock = lock_file(path / "lock", 0)
             except OSError:
                 continue  # another user's
-            if lock is None:
-                continue
-            try:
-                found = [_found(segment) for segment in sorted(path.glob("*.ndjson"))]
-            except OSError:
-                os.close(lock)
-                raise
-            runs += sum(segment.runs for segment in found)
-            self._adopted.append(_Directory(path, lock))
-            self._segments.extend(found)
+            if lock is not None:
+                self._adopted.append(_Directory(path, lock))
+                adopted += self._readable(path.glob("*.ndjson"))
+        self._segments += adopted
         self._remove_sent()
-        return runs
+        return sum(segment.runs for segment in adopted)
 
     def close(self) -> None:
         """Leave to the next process what is left, and nothing where nothing is."""
@@ -250,53 +263,76 @@ class Spool:
             segment.after_fork()
         for directory in self._directories():
             os.close(directory.lock)
-        self._segments, self._adopted, self._own, self._tail = [], [], None, None
-        self._numbers = (_MIDDLE, _MIDDLE)
 
     def _directories(self) -> list[_Directory]:
         return [*self._adopted, *([self._own] if self._own else [])]
 
-    def _read_from(self, segment: Segment, runs_max: int) -> list[Entry]:
-        with segment.path.open("rb") as file:
-            file.seek(segment.position)
-            data = file.read(min(READ_BYTES, segment.length - segment.position))
+    def _may_adopt(self, name: str) -> bool:
+        """By a directory's name. One without a topic is of an older version, and belongs to whoever comes first."""
+        topic = "-".join(name.split("-")[2:])
+        is_own = self._own is not None and name == self._own.path.name
+        return topic in ("", self._topic) and not name.startswith(".") and not is_own
+
+    def _entries(self, segment: Segment, data: bytes, runs_max: int) -> list[Entry]:
         lines = data.split(b"\n")[:-1][:runs_max]
         entries = []
+        position, number = segment.position, segment.runs_read
         for line in lines or [data]:
             try:
-                workspace_id = _decode_key(line).workspace_id
-                entries.append(Entry(line, workspace_id, segment, segment.position, segment.runs_read))
-            except (msgspec.DecodeError, UnicodeDecodeError):
+                entries.append(Entry(line, _decode_key(line).workspace_id, segment, position, number))
+            except _NO_RUN:
                 segment.is_spoiled = True
-                _log.error("%s, byte %d: not a cell run; the file will be kept", segment.path, segment.position)
-            segment.position += len(line) + bool(lines)
-            segment.runs_read += bool(lines)
+                _log.error("%s, byte %d: not a cell run; the file will be kept", segment.path, position)
+            position += len(line) + bool(lines)
+            number += bool(lines)
+        segment.position, segment.runs_read = position, number
         segment.pending += len(entries)
         if not segment.pending:
             self._remove_sent()
         return entries
 
+    def _readable(self, paths: Iterable[Path]) -> list[Segment]:
+        """Those that can be read; the others are set aside."""
+        found = []
+        for path in sorted(paths):
+            try:
+                found.append(_found(path))
+                self._aside.discard(path)
+            except OSError as error:
+                self._set_aside(path, error)
+        return found
+
+    def _set_aside(self, path: Path, error: OSError) -> None:
+        if path not in self._aside:
+            _log.error(
+                "%s cannot be read: %s. Its runs wait, all others go on. Repair it: it will be tried again",
+                path,
+                error.strerror or error,
+            )
+        self._aside.add(path)
+
     def _rotate(self) -> None:
         self._retire_tail()
-        last = self._numbers[1] + 1
-        self._tail = self._create(last)
-        self._numbers = (self._numbers[0], last)
-        self._segments.append(self._tail)
+        self._last += 1
+        tail = self._create(self._last)
+        self._segments.append(tail)
+        self._tail = tail
 
     def _retire_tail(self) -> None:
-        if self._tail is not None:
-            self._tail.sync(self._tail.length)
-            self._tail.close()
-        self._tail = None
+        tail, self._tail = self._tail, None
+        if tail:
+            tail.sync(tail.length)
+            tail.close()
 
     def _create(self, number: int) -> Segment:
         if self._own is None:
-            self._own = _new_directory(self._root)
+            self._own = _new_directory(self._root, self._topic)
         path = self._own.path / f"{number:016d}.ndjson"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            _sync_directory(self._own.path)
-        except BaseException:  # else its number would be taken for good
+            for directory in (self._own.path, self._root):
+                _sync_directory(directory)
+        except BaseException:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
@@ -312,21 +348,22 @@ class Spool:
             segment.close()
             if segment is self._tail:
                 self._tail = None
-            if segment.is_spoiled:
-                segment.path.replace(self._root / f"{segment.path.parent.name}-{segment.path.name}.unreadable")
-            else:
-                segment.path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if segment.is_spoiled:
+                    segment.path.rename(self._root / f"{segment.path.parent.name}-{segment.path.name}.unreadable")
+                else:
+                    segment.path.unlink()
         self._segments = kept
-        used = {segment.path.parent for segment in kept}
+        used = {path.parent for path in (*self._aside, *(segment.path for segment in kept))}
         for directory in self._adopted:
             if directory.path not in used:
                 _leave(directory)
         self._adopted = [directory for directory in self._adopted if directory.path in used]
 
 
-def _new_directory(root: Path) -> _Directory:
+def _new_directory(root: Path, topic: str) -> _Directory:
     """A directory that is locked before it has the name under which others look for it."""
-    name = f"{time.time_ns():020d}-{os.getpid()}"
+    name = f"{time.time_ns():020d}-{os.getpid()}-{topic}"
     draft = root / f".{name}"
     try:
         lock = lock_file(draft / "lock", 0)
@@ -337,7 +374,6 @@ def _new_directory(root: Path) -> _Directory:
         raise
     assert lock is not None, "nobody else knows this name"
     draft.rename(root / name)
-    _sync_directory(root)
     return _Directory(root / name, lock)
 
 
@@ -363,7 +399,7 @@ def _found(path: Path) -> Segment:
 
 
 def _sync_directory(path: Path) -> None:
-    """Make a new name in a directory durable."""
+    """Make new names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
