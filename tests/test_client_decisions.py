@@ -137,14 +137,26 @@ def test_r07_premium_actions_draw_the_premium_pool(world: MemoryWorld | KafkaWor
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_unknown_workspace_is_the_callers_choice(world: MemoryWorld | KafkaWorld, ws: str, policy: Policy) -> None:
-    """Without a state, and without one of the pool that is asked for, `on_unknown` decides."""
+    """Without a state, and without one of the enrichment pool where that is asked for, `on_unknown` decides."""
     answer = world.gates[policy].check(ws, "enrich_person")
     assert (answer.allowed, answer.reason, answer.as_of) == (policy == "allow", Because.UNKNOWN_WORKSPACE, None)
+    assert world.gates[policy].check(ws, "clearbit_enrich_company").reason == Because.UNKNOWN_WORKSPACE
+    tell(world, limit_state(ws, pool=Pool.PREMIUM))
+    assert world.gates[policy].check(ws, "enrich_person").reason == Because.UNKNOWN_WORKSPACE
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_r07_without_a_grant_the_premium_pool_is_exhausted(
+    world: MemoryWorld | KafkaWorld, ws: str, policy: Policy
+) -> None:
+    """A workspace that is known and has no premium state was granted nothing: no, as `creditstream check` says."""
     tell(world, limit_state(ws))
-    assert world.gates[policy].check(ws, "clearbit_enrich_company").reason == (Because.UNKNOWN_WORKSPACE)
-    other = f"{ws}_premium"
-    tell(world, limit_state(other, pool=Pool.PREMIUM))
-    assert world.gates[policy].check(other, "enrich_person").reason == Because.UNKNOWN_WORKSPACE
+    answer = world.gates[policy].check(ws, "clearbit_enrich_company")
+    assert (answer.allowed, answer.reason, answer.remaining, answer.as_of) == (False, Because.EXHAUSTED, "0", None)
+    tell(world, limit_state(ws, "1", pool=Pool.PREMIUM))
+    assert world.gates[policy].check(ws, "clearbit_enrich_company")
+    world.publish((state_key(ws, Pool.PREMIUM), None))
+    assert world.gates[policy].check(ws, "clearbit_enrich_company").reason == Because.EXHAUSTED
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -231,7 +243,6 @@ def test_the_price_is_that_of_now(tmp_path: Path) -> None:
     found = {}
     for day in (date(2025, 12, 31), date(2026, 1, 31), date(2026, 2, 1), date(2026, 1, 2)):
         now[0] = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 10**9
-        gate.fresh_ns = now[0]
         found[day] = [gate.check("ws", action).price for action in ("a", "gone", "later")]
     assert list(found.values()) == [["1", "3", "4"], ["1", "3", "4"], ["0.5", "3", "4"], ["1", "3", "4"]]
 

@@ -170,6 +170,47 @@ def test_a_gate_that_no_longer_hears_is_stale(kafka: str) -> None:
     assert "creditstream-gate" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_clock_that_is_set_back_makes_nothing_fresh(kafka: str) -> None:
+    """How long nothing was heard of Kafka does not depend on the machine's wall clock."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    publish(settings, [record_of(limit_state())])
+    back_ns = 0
+    with Gate(
+        settings, on_unknown="deny", on_stale="deny", stale_after_s=2, clock=lambda: time.time_ns() - back_ns
+    ) as gate:
+        gate.wait_ready()
+        back_ns = 3600 * 10**9
+        wait_until(lambda: gate.check("ws_1", "enrich_person"), "fresh, with the clock set back")
+    wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.STALE, "stale")
+
+
+def test_a_defect_does_not_end_the_gate(
+    kafka: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody foresaw makes the gate stale, is logged once with its traceback, and when it is over the gate goes on
+    where it was.
+    """
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    publish(settings, [record_of(limit_state())])
+    apply = StateMirror.apply
+
+    def apply_badly(mirror: StateMirror, key: bytes | None, value: bytes | None) -> None:
+        if value and b"ws_2" in value:
+            raise ZeroDivisionError("a defect")
+        apply(mirror, key, value)
+
+    with open_gate(settings, stale_after_s=2) as gate:
+        gate.wait_ready()
+        with monkeypatch.context() as broken:
+            broken.setattr(StateMirror, "apply", apply_badly)
+            publish(settings, [record_of(limit_state("ws_2", "5"))])
+            wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.STALE, "stale")
+        wait_until(lambda: gate.check("ws_2", "enrich_person").remaining == "5", "followed")
+    [said] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert said.exc_info
+    assert said.exc_info[0] is ZeroDivisionError
+
+
 def test_a_forked_child_follows_by_itself(kafka: str) -> None:
     """In a child the answers are stale until its own follower has caught up; both processes end in an orderly way."""
     settings = fresh_settings(kafka, LIMIT_STATES)

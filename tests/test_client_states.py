@@ -62,13 +62,18 @@ def test_the_gate_answers_as_the_plain_records_would(changes: list[LimitState | 
             held[key] = change
     for workspace_id in ("ws_1", "ws_2", "ws/3 é"):
         for pool in COSTS:
-            _compare(gate, held.get((workspace_id, pool)), workspace_id, pool, cells)
+            _compare(gate, held, workspace_id, pool, cells)
 
 
-def _compare(gate: GateRules, state: LimitState | None, workspace_id: str, pool: Pool, cells: int) -> None:
+def _compare(
+    gate: GateRules, held: dict[tuple[str, Pool], LimitState], workspace_id: str, pool: Pool, cells: int
+) -> None:
     answer = gate.check(workspace_id, COSTS[pool], cells=cells)
+    state = held.get((workspace_id, pool))
     assert answer.as_of == (state.as_of if state else None)
-    if state is None or state.state == State.UNKNOWN_PLAN:
+    if pool == Pool.PREMIUM and state is None and (workspace_id, Pool.ENRICHMENT) in held:
+        remaining = "0"  # who is known, and has no premium state, has no grant
+    elif state is None or state.state == State.UNKNOWN_PLAN:
         remaining = None
     elif state.period_end and NOON.date() >= state.period_end:
         remaining = state.next_allowance

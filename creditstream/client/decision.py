@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from creditstream.client.states import ABSENT, BALANCE, OFFSET_OF_POOL, StateMirror
+from creditstream.client.states import ABSENT, BALANCE, NEVER_NS, OFFSET_OF_POOL, PLANLESS, StateMirror
 from schemas.catalogue import Catalogue
 from schemas.credits import Millicredits, format_credits
 from schemas.limits import AsOf
@@ -17,11 +17,15 @@ Policy = Literal["allow", "deny"]
 
 CONTACT_LOST_S: Final = 15
 """Knowledge that has not been confirmed for so long is stale, by default."""
+UNCONFIRMED_NS: Final = -NEVER_NS
+"""`GateRules.fresh_ns` before any confirmation."""
 _NS: Final = 1_000_000_000
 _MS: Final = 1_000_000
-_FOREVER_NS: Final = (1 << 63) - 1
 
+_NO_GRANT: Final = (0, PLANLESS, NEVER_NS)
+"""The balance of a premium pool of which no state came: its workspace is known, so the first grant would be, too."""
 _balance_at: Final = BALANCE.unpack_from
+_monotonic_ns: Final = time.monotonic_ns
 
 _Priced = tuple[Millicredits, int]
 """Price of one cell, and where the pool's half begins in a row."""
@@ -39,7 +43,7 @@ class Because(StrEnum):
     STALE = "stale"
     """The gate is not, or no longer, up to date: as ``on_stale`` says."""
     UNKNOWN_WORKSPACE = "unknown_workspace"
-    """No state of this workspace and pool: as ``on_unknown`` says."""
+    """No state of this workspace, or none of its enrichment pool: as ``on_unknown`` says."""
     UNKNOWN_PLAN = "unknown_plan"
     """The workspace has no plan yet, or none for the period that has begun: as ``on_unknown`` says."""
     ENOUGH = "enough"
@@ -76,8 +80,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     _gate: "GateRules"
     _row: bytes = b""
     _offset: int = 0
-    _fresh_ns: int = 0
-    _now_ns: int = 0
+    _age_ns: int = NEVER_NS
 
     def __bool__(self) -> bool:
         return self.allowed
@@ -106,14 +109,15 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
         """How long before the decision the gate last knew that it held all of the topic. None: it never did, or
         no balance was asked for.
         """
-        return max(0, self._now_ns - self._fresh_ns) // _MS if self._fresh_ns else None
+        return max(0, self._age_ns) // _MS if self._age_ns < NEVER_NS else None
 
 
 class GateRules:
     """The decisions, over whatever fills ``states``: `Gate` from Kafka, `testing.MemoryGate` from a test.
 
     ``on_unknown`` and ``on_stale`` choose for what is not known; ``stale_after_s`` says when it is not known any more.
-    ``clock`` gives Unix nanoseconds. The catalogue's versions are those of the start: a new file needs a restart, in
+    ``clock`` gives Unix nanoseconds: for prices and the ends of periods, not for staleness, since it may be set back.
+    The catalogue's versions are those of the start: a new file needs a restart, in
     time before it comes into force.
     """
 
@@ -129,8 +133,10 @@ class GateRules:
         if unknown := {on_unknown, on_stale} - {"allow", "deny"}:
             raise ValueError(f'{unknown}: a policy is "allow" or "deny"')
         self.states: Final = StateMirror()
-        self.fresh_ns = 0
-        """Unix ns of the last instant of which it is known that all states until then are held; 0: never."""
+        self.fresh_ns = UNCONFIRMED_NS
+        """Monotonic ns of the last instant of which it is known that all states until then are held; `NEVER_NS`: they
+        do not age.
+        """
         self._rows: Final = self.states.rows
         self._catalogue: Final = catalogue
         self._on_unknown: Final = on_unknown == "allow"
@@ -159,23 +165,23 @@ class GateRules:
         if cells < 0:
             raise ValueError(f"{cells} cells")
         cost = price * cells
-        fresh = self.fresh_ns
-        if now - fresh > self._stale_after_ns:
+        age = _monotonic_ns() - self.fresh_ns
+        if age > self._stale_after_ns:
             self._on_stale_answer()
-            return Decision(self._on_stale, _STALE, cost, -1, self, b"", 0, fresh, now)
+            return Decision(self._on_stale, _STALE, cost, -1, self, b"", 0, age)
         row = self._rows.get(workspace_id)
-        if row is None or len(row) <= offset:
-            return Decision(self._on_unknown, _UNKNOWN_WORKSPACE, cost, -1, self, b"", 0, fresh, now)
-        remaining, following, end = _balance_at(row, offset)
+        if row is None:
+            return Decision(self._on_unknown, _UNKNOWN_WORKSPACE, cost, -1, self, b"", 0, age)
+        remaining, following, end = _balance_at(row, offset) if len(row) > offset else _NO_GRANT
         if now >= end and remaining >= 0:
             remaining = following
         if remaining < 0:
             because = _UNKNOWN_WORKSPACE if remaining == ABSENT else _UNKNOWN_PLAN
-            return Decision(self._on_unknown, because, cost, -1, self, row, offset, fresh, now)
+            return Decision(self._on_unknown, because, cost, -1, self, row, offset, age)
         if cost <= remaining:
-            return Decision(True, _ENOUGH, cost, remaining, self, row, offset, fresh, now)
+            return Decision(True, _ENOUGH, cost, remaining, self, row, offset, age)
         because = _NOT_ENOUGH if remaining else _EXHAUSTED
-        return Decision(False, because, cost, remaining, self, row, offset, fresh, now)
+        return Decision(False, because, cost, remaining, self, row, offset, age)
 
     def _on_stale_answer(self) -> None:
         """Called before each answer ``stale``; for a gate that has something to do then."""
@@ -190,7 +196,7 @@ class GateRules:
             if found := self._catalogue.find(name, era):
                 action = found[1]
                 prices[name] = (action.price, OFFSET_OF_POOL.get(action.pool, 0))
-        since = starts[era] * _MS if era >= 0 else -_FOREVER_NS
-        until = starts[era + 1] * _MS if era + 1 < len(starts) else _FOREVER_NS
+        since = starts[era] * _MS if era >= 0 else -NEVER_NS
+        until = starts[era + 1] * _MS if era + 1 < len(starts) else NEVER_NS
         self._prices = (since, until, prices)
         return prices

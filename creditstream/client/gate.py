@@ -6,7 +6,6 @@ them, it is known to be complete as of the instant of the question. That covers 
 follower that cannot keep up alike; when the last such instant is too long ago, the answer is ``stale``.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from typing import Any, Final, Self
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from creditstream.client.decision import CONTACT_LOST_S, GateRules, Policy
+from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
 from creditstream.client.forking import abandon, survive_forks
-from creditstream.client.place import KafkaOptions, connection, found_settings
+from creditstream.client.place import KafkaOptions, connection, found_settings, partitions
 from creditstream.client.states import StateMirror
+from creditstream.client.trouble import Trouble
 from schemas.catalogue import Catalogue
 from schemas.problem import Unreachable
 from streams.settings import Settings
@@ -29,7 +29,6 @@ from streams.topics import LIMIT_STATES
 
 READY_S_MAX: Final = 30
 RETRY_S: Final = 0.5
-PROBE_S_MAX: Final = 1.0
 ASK_EVERY_S: Final = 1.0
 ANSWER_S_MAX: Final = 5.0
 REACH_S_MAX: Final = 60.0
@@ -53,7 +52,6 @@ _OURS: Final = {
     "log_level": 0,
 }
 _NO_TOPIC: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
-_log: Final = logging.getLogger("creditstream.client")
 
 
 class Gate(GateRules):
@@ -102,14 +100,14 @@ class Gate(GateRules):
         if follower and not follower.caught_up.wait(timeout_s):
             raise Unreachable(
                 f"the gate is not ready after {timeout_s} s",
-                f"{follower.trouble or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
+                f"{follower.trouble.reason or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
                 "Check CREDITSTREAM_KAFKA_BOOTSTRAP, and that a worker has made the topic.",
             )
 
     @property
     def is_ready(self) -> bool:
         """Whether it has caught up once."""
-        return bool(self.fresh_ns)
+        return self.fresh_ns > UNCONFIRMED_NS
 
     def close(self) -> None:
         """Stop following. Later checks go on with what is held, until that is stale."""
@@ -129,7 +127,7 @@ class Gate(GateRules):
             self._follower.abandon()
         self._follower = None
         self._starting = threading.Lock()
-        self.fresh_ns = 0
+        self.fresh_ns = UNCONFIRMED_NS
 
     def _on_stale_answer(self) -> None:
         if self._follower is None and not self._closed:
@@ -150,11 +148,11 @@ class Gate(GateRules):
         """A question begins now. To be called once all that there was by now is held; whether that is news enough to
         be called ready: what took long to read is about to be stale.
         """
-        asked = self._clock()
+        asked = time.monotonic_ns()
 
         def learned() -> bool:
             self.fresh_ns = max(self.fresh_ns, asked)
-            return 2 * (self._clock() - asked) <= self._stale_after_ns
+            return 2 * (time.monotonic_ns() - asked) <= self._stale_after_ns
 
         return learned
 
@@ -162,11 +160,11 @@ class Gate(GateRules):
 class _Ends:
     """A question for the ends of all partitions, and what becomes of it."""
 
-    def __init__(self, admin: AdminClient, topic: str, partitions: int, learned: Callable[[], bool]) -> None:
+    def __init__(self, admin: AdminClient, topic: str, count: int, learned: Callable[[], bool]) -> None:
         self.learned: Final = learned
         self._asked_s: Final = time.monotonic()
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        places = {TopicPartition(topic, partition): latest for partition in range(partitions)}
+        places = {TopicPartition(topic, partition): latest for partition in range(count)}
         self._futures: Final[dict[TopicPartition, Future[Any]]] = admin.list_offsets(
             places, request_timeout=ANSWER_S_MAX
         )
@@ -200,8 +198,7 @@ class _Follower(threading.Thread):
     ) -> None:
         super().__init__(name="creditstream-gate", daemon=True)
         self.caught_up: Final = threading.Event()
-        self.trouble = ""
-        """The last thing that went wrong; empty once all is well."""
+        self.trouble: Final = Trouble(f"the gate has trouble with {topic}")
         self._config, self._topic, self._positions = config, topic, positions
         self._states, self._learn_fresh = states, learn_fresh
         self._enough: Final = threading.Event()
@@ -219,42 +216,37 @@ class _Follower(threading.Thread):
             abandon(handle)
 
     def run(self) -> None:
-        """Follow; begin again where it was when Kafka says no."""
+        """Follow; begin again where it was when something goes wrong."""
         while not self._enough.is_set():
-            try:
-                self._follow()
-            except KafkaException as error:
-                if error.args[0].code() in _NO_TOPIC:
-                    self._positions.clear()  # when it is there again it is another one, and its offsets begin anew
-                self._note(error)
-                self._enough.wait(RETRY_S)
+            with self.trouble:
+                try:
+                    self._follow()
+                except KafkaException as error:
+                    if error.args[0].code() in _NO_TOPIC:
+                        self._positions.clear()  # when it is there again it is another one: its offsets begin anew
+                    raise
+            self._enough.wait(RETRY_S)
 
     def _follow(self) -> None:
         admin = AdminClient({key: value for key, value in self._config.items() if key not in _OURS} | {"log_level": 0})
         self._handles = [admin]
-        partitions = self._partitions(admin)
-        consumer = Consumer({**self._config, "error_cb": self._note})
+        count = partitions(admin, self._topic)
+        consumer = Consumer({**self._config, "error_cb": self.trouble.note})
         self._handles = [admin, consumer]
         try:
             consumer.assign(
                 [
                     TopicPartition(self._topic, partition, self._positions.get(partition, OFFSET_BEGINNING))
-                    for partition in range(partitions)
+                    for partition in range(count)
                 ]
             )
             ends = None
             while not self._enough.is_set():
                 self._take(consumer)
-                ends = self._confirm(ends, admin, partitions)
+                ends = self._confirm(ends, admin, count)
         finally:
             self._handles = []
             consumer.close()
-
-    def _partitions(self, admin: AdminClient) -> int:
-        found = admin.list_topics(self._topic, timeout=PROBE_S_MAX).topics[self._topic]
-        if found.error is not None:
-            raise KafkaException(found.error)
-        return len(found.partitions)
 
     def _take(self, consumer: Consumer) -> None:
         first = consumer.poll(POLL_S)
@@ -274,32 +266,24 @@ class _Follower(threading.Thread):
         elif error.code() in _NO_TOPIC or error.fatal():
             raise KafkaException(error)
         else:
-            self._note(error)
+            self.trouble.note(error)
 
-    def _confirm(self, ends: _Ends | None, admin: AdminClient, partitions: int) -> _Ends | None:
+    def _confirm(self, ends: _Ends | None, admin: AdminClient, count: int) -> _Ends | None:
         """Ask for the ends now and then; when they are reached, say so."""
         if ends is None:
-            return _Ends(admin, self._topic, partitions, self._learn_fresh())
+            return _Ends(admin, self._topic, count, self._learn_fresh())
         if not ends.is_answered():
             return ends
         try:
             if ends.reached(self._positions):
-                self.trouble = ""
+                self.trouble.end()
                 if ends.learned():
                     self.caught_up.set()
                 return None if ends.age_s >= ASK_EVERY_S else ends
         except KafkaException as error:
             if error.args[0].code() in _NO_TOPIC:
                 raise
-            self._note(error)
+            self.trouble.note(error)
             return None if ends.age_s >= ASK_EVERY_S else ends
         # A question stays good however long the way to its answer is, unless the topic has been made anew meanwhile.
         return None if ends.age_s >= REACH_S_MAX else ends
-
-    def _note(self, error: object) -> None:
-        if isinstance(error, KafkaException):
-            error = error.args[0]
-        said = error.str() if isinstance(error, KafkaError) else str(error)
-        if not self.trouble:  # an outage has many; the first is logged
-            _log.warning("the gate has trouble with %s: %s", self._topic, said)
-        self.trouble = said

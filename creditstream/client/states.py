@@ -20,7 +20,7 @@ DAY_NS: Final = 24 * 60 * 60 * 1_000_000_000
 NEVER_NS: Final = (1 << 63) - 1
 """The end of a period that does not end."""
 ABSENT: Final = -2
-"""``remaining`` of a pool of which no state came."""
+"""``remaining`` of an enrichment pool of which no state came."""
 PLANLESS: Final = -1
 """``remaining`` of a pool in state ``unknown_plan``, and a next allowance that is not known."""
 
@@ -119,8 +119,9 @@ class StateMirror:
         if pool not in OFFSET_OF_POOL:
             self.unreadable += 1
             return
-        row = _with_half(self.rows.get(workspace_id, b""), OFFSET_OF_POOL[pool], _NO_HALF)
-        if row in (_NO_HALF, _NO_HALF * 2):
+        row = self.rows.get(workspace_id, b"")
+        row = row[:HALF] if OFFSET_OF_POOL[pool] else _NO_HALF + row[HALF:]
+        if row in (b"", _NO_HALF):
             self.rows.pop(workspace_id, None)
         else:
             self.rows[workspace_id] = row

@@ -13,8 +13,9 @@ from typing import Final, Self
 
 import msgspec
 
-from creditstream.client.decision import GateRules, Policy
-from creditstream.client.recording import Counts, RunRefused, valid_value
+from creditstream.client.decision import UNCONFIRMED_NS, GateRules, Policy
+from creditstream.client.recording import Counts, RunRefused, refused_by_closed, valid_value
+from creditstream.client.states import NEVER_NS
 from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import CellRun
 from schemas.credits import parse_credits
@@ -41,7 +42,7 @@ class MemoryProducer:
             try:
                 valid_value(run)
                 if self._is_closed:
-                    raise RunRefused("the run was not recorded", "the producer is closed", "Record before closing it.")
+                    raise refused_by_closed()
                 if self.refuse_with:
                     raise self.refuse_with
             except RunRefused:
@@ -83,11 +84,9 @@ class MemoryGate(GateRules):
             catalogue or Catalogue.load(EXAMPLE_CATALOGUES),
             on_unknown=on_unknown,
             on_stale=on_stale,
-            # What a test says does not age; `lose_contact` makes it stale.
-            stale_after_s=10**9,
             clock=clock,
         )
-        self.fresh_ns = clock()
+        self.fresh_ns = NEVER_NS  # what a test says does not age
         self._changes = 0
 
     def set(
@@ -115,7 +114,7 @@ class MemoryGate(GateRules):
 
     def lose_contact(self) -> None:
         """From now on every answer that needs a balance is ``stale``."""
-        self.fresh_ns = 0
+        self.fresh_ns = UNCONFIRMED_NS
 
     def wait_ready(self, timeout_s: int = 0) -> None:
         """It always is."""
@@ -123,7 +122,7 @@ class MemoryGate(GateRules):
     @property
     def is_ready(self) -> bool:
         """Whether contact was not lost."""
-        return bool(self.fresh_ns)
+        return self.fresh_ns > UNCONFIRMED_NS
 
     def close(self) -> None:
         """Nothing to do."""
