@@ -31,6 +31,7 @@ from schemas.answers import (
     Explanation,
     LedgerRow,
     LimitsInForce,
+    ParkedEvent,
     PartitionAudit,
     PeriodRow,
     PlanRow,
@@ -51,6 +52,7 @@ from schemas.ledger import PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
+from sinks import dead_letters as letters
 from sinks import queries
 from streams.meter import Meter
 from streams.unit import Unit
@@ -102,22 +104,6 @@ def create_api(meter: Meter) -> Litestar:
         """Why a run cost what it cost, and every delivery of it. Ids are each workspace's own."""
         explanation: Explanation = await meter.ask(accounts.explanation, run_id, meter.catalogue, workspace_id)
         return explanation
-
-    @get("/v1/dead-letters")
-    async def dead_letters(
-        reason: FromQuery[Reason | None] = None,
-        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
-        only_open: FromQuery[bool] = False,
-    ) -> list[DeadLetter]:
-        """The newest dead letters; ``only_open``: those that were not sent again."""
-        letters: list[DeadLetter] = await meter.ask(queries.dead_letters, reason or "", limit, only_open)
-        return letters
-
-    @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
-    async def dead_letter(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> DeadLetter:
-        """One dead letter by its position."""
-        letter: DeadLetter = await meter.ask(queries.dead_letter, Position(topic, partition, offset))
-        return letter
 
     @get("/v1/actions")
     async def actions() -> list[Price]:
@@ -172,9 +158,9 @@ def create_api(meter: Meter) -> Litestar:
 
     return Litestar(
         [
-            usage, runs, example, explain, dead_letters, dead_letter, actions, action,
+            usage, runs, example, explain, actions, action,
             audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
-            *_account_routes(meter), *_spending_routes(meter),
+            *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
         exception_handlers={Problem: _answer_problem},
         openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
@@ -187,6 +173,42 @@ Limit = Annotated[int, QueryParameter(ge=1, le=accounts.ALERTS_MAX)]
 PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
 PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
 Cells = Annotated[int, QueryParameter(ge=1, le=spending.CELLS_MAX)]
+
+
+def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
+    """What could not be metered: `sinks.dead_letters`."""
+
+    @get("/v1/dead-letters")
+    async def dead_letters(
+        reason: FromQuery[Reason | None] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
+        only_open: FromQuery[bool] = False,
+    ) -> list[DeadLetter]:
+        """The newest dead letters; ``only_open``: those that were not sent again."""
+        found: list[DeadLetter] = await meter.ask(letters.dead_letters, reason or "", limit, only_open)
+        return found
+
+    @get("/v1/parked-events")
+    async def parked_events(
+        reasons: FromQuery[list[Reason]], limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 1000
+    ) -> list[ParkedEvent]:
+        """Open dead letters of these reasons with their bytes (base64), the oldest first."""
+        found: list[ParkedEvent] = await meter.ask(letters.parked_events, reasons, limit)
+        return found
+
+    @get("/v1/parked-events/{topic:str}/{partition:int}/{offset:int}")
+    async def parked_event(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> ParkedEvent:
+        """One dead letter with its bytes."""
+        found: ParkedEvent = await meter.ask(letters.parked_event, Position(topic, partition, offset))
+        return found
+
+    @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
+    async def dead_letter(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> DeadLetter:
+        """One dead letter by its position."""
+        letter: DeadLetter = await meter.ask(letters.dead_letter, Position(topic, partition, offset))
+        return letter
+
+    return [dead_letters, dead_letter, parked_events, parked_event]
 
 
 def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:

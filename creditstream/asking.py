@@ -4,7 +4,7 @@ chDB allows one process per directory (D13), so a command asks the worker while 
 there is none. Both ways run the same queries and give the same records.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from schemas.answers import (
     Explanation,
     LedgerRow,
     LimitsInForce,
+    ParkedEvent,
     PartitionAudit,
     PeriodRow,
     PlanRow,
@@ -60,6 +61,8 @@ class Answers(Protocol):
     def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation: ...  # noqa: D102
     def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]: ...  # noqa: D102
     def dead_letter(self, position: Position) -> DeadLetter: ...  # noqa: D102
+    def parked_events(self, reasons: Sequence[Reason], limit: int) -> list[ParkedEvent]: ...  # noqa: D102
+    def parked_event(self, position: Position) -> ParkedEvent: ...  # noqa: D102
     def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
     def audit_sums(self) -> SumAudit: ...  # noqa: D102
     def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
@@ -146,9 +149,10 @@ class LedgerAnswers:
 
     def __getattr__(self, question: str) -> Any:
         from creditstream import accounts, spending
-        from sinks import queries
+        from sinks import dead_letters, queries
 
-        room = next((room for room in (accounts, spending) if hasattr(room, question)), queries)
+        rooms = (accounts, spending, dead_letters, queries)
+        room = next(room for room in rooms if hasattr(room, question))
         function = getattr(room, question)
         return partial(function, self._client)
 
@@ -174,13 +178,21 @@ class WorkerAnswers:
         return self._get(f"/v1/runs/{run_id}", Explanation, workspace_id=workspace_id or None)
 
     def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
-        """See `sinks.queries.dead_letters`."""
+        """See `sinks.dead_letters.dead_letters`."""
         asked = {"reason": reason or None, "limit": limit, "only_open": only_open}
         return self._get("/v1/dead-letters", list[DeadLetter], **asked)
 
     def dead_letter(self, position: Position) -> DeadLetter:
-        """See `sinks.queries.dead_letter`."""
+        """See `sinks.dead_letters.dead_letter`."""
         return self._get(f"/v1/dead-letters/{position.topic}/{position.partition}/{position.offset}", DeadLetter)
+
+    def parked_events(self, reasons: Sequence[Reason], limit: int) -> list[ParkedEvent]:
+        """See `sinks.dead_letters.parked_events`."""
+        return self._get("/v1/parked-events", list[ParkedEvent], reasons=list(reasons), limit=limit)
+
+    def parked_event(self, position: Position) -> ParkedEvent:
+        """See `sinks.dead_letters.parked_event`."""
+        return self._get(f"/v1/parked-events/{position.topic}/{position.partition}/{position.offset}", ParkedEvent)
 
     def audit_partitions(self, topic: str) -> list[PartitionAudit]:
         """See `sinks.queries.audit_partitions`; the worker knows its own two topics."""
@@ -257,15 +269,17 @@ class WorkerAnswers:
         import urllib.parse
         import urllib.request
 
-        query = urllib.parse.urlencode({name: value for name, value in parameters.items() if value is not None})
+        query = urllib.parse.urlencode(
+            {name: value for name, value in parameters.items() if value is not None}, doseq=True
+        )
         try:
             with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
                 return msgspec.json.decode(answer.read(), type=kind)
         except urllib.error.HTTPError as error:
             raise _problem_of(error) from error
-        except (urllib.error.URLError, OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
             reason = getattr(error, "reason", error)
-            raise Unreachable(f"no worker answers at {self._url}", str(reason), "Is it running?") from error
+            raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
 
 
 def _instant(as_of: datetime | None) -> str | None:

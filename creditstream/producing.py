@@ -1,5 +1,6 @@
 """A Kafka producer as every producer of cell runs must be set up, and a few records that it delivers by hand."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,6 +23,7 @@ PRODUCER_CONFIG: dict[str, Any] = {
     "log_level": 2,
 }
 DELIVERY_S_MAX: Final = 30.0
+"""For all of them, the first hundred thousand at least."""
 POLL_S: Final = 0.1
 
 
@@ -54,8 +56,9 @@ def deliver(settings: Settings, records: Sequence[Outgoing], what: str, fix: str
 
         return delivered
 
+    deadline = time.monotonic() + DELIVERY_S_MAX
     for number, record in enumerate(records):
-        while True:
+        while time.monotonic() < deadline:
             try:
                 producer.produce(
                     record.topic, record.value, record.workspace_id,
@@ -65,7 +68,7 @@ def deliver(settings: Settings, records: Sequence[Outgoing], what: str, fix: str
             except BufferError:
                 producer.poll(POLL_S)
         producer.poll(0)
-    producer.flush(DELIVERY_S_MAX)
+    producer.flush(max(0, deadline - time.monotonic()))
     if lost := len(records) - len(places):
         why = refusals[0] if refusals else f"no answer within {DELIVERY_S_MAX:.0f} s"
         raise Unreachable(

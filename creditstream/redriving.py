@@ -7,15 +7,17 @@ ledger row that it becomes closes the letter (charge rules: "When is a dead lett
 from collections.abc import Sequence
 from typing import Final
 
+from creditstream.asking import Answers
+from creditstream.metering import await_rows
 from creditstream.producing import Outgoing, deliver
-from schemas.answers import DeadLetter
+from schemas.answers import LedgerRow, ParkedEvent
 from schemas.codec import decode_account_event, decode_run
 from schemas.ledger import Position, Reason
+from schemas.problem import Problem
 from streams.intake import REDRIVE_HEADER
 from streams.settings import Settings
-from streams.topics import account_events_topic
+from streams.topics import Broker, account_events_topic, cell_runs_topic, require_topic
 
-REDRIVABLE: Final = (Reason.MISROUTED, Reason.FUTURE_RUN, Reason.UNKNOWN_ACTION, Reason.UNKNOWN_PLAN)
 WHY_NOT: Final = {
     Reason.TOO_LARGE: "it is still too large",
     Reason.MALFORMED: "the same bytes would be refused again: send a corrected event",
@@ -26,25 +28,38 @@ WHY_NOT: Final = {
 """Why a letter of another reason is left alone."""
 
 
-def why_not(letter: DeadLetter) -> str:
-    """Why a letter cannot be sent again; empty when it can."""
+def redrive(settings: Settings, answers: Answers, letters: Sequence[ParkedEvent]) -> list[tuple[Position, LedgerRow]]:
+    """Send letters again, in their order: where each lies now, and the ledger row that closes it.
+
+    Problem when one of them cannot be sent again: then none was. Unreachable when Kafka does not take one, or no worker
+    meters it; once they have their rows, nobody sends them twice.
+    """
+    ours = {cell_runs_topic(settings), account_events_topic(settings)}
+    for letter in letters:
+        if why := _why_not(letter, ours):
+            raise Problem(f"{letter.position} cannot be sent again", why, "Nothing was sent.")
+    broker = Broker(settings)
+    topics = [require_topic(broker, name, settings) for name in {letter.topic for letter in letters}]
+    fix = "Try again: those that were delivered are closed, and a copy is never charged twice."
+    places = deliver(settings, [_record(settings, letter) for letter in letters], "dead letters were", fix)
+    rows: dict[Position, LedgerRow] = {}
+    for topic in topics:
+        rows |= await_rows(answers, topic, [place for place in places if place.topic == topic.name])
+    return [(place, rows[place]) for place in places]
+
+
+def _why_not(letter: ParkedEvent, ours: set[str]) -> str:
+    if letter.topic not in ours:
+        return f"it came from topic {letter.topic}, and this installation's are {' and '.join(sorted(ours))}"
     if letter.closed_by:
         return f"it was sent again as {letter.closed_by}"
-    return WHY_NOT.get(Reason(letter.reason), "")
+    if why := WHY_NOT.get(Reason(letter.reason)):
+        return f"{letter.reason}: {why}"
+    return ""
 
 
-def redrive(settings: Settings, letters: Sequence[DeadLetter]) -> list[Position]:
-    """Send letters again, all of which can be: where each lies now. Unreachable when Kafka does not take one.
-
-    One that was sent again twice is metered once: its run id, or event id, is known by then.
-    """
-    records = [_record(settings, letter) for letter in letters]
-    fix = "Try again: those that were delivered are closed, and a copy is never charged twice."
-    return deliver(settings, records, "dead letters were", fix)
-
-
-def _record(settings: Settings, letter: DeadLetter) -> Outgoing:
+def _record(settings: Settings, letter: ParkedEvent) -> Outgoing:
     """Keyed by what the event itself says: a misrouted one lies under another key."""
-    topic, value = Position.parse(letter.position).topic, letter.raw.encode()
-    decode = decode_account_event if topic == account_events_topic(settings) else decode_run
-    return Outgoing(topic, decode(value).workspace_id, value, [(REDRIVE_HEADER, letter.position.encode())])
+    decode = decode_account_event if letter.topic == account_events_topic(settings) else decode_run
+    header = REDRIVE_HEADER, letter.position.encode()
+    return Outgoing(letter.topic, decode(letter.value).workspace_id, letter.value, [header])

@@ -11,6 +11,7 @@ from clickhouse_connect.driver.client import Client
 
 from creditstream.accounts import Moment, account, moment
 from creditstream.client.decision import Decision, GateRules, Policy
+from creditstream.client.states import NEVER_NS
 from schemas.answers import Estimate, ShareOfRuns, SpendCheck, TopBy, TopRow
 from schemas.catalogue import Catalogue
 from schemas.cell_run import from_milliseconds
@@ -85,7 +86,7 @@ def _decide(
 ) -> Decision:
     now_ns = at.ms * _NS_PER_MS
     rules = GateRules(catalogue, on_unknown=on_unknown, on_stale="deny", clock=lambda: now_ns)
-    rules.fresh_ns = now_ns
+    rules.fresh_ns = NEVER_NS
     as_of = AsOf(log="", cell_runs=-1, account_events=-1, at=from_milliseconds(at.ms))
     for pool in METERED if held else ():
         assert held is not None

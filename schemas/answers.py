@@ -147,6 +147,16 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     closed_by: str
 
 
+class ParkedEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A dead letter as it is sent again: ``value`` byte for byte. ``closed_by`` as of `DeadLetter`."""
+
+    position: str
+    topic: str
+    reason: str
+    value: bytes
+    closed_by: str
+
+
 class Price(msgspec.Struct, frozen=True, kw_only=True):
     """What a run of an action costs, before it is run (R13). ``credits`` counts the own key in."""
 

@@ -56,6 +56,8 @@ class CellRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     actor: Annotated[Label | None, Meta(description="who started it, where somebody did")] = None
 
     def __post_init__(self) -> None:
+        if self.ran_at.utcoffset() is None:
+            raise ValueError("`ran_at` has no offset from UTC: write datetime.now(UTC), say")
         if self.ran_at < EARLIEST_RAN_AT:
             raise ValueError("`ran_at` lies before 2020")
         if self.ran_at > LATEST_RAN_AT:

@@ -92,6 +92,8 @@ DEBIT_REASONS: Final = REASONS[: REASONS.index(Reason.DUPLICATE)]
 FREE_REASONS: Final = DEBIT_REASONS[: DEBIT_REASONS.index(Reason.CHARGED_NO_DATA)]
 RUN_DEAD_LETTER_REASONS: Final = REASONS[REASONS.index(Reason.TOO_LARGE) : REASONS.index(Reason.REVERSED)]
 DEAD_LETTER_REASONS: Final = (*RUN_DEAD_LETTER_REASONS, Reason.UNKNOWN_RUN, Reason.UNKNOWN_PLAN)
+REDRIVABLE_REASONS: Final = (Reason.MISROUTED, Reason.FUTURE_RUN, Reason.UNKNOWN_ACTION, Reason.UNKNOWN_PLAN)
+"""Dead letters that may be metered when they are sent again by hand."""
 ACCOUNT_KINDS: Final = (Kind.REVERSAL, Kind.PLAN, Kind.GRANT, Kind.LIMITS)
 
 

@@ -260,23 +260,6 @@ def _after(chain: Chain, offset: int) -> dict[str, Any]:
     return {"topic_id": chain.topic_id, "partition": chain.partition, "after": offset}
 
 
-def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, bytes, bytes]]:
-    """(position, key, value) of reversals that were set aside as ``unknown_run`` and whose run is there by now."""
-    found = client.query(
-        "SELECT position, raw_key, raw FROM ("
-        f"SELECT {POSITION} AS position, raw_key, raw, "
-        f"workspace_id, run_id, kafka_offset FROM ledger WHERE {MARKED} AND kind = 'dead_letter' "
-        "AND reason = 'unknown_run') AS letters "
-        f"WHERE position NOT IN (SELECT redrive_of FROM ledger WHERE {MARKED} AND redrive_of != '') "
-        "AND (workspace_id, run_id) IN (SELECT workspace_id, run_id FROM ledger WHERE kind = 'run' AND run_id IN "
-        f"(SELECT run_id FROM ledger WHERE {MARKED} AND kind = 'dead_letter' AND reason = 'unknown_run')) "
-        "ORDER BY kafka_offset LIMIT {limit:UInt32}",
-        parameters=_after(chain, 0) | {"limit": limit},
-        column_formats={"raw": "bytes", "raw_key": "bytes"},
-    )
-    return [(position, bytes(key), bytes(value)) for position, key, value in found.result_rows]
-
-
 class TopQuestion(NamedTuple):
     """Which columns drew most of a pool in the UTC days [start, end); None: of all time."""
 

@@ -1,7 +1,7 @@
 """Questions about runs, one function each: ``question(client, ...)`` → plain values.
 
 The worker's own come first, then those of people, which the CLI and the read API share, then the audit's. Accounts have
-theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's).
+theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's), dead letters in `sinks.dead_letters`.
 """
 
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
 
-from schemas.answers import By, DeadLetter, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
+from schemas.answers import By, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
 from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits, millicredits_of
-from schemas.ledger import FREE_REASONS, Kind, Position, Reason
+from schemas.ledger import FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, UnknownId
-from sinks.explain import explain, position_of, run_of
+from sinks.explain import explain, run_of
 from sinks.ledger import POSITION
 
 
@@ -195,7 +195,11 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
     if not rows:
         raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
     if len(names := sorted({row["workspace_id"] for row in rows if row["kind"] == Kind.RUN})) > 1:
-        raise Problem(f"run id {run_id} names {len(names)} runs", f"of {', '.join(names)}", "Name the workspace, too.")
+        raise Problem(
+            f"run id {run_id} names {len(names)} runs",
+            f"of {', '.join(names)}",
+            "Name the workspace, too: `--workspace`.",
+        )
     cell = {name: run_of(rows)[name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
     ((runs_of_this_cell,),) = client.query(
         "SELECT count() FROM ledger WHERE kind = 'run' AND workspace_id = {workspace_id:String} "
@@ -205,65 +209,8 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
     return explain(rows, runs_of_this_cell, catalogue)
 
 
-_REDRIVEN: Final = "SELECT redrive_of FROM ledger WHERE redrive_of != ''"
-
-
-def dead_letters(client: Client, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
-    """The newest dead letters, of one reason or (empty) of all; ``only_open``: those that were not sent again."""
-    rows = _rows(
-        client,
-        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND ({reason:String} = '' OR reason = {reason:String}) "
-        f"{f'AND {POSITION} NOT IN ({_REDRIVEN}) ' if only_open else ''}"
-        "ORDER BY recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
-        {"reason": reason, "limit": limit},
-    )
-    return _dead_letters(client, rows)
-
-
-def dead_letter(client: Client, position: Position) -> DeadLetter:
-    """The dead letter at a position, of the newest topic of that name. UnknownId when the ledger holds none there."""
-    rows = _rows(
-        client,
-        "SELECT * FROM ledger WHERE kind = 'dead_letter' AND topic = {topic:String} "
-        "AND kafka_partition = {partition:UInt16} AND kafka_offset = {offset:UInt64} ORDER BY recorded_at DESC LIMIT 1",
-        position._asdict(),
-    )
-    if not rows:
-        raise UnknownId(
-            f"no dead letter at {position}", "the ledger holds none there", "See `creditstream dead-letters list`."
-        )
-    (letter,) = _dead_letters(client, rows)
-    return letter
-
-
-def _dead_letters(client: Client, rows: list[dict[str, Any]]) -> list[DeadLetter]:
-    positions = [position_of(row) for row in rows]
-    redrives = client.query(
-        f"SELECT redrive_of, argMin({POSITION}, recorded_at) FROM ledger "
-        "WHERE redrive_of != '' AND redrive_of IN {positions:Array(String)} GROUP BY redrive_of",
-        parameters={"positions": positions},
-    ).result_rows if rows else []  # fmt: skip
-    closed_by: dict[str, str] = dict(redrives)  # type: ignore[arg-type]
-    return [
-        DeadLetter(
-            position=position,
-            recorded_at=row["recorded_at"],
-            reason=row["reason"],
-            detail=row["detail"],
-            workspace_id=row["workspace_id"],
-            run_id=str(row["run_id"]) if row["run_id"].int else "",
-            raw_key=_shown(row["raw_key"]),
-            raw_headers=row["raw_headers"],
-            raw=_shown(row["raw"]),
-            raw_bytes=len(_bytes(row["raw"])),
-            closed_by=closed_by.get(position, ""),
-        )
-        for position, row in zip(positions, rows, strict=True)
-    ]
-
-
 def _rows(client: Client, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    found = client.query(sql, parameters=parameters, column_formats={"raw": "bytes", "raw_key": "bytes"})
+    found = client.query(sql, parameters=parameters)
     return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
 
 
@@ -310,11 +257,3 @@ def ledger_rows(client: Client, topic_id: str, partition: int, after: int, limit
         parameters={"topic_id": topic_id, "partition": partition, "after": after, "limit": limit},
     )
     return [LedgerRow(*row) for row in found.result_rows]
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode()
-
-
-def _shown(value: str | bytes) -> str:
-    return _bytes(value).decode(errors="backslashreplace")

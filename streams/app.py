@@ -123,10 +123,10 @@ class MeterApp(faust.App):
                 "Give every worker of the group the same version and topics.",
             )
         self.chunks.held.clear()
-        resume, told = await self.meter.assign(runs, self.conf.id)
+        resume, commit = await self.meter.assign(runs, self.conf.id)
         cast(Transport, self.transport).resume_at = {TP(*place): offset for place, offset in resume.items()}
-        if told:
-            await self.chunks.commit_start({TP(*place): offset for place, offset in told.items()})
+        if commit:
+            await self.chunks.commit_start({TP(*place): offset for place, offset in commit.items()})
 
     def _assigned(self, topic: str) -> set[int]:
         return {tp.partition for tp in self.consumer.assignment() if tp.topic == topic}

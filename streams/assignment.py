@@ -4,21 +4,21 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import date
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
 
-from schemas.ledger import Pool
+from schemas.limits import AsOf
 from schemas.problem import Unreachable
-from sinks import accounts, filter_keys
+from sinks import accounts, dead_letters, filter_keys
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.account_events import openings
-from streams.balances import Balances, Notice
+from streams.balances import Balances, Key, Notice
 from streams.duplicates import KeyFilter
 from streams.follower import Heard
 from streams.intake import REDRIVE_HEADER
@@ -126,7 +126,7 @@ class Loader:
     async def redrive(self, unit: Unit) -> None:
         """Send reversals again that were set aside because their run had not arrived, and now has."""
         chain = unit.event_chain
-        for position, key, value in await self._look_up_aside(accounts.redrivable, chain, REDRIVEN_AT_ONCE):
+        for position, key, value in await self._look_up_aside(dead_letters.redrivable, chain, REDRIVEN_AT_ONCE):
             if position in unit.redriven:
                 continue  # it is on its way, behind a backlog
             unit.redriven.add(position)
@@ -266,11 +266,15 @@ def is_told(unit: Unit, place: Place) -> bool:
     return unit.incident is None and not start.is_seeded
 
 
-def answer(unit: Unit, states: Sequence[Heard]) -> None:
+def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:
+    """What of these states on the topic somebody else has said."""
+    return {(state.workspace_id, state.pool): state.as_of for state in states if state.owner != owner}
+
+
+def answer(unit: Unit, foreign: Mapping[Key, AsOf]) -> None:
     """Another owner's states on the topic: those that are older than what this unit knows are answered. One that is not
     is kept in mind until the unit is past it: it may have known more runs and fewer account events.
     """
-    foreign = {(it.workspace_id, Pool(it.pool)): it.as_of for it in states if it.owner != unit.voice.owner}
     if foreign and not unit.voice.unanswered:
         unit.chores.append(_answer)
     unit.voice.unanswered |= foreign

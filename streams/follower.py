@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
+from schemas.ledger import Pool
 from schemas.limits import AsOf
 from streams.connection import librdkafka
 from streams.settings import Settings
@@ -22,7 +23,7 @@ class Heard(msgspec.Struct, frozen=True):
     """What of a state on the topic tells whether it is stale."""
 
     workspace_id: str
-    pool: str
+    pool: Pool
     owner: str
     as_of: AsOf
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import structlog
 
 from schemas.catalogue import Catalogue
-from schemas.limits import LimitAlert, TopColumn
+from schemas.limits import AsOf, LimitAlert, TopColumn
 from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
@@ -28,8 +28,8 @@ from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
-from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, is_told
-from streams.balances import Opening
+from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, foreign_to, is_told
+from streams.balances import Key, Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
@@ -95,6 +95,8 @@ class Meter:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._kept: dict[Chain, Kept] = {}
+        self._unanswered: dict[int, dict[Key, AsOf]] = {}
+        """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
         self._courtesies = Courtesies(self._find_top_columns)
 
     def open(self) -> None:
@@ -178,18 +180,19 @@ class Meter:
             await self._read(self._require_same_topic, topic)
         states_from = await self._read(self._ends_of_states, partitions)
         resume: Offsets = {}
-        told: Offsets = {}
+        commit: Offsets = {}
         for place in await self._places(sorted(partitions), group):
             unit = await self._load(place)
             for chain, mark, found, committed in zip(*place, strict=True):
                 begin = max(mark.next, found.start)
                 resume[chain.topic, chain.partition] = begin
                 if is_told(unit, place) and committed != begin:
-                    told[chain.topic, chain.partition] = begin
+                    commit[chain.topic, chain.partition] = begin
         self._follow(states_from)
         self._kept.clear()
+        self._unanswered.clear()
         self.assigned = True
-        return resume, told
+        return resume, commit
 
     async def _places(self, partitions: Sequence[int], group: str) -> list[Place]:
         """The marks first: a log that is read after its mark is not behind it, whoever writes meanwhile."""
@@ -210,8 +213,9 @@ class Meter:
 
     async def _load(self, place: Place) -> Unit:
         chain = place.chains[0]
-        unit = await self._loader.load(place, self._kept.get(chain), self._in_background)
+        unit = await self._loader.load(place, self._kept.pop(chain, None), self._in_background)
         self.units[chain.partition] = unit
+        answer(unit, self._unanswered.pop(chain.partition, {}))
         unit.ends_ms = lambda: self.ends_ms(chain.partition, unit.read)
         log.info(
             "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
@@ -245,7 +249,9 @@ class Meter:
     def _hear(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, list[Heard]], None]:
         def in_loop(partition: int, states: list[Heard]) -> None:
             if unit := self.units.get(partition):
-                answer(unit, states)
+                answer(unit, foreign_to(unit.voice.owner, states))
+            else:
+                self._unanswered.setdefault(partition, {}).update(foreign_to("", states))
 
         return lambda partition, states: _unless_closed(loop, in_loop, partition, states)
 
@@ -288,7 +294,8 @@ class Meter:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await _in_thread(self._pools["writer"], lambda: None)
-        for unit in self.units.values():
+        for partition, unit in self.units.items():
+            self._unanswered[partition] = unit.voice.unanswered
             if unit.is_settled and unit.filters.are_complete and not unit.incident:
                 self._kept[unit.chain] = Kept(unit.folded, unit.filters, unit.balances)
         self.units.clear()
@@ -318,9 +325,11 @@ class Meter:
         return await self._ask("answers", question, *args)
 
     def plans_of(self, workspace_id: str) -> Sequence[PlanChange] | None:
-        """A workspace's plans as its unit has folded them; None when no unit of this worker holds its account."""
+        """A workspace's plans as its unit has folded them; None when no unit of this worker that goes on holds its
+        account: what one with an incident has folded may never get into the ledger.
+        """
         unit = self.units.get(partition_of(workspace_id, self.settings.partitions))
-        if not unit or workspace_id not in unit.balances:
+        if not unit or unit.incident or workspace_id not in unit.balances:
             return None
         return unit.balances[workspace_id].facts.plans
 

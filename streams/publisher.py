@@ -24,8 +24,8 @@ QUEUE_MESSAGES_MAX: Final = 200_000
 POLL_S: Final = 0.05
 FLUSH_POLL_S: Final = 0.005
 
-Lane = tuple[str | None, int | None]
-"""Topic and partition."""
+Partition = tuple[str | None, int | None]
+"""Of a topic, by its name."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -37,8 +37,8 @@ class Publisher:
         self._prefix = settings.topic_prefix
         self._bootstrap = settings.kafka_bootstrap
         self._failure = ""
-        self._handed_over: Counter[Lane] = Counter()
-        self._taken: Counter[Lane] = Counter()
+        self._handed_over: Counter[Partition] = Counter()
+        self._taken: Counter[Partition] = Counter()
         """By the producer's thread alone. Kafka takes the messages of a partition in their order."""
         self._closing = threading.Event()
         self._producer = Producer(
@@ -65,7 +65,7 @@ class Publisher:
         """Hand over bytes as they are."""
         topic = self._prefix + topic
         while True:
-            self._require_taken()
+            self._raise_failure()
             try:
                 self._producer.produce(
                     topic, value, key, partition, headers=list(headers), on_delivery=self._on_delivery
@@ -80,17 +80,17 @@ class Publisher:
         for. Unreachable when Kafka does not take it.
         """
         due = dict(self._handed_over)
-        while any(self._taken[lane] < number for lane, number in due.items()):
-            self._require_taken()
+        while any(self._taken[place] < number for place, number in due.items()):
+            self._raise_failure()
             await asyncio.sleep(FLUSH_POLL_S)
-        self._require_taken()
+        self._raise_failure()
 
     def close(self) -> None:
         """Stop listening; what was not flushed may be lost."""
         self._closing.set()
         self._thread.join()
 
-    def _require_taken(self) -> None:
+    def _raise_failure(self) -> None:
         if self._failure:
             raise Unreachable(
                 f"Kafka at {self._bootstrap} does not take alerts and states",

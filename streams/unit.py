@@ -58,7 +58,9 @@ from streams.voice import Voice
 
 TAKE_ROWS_MAX: Final = 10_000
 STATES_EVERY_S: Final = 1.0
-"""States whose ``used`` moved are told at most once in this time, and with them chunks are acknowledged."""
+"""States whose ``used`` moved are told once in this time, and with them chunks are acknowledged. Only a full batch, and
+account events, do not wait for it: what a backlog has in flight is bounded.
+"""
 TICK_S: Final = 0.25
 """How often a unit looks at the clock."""
 NOT_AT_END: Final = (0, 0)

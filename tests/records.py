@@ -94,8 +94,9 @@ class Road:
         partitions: int = 1,
         filter_bytes_max: int = 1 << 16,
         is_complete: bool = True,
+        chain: Chain | None = None,
     ) -> None:
-        self.chain: Final = Chain("cell-runs", "topic-1", partition)
+        self.chain: Final = chain or Chain("cell-runs", "topic-1", partition)
         self.last = -1
         self.ledger: dict[Identity, Original] = {}
         self.unwritten: list[Take] = []
@@ -157,12 +158,13 @@ def in_words(table: pa.Table) -> list[Row]:
 
 
 def write_rows(client: Client, chain: Chain, rows: pa.Table) -> None:
-    """Append a first take's rows to the ledger by its protocol."""
+    """Append a take's rows to the ledger by its protocol."""
     ledger = Ledger(client)
+    mark = ledger.mark(chain)
     month = pa.repeat(pa.scalar(202608, pa.uint32()), len(rows))
     last = rows.column("kafka_offset")[-1].as_py()
-    batch = Batch(chain, -1, last, rows.append_column("batch_month", month))
-    ledger.append(batch, ledger.mark(chain), threading.Event())
+    batch = Batch(chain, mark.last, last, rows.append_column("batch_month", month))
+    ledger.append(batch, mark, threading.Event())
 
 
 def write_catalogue(directory: Path, *versions: tuple[int, str, dict[str, str]]) -> Path:

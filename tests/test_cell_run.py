@@ -123,6 +123,13 @@ def test_random_bytes_are_refused_by_that_error(value: bytes) -> None:
         decode_run(value)
 
 
+def test_a_run_without_an_offset_is_refused_where_it_is_made() -> None:
+    """A worker's own mistake, in a sentence, before anything compares it."""
+    known = decoded(ran_at="2026-11-22T11:59:58Z")
+    with pytest.raises(ValueError, match="`ran_at` has no offset from UTC"):
+        msgspec.structs.replace(known, ran_at=known.ran_at.replace(tzinfo=None))
+
+
 @pytest.mark.parametrize("text", ["2019-12-31T23:59:59.999Z", "2020-01-01T00:59:59+01:00", "0001-01-01T00:00:00+14:00"])
 def test_before_2020_is_malformed_in_utc(text: str) -> None:
     with pytest.raises(msgspec.ValidationError, match="`ran_at` lies before 2020"):

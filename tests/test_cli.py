@@ -231,12 +231,13 @@ def test_a_dead_letter_is_sent_again(worker: WorkerProcess, settings: dict[str, 
     (broken,) = worker.answers.dead_letters("malformed", 10, True)
 
     sent = creditstream("dead-letters", "redrive", "--reason", "unknown_action", settings=settings)
-    worker.wait_until_metered()
     listed = read_json(creditstream("dead-letters", "list", "--open", "--format", "json", settings=settings))
     refused = creditstream("dead-letters", "redrive", broken.position, settings=settings)
 
-    before, _, place = sent.out.strip().partition(" -> ")
+    before, _, after = sent.out.strip().partition(" -> ")
+    place, told = after.split(maxsplit=1)
     assert (sent.code, before) == (0, old.position)
+    assert told.startswith("dead_letter, unknown_action  ")  # nobody has priced it meanwhile
     assert {letter["position"] for letter in listed} == {place, broken.position}
     assert "the same bytes would be refused again" in line_of(refused, 1)
 

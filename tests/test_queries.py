@@ -18,7 +18,7 @@ from schemas.answers import By
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Position
 from schemas.problem import UnknownId
-from sinks import queries
+from sinks import dead_letters, queries
 from sinks.ledger import Batch, Ledger
 from streams.meter import Meter
 from streams.settings import read_settings
@@ -128,13 +128,13 @@ def test_usage_takes_half_open_ranges_of_days(filled: Client) -> None:
 
 def test_a_dead_letter_is_found_by_its_position(filled: Client) -> None:
     """With its bytes; another position is an unknown id."""
-    letter = queries.dead_letters(filled, "malformed", 1)[0]
+    letter = dead_letters.dead_letters(filled, "malformed", 1)[0]
     position = Position.parse(letter.position)
-    assert queries.dead_letter(filled, position) == letter
+    assert dead_letters.dead_letter(filled, position) == letter
     assert letter.raw.startswith("{")
     for other in (position._replace(partition=7), position._replace(topic="account-events")):
         with pytest.raises(UnknownId, match=re.escape(str(other))):
-            queries.dead_letter(filled, other)
+            dead_letters.dead_letter(filled, other)
 
 
 def test_the_ledgers_own_audit_agrees_with_itself(filled: Client) -> None:

@@ -319,6 +319,39 @@ def test_an_endpoint_that_is_left_alone_waits() -> None:
     assert [attempt.delivery.endpoint for attempt in found.take_due(1000)] == ["busy"]
 
 
+def test_a_slow_endpoint_is_waited_for_once() -> None:
+    """Some room now and then begins no new pause: only when half of its share is free it may hold up others again."""
+    share, found = 2 * deliveries.ROOM + 2, owned()
+
+    def fill() -> None:
+        while found.waiting < share:
+            found.put(0, waiting("slow"))
+
+    def deliver(number: int, now_ms: int) -> None:
+        for _ in range(number):
+            attempt = found.take_due(now_ms)[0]
+            assert found.landed(attempt)
+            found.put(0, after(attempt.delivery, OK, now_ms, 0))
+            found.landed(attempt)
+
+    fill()
+    assert found.is_crowded(share, NOW_MS)
+    for second in range(1, 10):
+        deliver(deliveries.ROOM, NOW_MS + second * 1000)
+        assert not found.is_crowded(share, NOW_MS + second * 1000), "it has room"
+        fill()
+        assert found.is_crowded(share, NOW_MS + second * 1000)
+    for second in range(10, 100):
+        assert not found.is_crowded(share, NOW_MS + second * 1000), "it has had its time"
+        deliver(deliveries.ROOM, NOW_MS + second * 1000)
+        assert not found.is_crowded(share, NOW_MS + second * 1000)
+        fill()
+    deliver(share // 2, NOW_MS + 100_000)
+    assert not found.is_crowded(share, NOW_MS + 100_000)
+    fill()
+    assert found.is_crowded(share, NOW_MS + 101_000)
+
+
 def test_a_partition_that_came_back_is_sent_once() -> None:
     """What waited before the partition was lost is out of date: only what was loaded afterwards counts."""
     delivery = waiting()

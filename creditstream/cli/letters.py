@@ -5,6 +5,7 @@ import rich_click as click
 from creditstream.asking import ask
 from creditstream.cli.options import (
     format_option,
+    home_option,
     kafka_settings_of,
     record_format_option,
     settings_of,
@@ -15,8 +16,7 @@ from creditstream.cli.options import (
 )
 from creditstream.cli.terminal import say
 from schemas.answers import DeadLetter
-from schemas.ledger import DEAD_LETTER_REASONS, Position
-from schemas.problem import Problem
+from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Position, Reason
 
 LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id", "raw_bytes", "closed_by")
 
@@ -52,8 +52,9 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 
     Example: `creditstream dead-letters show 'cell-runs[3]@88123'`
     """
+    place = _place(position)
     with ask(settings_of(home), url) as answers:
-        letter = answers.dead_letter(_place(position))
+        letter = answers.dead_letter(place)
     if form == "json":
         show_record(letter)
         return
@@ -72,31 +73,36 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 
 @dead_letters.command("redrive")
 @click.argument("positions", nargs=-1, metavar="[POSITION]...")
-@click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="All of these.")
+@click.option(
+    "--reason",
+    type=click.Choice([str(reason) for reason in REDRIVABLE_REASONS]),
+    help="All open ones of these, the oldest first.",
+)
 @click.option("--limit", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="How many of them.")
-@source_options
-def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str, url: str) -> None:
-    """Send dead letters again, once what kept them from being metered is mended.
+@home_option
+def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
+    """Send dead letters again, once what kept them from being metered is mended, and wait for what becomes of them.
 
     Example: `creditstream dead-letters redrive --reason unknown_action`
     """
     if bool(positions) == bool(reason):
         raise click.UsageError("Give positions, or --reason.")
-    from creditstream.redriving import redrive, why_not
+    from creditstream.redriving import redrive
 
+    places = [_place(position) for position in positions]
     settings = kafka_settings_of(home)
-    with ask(settings, url) as answers:
+    with ask(settings) as answers:
         letters = (
-            answers.dead_letters(reason, limit, True)
+            answers.parked_events([Reason(reason)], limit)
             if reason
-            else [answers.dead_letter(_place(position)) for position in positions]
+            else [answers.parked_event(place) for place in places]
         )
-    for letter in letters:
-        if why := why_not(letter):
-            raise Problem(f"{letter.position} cannot be sent again", f"{letter.reason}: {why}", "Nothing was sent.")
-    places = redrive(settings, letters)
-    say(*(f"{letter.position} -> {place}" for letter, place in zip(letters, places, strict=True)))
-    say(f"sent {len(places):,} again; `creditstream dead-letters list --open` shows what is left", err=True)
+        if not letters:
+            say(f"No open dead letters: {reason}.")
+            return
+        for letter, (place, row) in zip(letters, redrive(settings, answers, letters), strict=True):
+            say(f"{letter.position} -> {place}  {row.kind}, {row.reason}  {row.detail}".rstrip())
+    say(f"sent {len(letters):,} again; `creditstream dead-letters list --open` shows what is left", err=True)
 
 
 def _place(position: str) -> Position:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     settings = settings_of(home)
     place = Home.at(settings.home)
     if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
-        option = f" --home {home}" if home else ""
+        option = f" --home {shlex.quote(home)}" if home else ""
         another = f"for another one, set {variable('kafka_bootstrap')}"
         fix = f"`creditstream worker --embedded{option}` starts it again; {another}."
         raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)

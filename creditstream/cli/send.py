@@ -1,25 +1,23 @@
 """Send cell runs by hand: for trying things, for tests of a producer, for repairs."""
 
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import rich_click as click
 
-from creditstream.asking import Answers, ask
+from creditstream.asking import ask
 from creditstream.cli.options import kafka_settings_of, source_options
 from creditstream.cli.terminal import say
 from schemas.answers import LedgerRow
 from schemas.catalogue import Catalogue
 from schemas.cell_run import CellRun, to_milliseconds
-from schemas.ledger import Position, Reason
-from schemas.problem import Problem, Unreachable
+from schemas.ledger import Reason
+from schemas.problem import Problem
 from sinks.explain import credits_text, sentence
 from streams.settings import Settings
 
 if TYPE_CHECKING:
-    from streams.topics import Topic
+    pass
 
 WAIT_S_MAX = 30.0
 """Without any new row of a partition."""
@@ -67,6 +65,7 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
 
 
 def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None:
+    from creditstream.metering import await_rows
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_run
     from streams.topics import Broker, cell_runs_topic, require_topic
@@ -80,38 +79,8 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None
         return
     catalogue = Catalogue.load(Path(settings.catalogue_dir))
     with ask(settings, url) as answers:
-        rows = _await_rows(answers, topic, places)
+        rows = await_rows(answers, topic, places)
     say(*(_line(run, rows[place], catalogue) for run, place in zip(runs, places, strict=True)))
-
-
-def _await_rows(answers: Answers, topic: "Topic", places: list[Position]) -> dict[Position, LedgerRow]:
-    """The ledger's row of each place: of this event, whoever else used its run id."""
-    offsets: dict[int, set[int]] = {}
-    for place in places:
-        offsets.setdefault(place.partition, set()).add(place.offset)
-    return {
-        Position(topic.name, partition, row.offset): row
-        for partition, wanted in offsets.items()
-        for row in _rows_through(answers, topic, partition, min(wanted), max(wanted))
-        if row.offset in wanted
-    }
-
-
-def _rows_through(answers: Answers, topic: "Topic", partition: int, first: int, last: int) -> Iterator[LedgerRow]:
-    """A partition's rows of the offsets [first, last], as they come. Unreachable when none comes for a while."""
-    after, deadline = first - 1, time.monotonic() + WAIT_S_MAX
-    while after < last:
-        rows = answers.ledger_rows(topic.id, partition, after, min(PAGE_ROWS, last - after))
-        yield from rows
-        if rows:
-            after, deadline = rows[-1].offset, time.monotonic() + WAIT_S_MAX
-        elif time.monotonic() > deadline:
-            place = Position(topic.name, partition, after + 1)
-            raise Unreachable(
-                f"{place} has no ledger row after {WAIT_S_MAX:.0f} s", "the worker is not metering", "See its log."
-            )
-        else:
-            time.sleep(POLL_S)
 
 
 def _line(run: CellRun, row: LedgerRow, catalogue: Catalogue) -> str:

@@ -50,7 +50,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
     if chosen is None:  # standard output was closed before the start
         return
     try:
-        chosen.write(text)
+        chosen.write(text.encode(chosen.encoding, "backslashreplace").decode(chosen.encoding))
         chosen.flush()
     except BrokenPipeError:
         # What is left in its buffer would be complained about at the interpreter's end.

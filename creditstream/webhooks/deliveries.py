@@ -22,10 +22,10 @@ WAITING_MAX: Final = 50_000
 """So many may wait, each endpoint's share of them alike."""
 
 ROOM: Final = 100
-"""A share is no longer full when it has room for so many."""
+"""With room for so many in a share, reading goes on."""
 
 PATIENCE_MS: Final = 10_000
-"""How long reading waits for an endpoint whose share is full."""
+"""How long reading waits for an endpoint whose share became full, until half of it is free again."""
 
 OVER_MAX: Final = 200_000
 """Beyond it the eldest are forgotten early: they would be sent again only if ``limit-alerts`` were read anew from its
@@ -149,14 +149,20 @@ class Deliveries:
         return owned is not None and owned.assignment == attempt.assignment
 
     def is_crowded(self, share: int, now_ms: int) -> bool:
-        """Whether reading should wait: some endpoint's share is full, and has been for less than `PATIENCE_MS`."""
+        """Whether reading should wait: some endpoint's share is full, and became so less than `PATIENCE_MS` ago.
+
+        That begins afresh when half of it is free: a slow endpoint is waited for once, not each time it has some room.
+        """
         for endpoint in self._endpoints() | self._full_since_ms.keys():
             waiting = self._waiting_for(endpoint)
             if waiting >= share:
                 self._full_since_ms.setdefault(endpoint, now_ms)
-            elif waiting + ROOM <= share or not waiting:
+            elif waiting <= share // 2:
                 self._full_since_ms.pop(endpoint, None)
-        return any(now_ms - since < PATIENCE_MS for since in self._full_since_ms.values())
+        return any(
+            now_ms - since < PATIENCE_MS and self._waiting_for(endpoint) + ROOM > share
+            for endpoint, since in self._full_since_ms.items()
+        )
 
     def giving_way(self, share: int, now_ms: int) -> list[tuple[int, Delivery]]:
         """Partition and delivery of what is too much of endpoints that were waited for in vain; the oldest of it."""

@@ -1,0 +1,146 @@
+"""What a worker keeps over a rebalance, and in which order it asks at an assignment."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import pytest
+from clickhouse_connect.driver.client import Client
+
+from schemas.cell_run import from_milliseconds
+from schemas.ledger import Pool
+from schemas.limits import AsOf, state_key
+from sinks.ledger import Chain, Mark
+from streams.assignment import Place, answer, examine
+from streams.follower import Heard
+from streams.meter import Meter
+from streams.settings import read_settings
+from streams.topics import LogRange, Topic
+from tests.account_records import Story, Topics, at
+from tests.records import Record, Road, event, write_rows
+from tests.unit_bench import CHAINS, SOON_S, Bench
+
+ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
+LOGS: Final = (LogRange(0, 1 << 40), LogRange(0, 1 << 40))
+KEY: Final = ("ws_1", Pool.ENRICHMENT)
+LOG: Final = "+".join(chain.topic_id for chain in CHAINS)
+STALE: Final = AsOf(log=LOG, cell_runs=0, account_events=0, at=from_milliseconds(0))
+
+
+def meter_of(bench: Bench, home: Path) -> Meter:
+    """A meter that has nothing but this unit, and loads as the bench does."""
+    meter = Meter(read_settings({}, home=str(home), partitions=1))
+    meter._loader = bench.loader
+    meter.units[0] = bench.unit
+    return meter
+
+
+async def settled(client: Client) -> Bench:
+    """A unit that has metered a plan and three runs, and told of them; it does not run any more."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(3, at("Jan 16"), at("Jan 17"))
+    bench = await Bench.open(client)
+    task = bench.start()
+    chunks = Topics().append(story.steps)
+    for of_account, records in chunks:
+        bench.deliver(records, of_account=of_account)
+    bench.unit.drain()
+    await bench.wait(task, lambda: bench.acknowledged == len(chunks) and bench.unit.is_settled)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return bench
+
+
+async def load_again(meter: Meter, bench: Bench) -> None:
+    """As after a rebalance that brings the partition back."""
+    marks = await bench.loader.read_mark(CHAINS[0]), await bench.loader.read_mark(CHAINS[1])
+    await meter._load(Place(CHAINS, marks, LOGS, (marks[0].next, marks[1].next)))
+
+
+async def told(bench: Bench) -> str:
+    """``used`` as it is told next of the workspace's enrichment pool."""
+    key = state_key(*KEY)
+    async with asyncio.timeout(SOON_S):
+        while key not in bench.states:
+            await asyncio.sleep(0.01)
+    return bench.states[key].used
+
+
+@ON_CHDB
+async def test_f18_a_rebalance_forgets_no_stale_state(client: Client, tmp_path: Path) -> None:
+    """Heard and not yet answered, or heard while the partition had no unit: the next unit answers it."""
+    bench = await settled(client)
+    meter = meter_of(bench, tmp_path)
+    bench.states.clear()
+    answer(bench.unit, {KEY: STALE})
+    await meter.release()
+    assert not bench.states
+    await load_again(meter, bench)
+    assert await told(bench) == "3"
+
+    await meter.release()
+    bench.states.clear()
+    hear = meter._hear(asyncio.get_running_loop())
+    hear(0, [Heard(KEY[0], KEY[1], "another owner", STALE)])
+    await asyncio.sleep(0)
+    await load_again(meter, bench)
+    assert await told(bench) == "3"
+    await meter.release()
+
+
+@ON_CHDB
+async def test_a_rebalance_keeps_what_is_settled_and_nothing_else(client: Client, tmp_path: Path) -> None:
+    """Balances that have something to tell are loaded afresh: what they told last may not be on the topic."""
+    bench = await settled(client)
+    meter, balances = meter_of(bench, tmp_path), bench.unit.balances
+    await meter.release()
+    await load_again(meter, bench)
+    assert meter.units[0].balances is balances
+    balances.moved.add(KEY)
+    await meter.release()
+    await load_again(meter, bench)
+    assert meter.units[0].balances is not balances
+    await meter.release()
+
+
+@ON_CHDB
+async def test_f7_a_log_is_not_behind_a_mark_that_moves_meanwhile(client: Client, tmp_path: Path) -> None:
+    """Another owner that wakes between the questions writes a row: that is no ledger ahead of Kafka."""
+    bench, road = await Bench.open(client), Road()
+    meter = meter_of(bench, tmp_path)
+    meter.topic, meter.event_topic = (Topic(chain.topic, chain.topic_id, 1, {}) for chain in CHAINS)
+
+    def write() -> None:
+        number = road.last + 1
+        write_rows(client, CHAINS[0], road.table([Record(number, event(run=number))]))
+
+    class Log:
+        """Kafka as it is: the ledger has no row that it does not have."""
+
+        def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
+            found = {
+                partition: LogRange(0, road.last + 1 if name == CHAINS[0].topic else 0) for partition in partitions
+            }
+            write()
+            return found
+
+        def committed(self, group: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int | None]:
+            return dict.fromkeys(places)
+
+    meter.broker = Log()  # type: ignore[assignment]
+    read_mark = bench.loader.read_mark
+
+    async def read_and_write(chain: Chain) -> Mark:
+        found = await read_mark(chain)
+        await asyncio.to_thread(write)
+        return found
+
+    bench.loader.read_mark = read_and_write  # type: ignore[method-assign]
+    (place,) = await meter._places([0], "group")
+    assert not any(
+        examine(mark, chain, log, "stop")
+        for mark, chain, log in zip(place.marks, place.chains, place.logs, strict=True)
+    )
+    meter.units.clear()
