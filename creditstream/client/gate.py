@@ -49,6 +49,8 @@ _OURS: Final = {
     "fetch.message.max.bytes": 128 * 1024,
     "queued.min.messages": 2000,
     "queued.max.messages.kbytes": 2048,
+    # An answer that was lost, as over a frozen broker, is asked for again after this time: by default after a minute.
+    "socket.timeout.ms": 10_000,
     "log_level": 0,
 }
 _NO_TOPIC: Final = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
