@@ -24,7 +24,7 @@ the next is prepared; every queue between them is bounded.
 
 import asyncio
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -147,11 +147,10 @@ class Unit:
         tell that are loaded as of then. A unit that is released before it is known keeps nothing.
         """
         self.is_seeding = False
-        """Whether the states of all workspaces are being told: until then nothing is acknowledged, since a commit says
-        that everything up to it has been told.
-        """
-        self.chores: list[Callable[[Unit], Any]] = []
-        """What others want done in the unit's sequence: awaitable functions of it, called between two takes."""
+        """Whether the states of all workspaces are being told: a commit would say that they have been, so none comes."""
+        self.chores: deque[Callable[[Unit], Any]] = deque()
+        """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
+        self._chores_due = 0
         self.ends_ms: Callable[[], tuple[int, int]] = lambda: NOT_AT_END
         """Of each chain, until when (Unix ms) Kafka had nothing behind what this unit has read of it."""
 
@@ -214,7 +213,10 @@ class Unit:
                 await self._take_account_events(events)
             if self._is_tick_due:
                 self._is_tick_due = False
-                await self._look_at_the_clock()
+                self._chores_due = len(self.chores)  # one that comes again waits for the next tick
+                self._look_at_the_clock()
+            if self._chores_due:
+                await self._do_a_chore()  # runs wait for one at a time
 
     async def _next_runs(self) -> list[Event]:
         """Cell runs for the open batch; none when it has lingered enough."""
@@ -445,11 +447,14 @@ class Unit:
                 else:
                     self._is_to_settle.set()
 
-    async def _look_at_the_clock(self) -> None:
-        chores, self.chores = self.chores, []
-        for chore in chores:
-            await chore(self)
-            self._evict()
+    async def _do_a_chore(self) -> None:
+        self._chores_due -= 1
+        await self.chores.popleft()(self)
+        self._evict()
+        if self._chores_due:
+            self._inbox.nudge()
+
+    def _look_at_the_clock(self) -> None:
         end_ms, events_end_ms = self.ends_ms()
         until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
         self._tell(self.balances.come(until_ms), lambda _: Source(self.chain, -1))

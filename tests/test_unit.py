@@ -10,7 +10,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import ForeignMark, Incident
-from streams.unit import TICK_S
+from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
 from tests.ledger_rows import assert_books_close
 from tests.limit_voices import kafka_record, rated
@@ -198,6 +198,24 @@ async def test_time_is_told_while_a_backlog_drains(client: Client, are_events_re
     await bench.kill(task)
     told = [alert.kind for alert in bench.alerts if alert.cause == Cause.TIME]
     assert told == ([AlertKind.PERIOD_STARTED] if are_events_read else [])
+
+
+async def test_runs_wait_for_one_chore_and_not_for_all(client: Client) -> None:
+    """A million states that are told anew at an assignment hold up no alert."""
+    bench = await Bench.open(client)
+    folded: list[int] = []
+
+    async def deliver(unit: Unit) -> None:
+        bench.deliver(chunk(len(folded), range(len(folded), len(folded) + 1)))
+
+    async def look(unit: Unit) -> None:
+        folded.append(unit.folded[0])
+
+    bench.unit.chores += [deliver, look, deliver, look]
+    task = bench.start()
+    await bench.wait(task, lambda: len(folded) == 2)
+    await bench.kill(task)
+    assert folded == [0, 1]
 
 
 async def test_f7_an_owner_that_dies_after_its_assignment_changes_nothing(client: Client) -> None:
