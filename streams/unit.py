@@ -147,7 +147,7 @@ class Unit:
         tell that are loaded as of then. A unit that is released before it is known keeps nothing.
         """
         self.is_seeding = False
-        """Whether the states of all workspaces are being told: a commit would say that they have been, so none comes."""
+        """Whether the states of all workspaces are being told. A commit would say that they were, so none comes yet."""
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0
