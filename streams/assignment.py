@@ -116,10 +116,9 @@ class Loader:
             raise Unreachable(f"{unit.chain} is not recovered", f"after {RECOVERY_S_MAX} s", "See the log.") from error
         # Of topics that were made anew nothing has been told either.
         is_seeded = start.is_seeded or not marks[0].rows + marks[1].rows
-        seeded = await self._workspaces_of(unit, SEEDED_MAX, accounts.EPOCH) if is_seeded else []
-        unit.is_seeding = bool(seeded)
+        unit.is_seeding = is_seeded and bool(await self._look_up(*self._workspaces_of(unit, 1, accounts.EPOCH)))
         unit.looks_back_ms = balances.now_ms or FOREVER_MS
-        background(self._look_back(unit, balances.now_ms, seeded))
+        background(self._look_back(unit, balances.now_ms))
         background(self._load_events(filters.events, chains[1]))
         return unit
 
@@ -191,19 +190,19 @@ class Loader:
             await unit.voice.flush()
             log.info("folded_again", chain=str(unit.chain), rows=len(tail.debits), events=len(tail.events))
         preloaded = min(recovery.PRELOADED_MAX, self._settings.balances_max // self._settings.partitions)
-        names = await self._workspaces_of(unit, preloaded, accounts.EPOCH)
+        names = await self._look_up(*self._workspaces_of(unit, preloaded, accounts.EPOCH))
         if not (are_all := len(names) < preloaded):
-            names = await self._workspaces_of(unit, preloaded, recovery.active_since(balances.now_ms))
+            active_since = recovery.active_since(balances.now_ms)
+            names = await self._look_up(*self._workspaces_of(unit, preloaded, active_since))
         for part in recovery.in_parts(names):
             await unit.load(part)
         balances.knows_all = are_all
 
-    async def _workspaces_of(self, unit: Unit, limit: int, since: date) -> list[str]:
-        partition, partitions = unit.chain.partition, self._settings.partitions
-        names: list[str] = await self._look_up(accounts.workspaces_of, partition, partitions, limit, since)
-        return names
+    def _workspaces_of(self, unit: Unit, limit: int, since: date) -> tuple[Any, ...]:
+        """The question for a unit's workspaces with rows since a day."""
+        return accounts.workspaces_of, unit.chain.partition, self._settings.partitions, limit, since
 
-    async def _look_back(self, unit: Unit, started_ms: int, seeded: Sequence[str]) -> None:
+    async def _look_back(self, unit: Unit, started_ms: int) -> None:
         """In the background: find whom time alone may move, up to the unit's "now" at its start, and let it load them
         in its sequence; then those who are seeded.
         """
@@ -215,7 +214,9 @@ class Loader:
         for part in recovery.in_parts(names):
             told = await self._told_by_time(part, from_ms, started_ms)
             unit.chores.append(_telling(part, told))
-        unit.chores += [_seeding(part) for part in recovery.in_parts(seeded)]
+        if unit.is_seeding:
+            seeded = await self._look_up_aside(*self._workspaces_of(unit, SEEDED_MAX, accounts.EPOCH))
+            unit.chores += [_seeding(part) for part in recovery.in_parts(seeded)]
         unit.chores.append(_looked_back)
 
     async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
@@ -260,10 +261,9 @@ def _seeding(names: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
     return chore
 
 
-def is_told(unit: Unit, place: Place) -> bool:
-    """Whether all that is in the ledger has been told: not by a unit with an incident, nor by one that is seeded."""
-    start = recovery.starting_point((unit.mark.last, unit.event_mark.last), place.committed)
-    return unit.incident is None and not start.is_seeded
+def is_told(unit: Unit) -> bool:
+    """Whether all that is in the ledger has been told: not by a unit with an incident, nor by one that still seeds."""
+    return unit.incident is None and not unit.is_seeding
 
 
 def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:

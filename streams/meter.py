@@ -186,7 +186,7 @@ class Meter:
             for chain, mark, found, committed in zip(*place, strict=True):
                 begin = max(mark.next, found.start)
                 resume[chain.topic, chain.partition] = begin
-                if is_told(unit, place) and committed != begin:
+                if is_told(unit) and committed != begin:
                     commit[chain.topic, chain.partition] = begin
         self._follow(states_from)
         self._kept.clear()
