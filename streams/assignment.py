@@ -281,20 +281,19 @@ def answer(unit: Unit, foreign: Mapping[Key, AsOf]) -> None:
 
 
 async def _answer(unit: Unit) -> None:
-    """A chore, in the unit's sequence as long as there is anything to answer."""
-    now = unit.voice.as_of(unit.balances, unit.folded)
-    heard = unit.voice.unanswered
-    stale = dict.fromkeys(key for key, as_of in heard.items() if as_of.is_older_than(now))
-    unit.voice.unanswered = {
-        key: as_of for key, as_of in heard.items() if key not in stale and as_of != now and as_of.log == now.log
-    }
-    if unit.voice.unanswered:
-        unit.chores.append(_answer)
+    """A chore, some states at a time, in the unit's sequence as long as there is anything to answer."""
+    now, heard = unit.voice.as_of(unit.balances, unit.folded), dict(unit.voice.unanswered)
+    stale = [key for key, as_of in heard.items() if as_of.is_older_than(now)][: recovery.LOADED_AT_ONCE]
     if stale:
-        await unit.load([name for name, _ in stale])
-        unit.balances.urgent |= stale
+        await unit.load([name for name, _ in stale])  # when it is released meanwhile, they are still unanswered
+        unit.balances.urgent |= dict.fromkeys(stale)
         unit.voice.tell(unit.balances, unit.folded, [])
         log.info("stale_states_answered", chain=str(unit.chain), states=len(stale))
+    over = {*stale, *(key for key, as_of in heard.items() if as_of == now or as_of.log != now.log)}
+    left = unit.voice.unanswered.items()
+    unit.voice.unanswered = {key: as_of for key, as_of in left if key not in over or as_of != heard.get(key)}
+    if unit.voice.unanswered:
+        unit.chores.append(_answer)
 
 
 def examine(mark: Mark, chain: Chain, log_range: LogRange, retention_gap: str) -> Incident | None:

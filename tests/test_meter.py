@@ -91,6 +91,33 @@ async def test_f18_a_rebalance_forgets_no_stale_state(client: Client, tmp_path: 
 
 
 @ON_CHDB
+async def test_f18_a_rebalance_amid_an_answer_forgets_it_not(client: Client, tmp_path: Path) -> None:
+    """The account was evicted and is being loaded to be told: the next unit answers."""
+    bench = await settled(client)
+    meter = meter_of(bench, tmp_path)
+    bench.states.clear()
+    await meter.release()
+    await load_again(meter, bench)
+    del meter.units[0].balances._accounts["ws_1"]
+    meter.units[0].balances.knows_all = False
+    asked = asyncio.Event()
+
+    async def hang() -> None:
+        asked.set()
+        await asyncio.sleep(60)
+
+    bench.on_load = hang
+    answer(meter.units[0], {KEY: STALE})
+    async with asyncio.timeout(SOON_S):
+        await asked.wait()
+    await meter.release()
+    bench.on_load = None
+    await load_again(meter, bench)
+    assert await told(bench) == "3"
+    await meter.release()
+
+
+@ON_CHDB
 async def test_a_rebalance_keeps_what_is_settled_and_nothing_else(client: Client, tmp_path: Path) -> None:
     """Balances that have something to tell are loaded afresh: what they told last may not be on the topic."""
     bench = await settled(client)
