@@ -222,6 +222,27 @@ def test_a_forked_child_follows_by_itself(kafka: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "child\nparent\n", "")
 
 
+def test_a_gate_that_finds_no_thread_tries_again(kafka: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a child of a process with a bound of threads: a check is stale meanwhile, and raises nothing."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    publish(settings, [record_of(limit_state())])
+
+    def refuses(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Gate(settings, on_unknown="deny", on_stale="deny") as gate:
+        gate.wait_ready()
+        gate.after_fork()
+        with monkeypatch.context() as bounded:
+            bounded.setattr(threading.Thread, "start", refuses)
+            assert gate.check("ws_1", "enrich_person").reason == Because.STALE
+        assert gate.check("ws_1", "enrich_person").reason == Because.STALE
+        gate.wait_ready()
+        assert gate.check("ws_1", "enrich_person")
+    with pytest.raises(Unreachable, match="the gate is closed"):
+        gate.wait_ready()
+
+
 def test_options_that_are_the_contract_cannot_be_changed() -> None:
     """TLS and the like are the caller's; what makes the gate right is not."""
     with pytest.raises(Problem, match=r"Kafka options refused: auto\.offset\.reset may not be changed"):

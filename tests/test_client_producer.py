@@ -16,12 +16,12 @@ from aiokafka.partitioner import murmur2
 from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
 from creditstream.client import producer as producers
 from creditstream.client import spool as spools
-from creditstream.client.spool import Entry, Spool
+from creditstream.client.spool import Entry, Spool, prepare_root
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
-from streams.topics import CELL_RUNS
+from streams.topics import CELL_RUNS, cell_runs_topic
 from tests.client_kafka import Door, a_run, first_copies, fresh_settings, make_topics, recorded, wait_until
 
 ROOT: Final = Path(__file__).parent.parent
@@ -406,6 +406,36 @@ def test_who_interrupts_a_close_loses_nothing(settings: Settings, door: Door) ->
     with CellRunProducer(settings) as heir:
         assert heir.counts().adopted == 30
     assert first_copies(settings) == {"ws_1": list(range(30))}
+
+
+def test_who_is_impatient_twice_loses_nothing(settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C, while the thread is waited for, still leaves the runs to the spool."""
+    producer = CellRunProducer(behind(door, settings), memory_s_max=1000)
+    record(producer, *range(30))
+    thread = producer._thread
+    assert thread
+
+    def interrupted(timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        producer.close(0)
+    with CellRunProducer(settings) as heir:
+        assert heir.counts().adopted == 30
+
+
+def test_a_producer_that_cannot_be_made_holds_no_orphans(settings: Settings) -> None:
+    """With wrong options of Kafka it has adopted nothing: the next one does."""
+    root = Path(settings.home) / "spool"
+    prepare_root(root)
+    dead = Spool(root, cell_runs_topic(settings), 1_000_000)
+    dead.append(encode_run(a_run(0)))
+    dead.close()
+    with pytest.raises(Problem, match="Kafka options refused"):
+        CellRunProducer(settings, kafka={"no.such.option": 1})
+    with CellRunProducer(settings) as producer:
+        assert producer.counts().adopted == 1
 
 
 def test_without_a_spool_a_loss_is_told(settings: Settings, door: Door) -> None:

@@ -1,6 +1,8 @@
 """The spool on a real disk: order, torn lines, full disks, the spools of dead processes."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +325,108 @@ def test_an_alarm_within_a_write_tears_no_line(
     assert heir.adopt() == 2
     assert read_all(heir) == [one, two]
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("call", ["fstat", "pwrite"])
+def test_a_handler_that_records_too_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whenever in an append the signal comes: both runs are in the spool, whole."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    one, two, three = values(1, 2, 3)
+    spool.append(one)
+    plain = getattr(os, call)
+
+    def interrupted(*args: int) -> object:
+        answer = plain(*args)
+        monkeypatch.setattr(os, call, plain)  # one signal
+        spool.append(three)
+        return answer
+
+    monkeypatch.setattr(os, call, interrupted)
+    spool.append(two)
+    assert sorted(read_all(spool)) == sorted([one, two, three])
+    assert spool.unread == 0
+
+
+def test_who_closes_in_a_handler_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the sync in whose frame it runs: that would be for ever. All is on disk, for the heir."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    (one,) = values(1)
+    ticket = spool.append(one)
+    fsync = os.fsync
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        spool.close()
+        raise SystemExit
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(SystemExit):
+        ticket.segment.sync(ticket.length)
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert (heir.adopt(), read_all(heir)) == (1, [one])
+
+
+def test_a_sync_that_failed_once_fails_for_all_that_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells one of them only; what comes later goes to another segment."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    first, second = (spool.append(value) for value in values(1, 2))
+
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refused)
+        with pytest.raises(OSError, match="Input/output"):
+            first.segment.sync(first.length)
+    with pytest.raises(OSError, match="Input/output"):
+        second.segment.sync(second.length)
+    third = spool.append(values(3)[0])
+    third.segment.sync(third.length)
+    assert third.segment is not second.segment
+
+
+def test_what_dead_processes_left_takes_no_room_from_the_living(tmp_path: Path) -> None:
+    """The bound is each process's own: an heir of much refuses nothing for it."""
+    runs = values(1, 2)
+    bytes_max = sum(len(value) + 1 for value in runs)
+    dead = Spool(tmp_path, CELL_RUNS, bytes_max)
+    for value in runs:
+        dead.append(value)
+    dead.close()
+    heir = Spool(tmp_path, CELL_RUNS, bytes_max)
+    assert heir.adopt() == 2
+    for value in runs:
+        heir.append(value)
+    with pytest.raises(SpoolFull):
+        heir.append(runs[0])
+    assert heir.unread == 4
+
+
+def test_what_is_no_spool_is_left_alone(tmp_path: Path) -> None:
+    """A directory of another name, whatever it holds, is somebody else's."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "2026-11-exports").mkdir()
+    exported = tmp_path / "2026-11-exports" / "june.ndjson"
+    exported.write_bytes(values(1)[0] + b"\n")
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert spool.adopt() == 0
+    spool.close()
+    assert exported.exists()
+    assert (tmp_path / "logs").is_dir()
+
+
+def test_a_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """By whoever cleans up: one run is refused, those after it are taken."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    one, two = values(1, 2)
+    for entry in [spool.append(one)] and spool.read(1):
+        spool.settle(entry)
+    (own,) = tmp_path.iterdir()
+    shutil.rmtree(own)
+    with pytest.raises(FileNotFoundError):
+        spool.append(one)
+    spool.append(two)
+    assert read_all(spool) == [two]
 
 
 def test_a_full_spool_says_so(tmp_path: Path) -> None:

@@ -117,8 +117,7 @@ class GateRules:
 
     ``on_unknown`` and ``on_stale`` choose for what is not known; ``stale_after_s`` says when it is not known any more.
     ``clock`` gives Unix nanoseconds: for prices and the ends of periods, not for staleness, since it may be set back.
-    The catalogue's versions are those of the start: a new file needs a restart, in
-    time before it comes into force.
+    The catalogue's versions are those of the start: a new file needs a restart, in time before it comes into force.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -97,6 +98,8 @@ class Gate(GateRules):
 
     def wait_ready(self, timeout_s: int = READY_S_MAX) -> None:
         """Return once all states that Kafka had are held. Unreachable, with the last trouble, if it takes longer."""
+        if self._closed:
+            raise Unreachable("the gate is closed", "it follows nothing any more", "Make another one.")
         self._start()
         follower = self._follower
         if follower and not follower.caught_up.wait(timeout_s):
@@ -133,7 +136,8 @@ class Gate(GateRules):
 
     def _on_stale_answer(self) -> None:
         if self._follower is None and not self._closed:
-            self._start()
+            with suppress(RuntimeError):  # no more threads: the next check tries again
+                self._start()
 
     def _start(self) -> None:
         # Never waited for: whoever holds it is starting the follower.
@@ -141,8 +145,9 @@ class Gate(GateRules):
             return
         try:
             if not self._follower:
-                self._follower = _Follower(self._config, self._topic, self._positions, self.states, self._learn_fresh)
-                self._follower.start()
+                follower = _Follower(self._config, self._topic, self._positions, self.states, self._learn_fresh)
+                follower.start()
+                self._follower = follower
         finally:
             self._starting.release()
 

@@ -83,6 +83,8 @@ class Outbox:
                 self._recalled.extend(_Run(entry.value, entry.workspace_id, entry) for entry in entries)
             while self._recalled and self._has_room and self._hand(self._recalled[0]):
                 self._recalled.popleft()
+            if not self._undelivered:  # nothing of what was read was a run
+                self.changed.notify_all()
             return not self._recalled and self._has_room and bool(self._spool and self._spool.unread)
 
     def take_back(self) -> Producer | None:

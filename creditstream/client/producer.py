@@ -55,7 +55,7 @@ class CellRunProducer:
     ordinary end of the process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing`
     child, which must `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a
     ``kill -9`` or a lost machine lose runs, and only those in memory: 10,000 at the most, and `counts` says how many.
-    With ``write_ahead`` no end loses any: every run is synced to the spool before it is sent, at the price of an fsync,
+    With ``write_ahead`` no end loses any: every run is synced to the spool before `record` returns, at the price of an fsync,
     which threads that record at once share.
 
     **Order.** First copies of a workspace's runs arrive in the order in which they were recorded by this process.
@@ -101,8 +101,13 @@ class CellRunProducer:
             prepare_root(self._directory)
             self._adopt()
         survive_forks(self)
+        try:
+            self._start()
+        except Problem:
+            if self._spool:
+                self._spool.close()  # what was adopted is left to others
+            raise
         atexit.register(self._at_exit)
-        self._start()
 
     def record(self, run: CellRun) -> None:
         """Accept a run (see the class). RunRefused when it was not accepted; InvalidRun when it never can be.
@@ -113,7 +118,7 @@ class CellRunProducer:
             value = valid_value(run)
         except InvalidRun as refusal:
             raise self._outbox.refuse(refusal) from refusal.__cause__
-        if self._thread is None:
+        if self._thread is None and not self._outbox.is_closed:
             self._start()
         ticket = self._outbox.put(value, run.workspace_id)
         if not self._wake.is_set():
@@ -148,7 +153,7 @@ class CellRunProducer:
         if not self._outbox.close():
             return
         try:
-            if self._thread and (self._outbox.producer or not self._spool):  # else all is on disk: why wait
+            if self._thread and (self._outbox.producer or self._outbox.in_memory_only):  # else all is on disk: why wait
                 self.flush(timeout_s)
         finally:  # also when the wait is interrupted: what is in memory must get to the spool
             self._end()
@@ -173,8 +178,13 @@ class CellRunProducer:
     def _end(self) -> None:
         self._enough.set()
         self._wake.set()
-        if self._thread:
-            self._thread.join(STOP_S_MAX)
+        try:
+            if self._thread:
+                self._thread.join(STOP_S_MAX)
+        finally:  # whoever is impatient loses nothing
+            self._leave()
+
+    def _leave(self) -> None:
         atexit.unregister(self._at_exit)
         _dispose(self._outbox.take_back())
         lost = self._outbox.in_memory_only

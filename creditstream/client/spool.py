@@ -10,6 +10,7 @@ is sent again from its beginning by whoever adopts it: a copy is never charged t
 import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -61,6 +62,9 @@ class Segment:
         self._descriptor = descriptor
         self._synced = 0
         self._syncing: Final = threading.Lock()
+        self._is_over = False
+        self.failure: OSError | None = None
+        """Why a sync failed. The system says so once; what was not synced then may never be."""
 
     @property
     def is_read(self) -> bool:
@@ -72,15 +76,23 @@ class Segment:
         was written of them lies beyond ``length`` until the next append removes it.
         """
         assert self._descriptor is not None
-        if os.fstat(self._descriptor).st_size > self.length:
-            os.ftruncate(self._descriptor, self.length)
-        end = self.length + len(data)
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self._descriptor, data[written:], self.length + written)
-        # Nothing is called between the two, so no signal parts them.
-        self.length = end
+        size = len(data)
+        while (start := self._write(self._descriptor, data, size)) != self.length:
+            pass  # the handler of a signal has appended meanwhile: now behind that
+        # Nothing is called after this look, so no signal comes between.
+        self.length = start + size
         self.runs += runs
+
+    def _write(self, descriptor: int, data: bytes, size: int) -> int:
+        """Write behind ``length``; where that was. Each look at ``length`` is followed by no other call than the one
+        that it is for: what the handler of a signal has appended must not be written over.
+        """
+        start, written, found = self.length, 0, os.fstat(descriptor)
+        if self.length == start and found.st_size > start:
+            os.ftruncate(descriptor, start)
+        while written < size and self.length == start:
+            written += os.pwrite(descriptor, data[written:], start + written)
+        return start
 
     def read(self) -> bytes:
         """A part of what has not been read. OSError, also when the file is shorter than it was."""
@@ -92,24 +104,51 @@ class Segment:
         return data
 
     def sync(self, length: int) -> None:
-        """Return once this many bytes are on disk. Threads that come together share one fsync."""
-        with self._syncing:
-            if self._synced < length and self._descriptor is not None:
-                reached = self.length
-                os.fsync(self._descriptor)
-                self._synced = reached
+        """Return once this many bytes are on disk. Threads that come together share one fsync. OSError, also when it
+        failed for others before.
+        """
+        try:
+            with self._syncing:
+                if self._synced < length and self._descriptor is not None:
+                    self._sync(self._descriptor)
+        finally:
+            if self._is_over:
+                self._let_go()
 
-    def close(self) -> None:
-        """No more appends. What nobody waits for any more need not be synced."""
-        with self._syncing:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
+    def _sync(self, descriptor: int) -> None:
+        if self.failure:
+            raise self.failure
+        reached = self.length
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._synced = reached
+
+    def close(self, *, synced: bool = False) -> None:
+        """No more appends. ``synced``: first what is not on disk yet; else nobody waits for that any more. Waits for
+        nobody who syncs: that may be the frame in which the handler of a signal closes.
+        """
+        if synced and self._descriptor is not None and self._synced < self.length:
+            with suppress(OSError):  # whoever waits for it hears of it
+                self._sync(self._descriptor)
+        self._is_over = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the file, unless somebody syncs: then he does, at his end."""
+        if self._syncing.acquire(blocking=False):
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
+            self._syncing.release()
 
     def after_fork(self) -> None:
         """In the child. Not `close`: its lock may have been taken when the process forked."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            with suppress(OSError):  # another thread was closing it
+                os.close(self._descriptor)
 
 
 class Ticket(NamedTuple):
@@ -138,7 +177,7 @@ class Spool:
     """The segments of this process and of those that it adopted, in the order in which they are to be sent.
 
     A segment that cannot be read is set aside: said in the log, left where it is, and tried again by `adopt`.
-    Not thread-safe, but for `Segment.sync`. OSError where the disk refuses. ``bytes_max`` bounds what `append` takes.
+    Not thread-safe, but for `Segment.sync`. OSError where the disk refuses. ``bytes_max`` bounds this process's own.
     """
 
     def __init__(self, root: Path, topic: str, bytes_max: int) -> None:
@@ -169,9 +208,10 @@ class Spool:
 
     def append(self, value: bytes) -> Ticket:
         """Write one run at the end. SpoolFull, or OSError, and then it does not count."""
-        if self.size_bytes + len(value) + 1 > self._bytes_max:
+        own = sum(segment.length for segment in self._segments if self._is_own(segment.path.parent))
+        if own + len(value) + 1 > self._bytes_max:
             raise SpoolFull
-        if self._tail is None or self._tail.length >= SEGMENT_BYTES:
+        if self._tail is None or self._tail.length >= SEGMENT_BYTES or self._tail.failure:
             self._rotate()
         assert self._tail is not None
         self._tail.append(value + b"\n", 1)
@@ -252,7 +292,7 @@ class Spool:
         """Leave to the next process what is left, and nothing where nothing is."""
         self._remove_sent()
         for segment in self._segments:
-            segment.close()
+            segment.close(synced=True)
         for directory in self._directories():
             _leave(directory)
         self._segments, self._adopted, self._own, self._tail = [], [], None, None
@@ -269,9 +309,11 @@ class Spool:
 
     def _may_adopt(self, name: str) -> bool:
         """By a directory's name. One without a topic is of an older version, and belongs to whoever comes first."""
-        topic = "-".join(name.split("-")[2:])
-        is_own = self._own is not None and name == self._own.path.name
-        return topic in ("", self._topic) and not name.startswith(".") and not is_own
+        shape = _NAME.fullmatch(name)
+        return shape is not None and shape["topic"] in (None, self._topic) and not self._is_own(self._root / name)
+
+    def _is_own(self, directory: Path) -> bool:
+        return self._own is not None and directory == self._own.path
 
     def _entries(self, segment: Segment, data: bytes, runs_max: int) -> list[Entry]:
         lines = data.split(b"\n")[:-1][:runs_max]
@@ -321,14 +363,20 @@ class Spool:
     def _retire_tail(self) -> None:
         tail, self._tail = self._tail, None
         if tail:
-            tail.sync(tail.length)
+            if not tail.failure:  # else whoever waited for it has heard
+                tail.sync(tail.length)
             tail.close()
 
     def _create(self, number: int) -> Segment:
         if self._own is None:
             self._own = _new_directory(self._root, self._topic)
         path = self._own.path / f"{number:016d}.ndjson"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileNotFoundError:  # somebody has removed it: the next append makes another one
+            os.close(self._own.lock)
+            self._own = None
+            raise
         try:
             for directory in (self._own.path, self._root):
                 _sync_directory(directory)
@@ -359,6 +407,9 @@ class Spool:
             if directory.path not in used:
                 _leave(directory)
         self._adopted = [directory for directory in self._adopted if directory.path in used]
+
+
+_NAME: Final = re.compile(r"[0-9]{20}-[0-9]+(-(?P<topic>.+))?")
 
 
 def _new_directory(root: Path, topic: str) -> _Directory:

@@ -86,6 +86,9 @@ class Deliveries:
     def disown(self, partition: int) -> None:
         """Forget a partition. Its attempts in flight still count at their endpoints until they are `landed`."""
         self._partitions.pop(partition, None)
+        for endpoint, turns in list(self._queues.items()):
+            self._queues[endpoint] = [turn for turn in turns if turn.partition != partition]
+            heapq.heapify(self._queues[endpoint])
 
     @property
     def partitions(self) -> frozenset[int]:
