@@ -55,8 +55,8 @@ class CellRunProducer:
     ordinary end of the process (also ``sys.exit``; not an unhandled SIGTERM, and not the end of a `multiprocessing`
     child, which must `close`) sends what it can in 10 s and leaves the rest in the spool. So only those ends, a
     ``kill -9`` or a lost machine lose runs, and only those in memory: 10,000 at the most, and `counts` says how many.
-    With ``write_ahead`` no end loses any: every run is synced to the spool before `record` returns, at the price of an fsync,
-    which threads that record at once share.
+    With ``write_ahead`` no end loses any: every run is synced to the spool before `record` returns, at the price of an
+    fsync, which threads that record at once share.
 
     **Order.** First copies of a workspace's runs arrive in the order in which they were recorded by this process.
     After an outage Kafka may have some twice, which the meter does not charge twice.
