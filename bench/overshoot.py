@@ -11,23 +11,20 @@ import shutil
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
-from confluent_kafka import Producer
 from rich.console import Console
 from rich.table import Table
 from uuid_utils.compat import uuid7
 
+from bench.limits import plan_set
 from creditstream.child import child_worker
 from creditstream.client import CellRun, CellRunProducer, Decision, Gate, Outcome
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
-from schemas.account import PlanChanged
-from schemas.codec import encode_account_event
 from streams.settings import Settings, read_settings
 from streams.topics import Broker, account_events_topic, ensure_topics
 
@@ -98,11 +95,13 @@ def measure(settings: Settings, cells_s: list[float], times: int) -> list[list[i
     found = []
     with Gate(settings, on_unknown="deny", on_stale="deny") as gate, CellRunProducer(settings) as producer:
         gate.wait_ready(30)
+        billing = open_producer(settings)
         for cell_s in cells_s:
             overages = []
             for number in range(times):
                 workspace_id = f"ws_{cell_s}_{number}"
-                plan_set(open_producer(settings), settings, workspace_id)
+                plan_set(billing, account_events_topic(settings), workspace_id, "small")
+                billing.flush(10)
                 while not gate.check(workspace_id, "enrich_person"):
                     time.sleep(0.02)
                 crew = Crew(gate, producer, workspace_id, cell_s)
@@ -110,14 +109,6 @@ def measure(settings: Settings, cells_s: list[float], times: int) -> list[list[i
                 overages.append(crew.allowed - ALLOWANCE)
             found.append(overages)
     return found
-
-
-def plan_set(producer: Producer, settings: Settings, workspace_id: str) -> None:
-    """As billing does it."""
-    at = datetime.now(UTC) - timedelta(seconds=1)
-    event = PlanChanged(event_id=uuid4(), workspace_id=workspace_id, plan="small", effective_at=at)
-    producer.produce(account_events_topic(settings), encode_account_event(event), workspace_id)
-    producer.flush(10)
 
 
 def report(cells_s: list[float], overages: list[list[int]]) -> Table:

@@ -103,7 +103,7 @@ def read_settings(environ: Mapping[str, str] = os.environ, **flags: str | int | 
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$.")
         name = variable(place.rstrip("`")) if place else "a setting"
-        raise Problem("the settings are wrong", f"{name}: {why}", "Correct it, or leave it out.") from error
+        raise Problem("the settings are wrong", f"{name}: {why}", "Correct it, or unset it.") from error
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str | int]:

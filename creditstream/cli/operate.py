@@ -14,7 +14,7 @@ from creditstream.cli.options import (
     source_options,
 )
 from creditstream.cli.terminal import say
-from schemas.problem import Difference, Problem
+from schemas.problem import Difference
 from streams.settings import Origin, origins, read_settings, unknown_variables, variable
 
 BOOK_COLUMNS = (
@@ -100,11 +100,7 @@ def migrate(home: str) -> None:
 @format_option
 def config(home: str | None, form: str) -> None:
     """Every setting: its value, where it comes from, its bounds and its meaning."""
-    try:
-        settings = read_settings(home=home)
-    except Problem as wrong:
-        # The fix that others name is this command.
-        raise Problem(wrong.what, wrong.why, "Correct it, or unset it.") from wrong
+    settings = read_settings(home=home)
     rows = [_in_force(row, settings.home) for row in origins(settings)]
     rows += [Origin(name, "", "environment", "", "unknown: ignored") for name in unknown_variables()]
     show_rows(rows, form, Origin.__struct_fields__, "")

@@ -1,7 +1,7 @@
 """Send cell runs by hand: for trying things, for tests of a producer, for repairs."""
 
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import rich_click as click
 
@@ -15,14 +15,6 @@ from schemas.ledger import Reason
 from schemas.problem import Problem
 from sinks.explain import credits_text, sentence
 from streams.settings import Settings
-
-if TYPE_CHECKING:
-    pass
-
-WAIT_S_MAX = 30.0
-"""Without any new row of a partition."""
-POLL_S = 0.1
-PAGE_ROWS = 20_000
 
 
 @click.command()
