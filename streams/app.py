@@ -21,7 +21,7 @@ from streams.batches import BATCH_BYTES_MAX
 from streams.connection import faust_credentials
 from streams.inbox import Event
 from streams.lenient import read_any_header
-from streams.meter import Meter
+from streams.meter import Meter, Offsets
 from streams.settings import Settings, read_settings
 from streams.topics import account_events_topic, cell_runs_topic
 from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
@@ -59,6 +59,7 @@ class MeterApp(faust.App):
         self.meter.on_fatal = self.on_fatal
         self.meter.hold = self._hold
         self.meter.ends_ms = lambda *of: self._of_both(self.chunks.end_ms, *of)
+        self.meter.commit = self._commit_start
         self.meter.lags = lambda *of: self._of_both(self.chunks.lag, *of)
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()
@@ -125,8 +126,11 @@ class MeterApp(faust.App):
         self.chunks.held.clear()
         resume, commit = await self.meter.assign(runs, self.conf.id)
         cast(Transport, self.transport).resume_at = {TP(*place): offset for place, offset in resume.items()}
-        if commit:
-            await self.chunks.commit_start({TP(*place): offset for place, offset in commit.items()})
+        await self._commit_start(commit)
+
+    async def _commit_start(self, offsets: Offsets) -> None:
+        if offsets:
+            await self.chunks.commit_start({TP(*place): offset for place, offset in offsets.items()})
 
     def _assigned(self, topic: str) -> set[int]:
         return {tp.partition for tp in self.consumer.assignment() if tp.topic == topic}

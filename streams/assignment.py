@@ -261,11 +261,6 @@ def _seeding(names: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
     return chore
 
 
-def is_told(unit: Unit) -> bool:
-    """Whether all that is in the ledger has been told: not by a unit with an incident, nor by one that still seeds."""
-    return unit.incident is None and not unit.is_seeding
-
-
 def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:
     """What of these states on the topic somebody else has said."""
     return {(state.workspace_id, state.pool): state.as_of for state in states if state.owner != owner}

@@ -28,7 +28,7 @@ from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams import account_events
-from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, foreign_to, is_told
+from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, foreign_to
 from streams.balances import Key, Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
@@ -79,6 +79,8 @@ class Meter:
         """Told of a partition whose unit has an incident: it is fetched no more."""
         self.ends_ms: Callable[[int, tuple[int, int]], tuple[int, int]] = lambda partition, last: NOT_AT_END
         """Until when (Unix ms) Kafka had nothing in a partition of both topics behind these offsets."""
+        self.commit: Callable[[Offsets], Awaitable[Any]] = _nowhere
+        """Commits where the group begins: what is behind it has been told."""
         self.lags: Callable[[int, tuple[int, int]], tuple[int | None, int | None]] = lambda partition, last: (
             None,
             None,
@@ -183,11 +185,15 @@ class Meter:
         commit: Offsets = {}
         for place in await self._places(sorted(partitions), group):
             unit = await self._load(place)
-            for chain, mark, found, committed in zip(*place, strict=True):
-                begin = max(mark.next, found.start)
-                resume[chain.topic, chain.partition] = begin
-                if is_told(unit) and committed != begin:
-                    commit[chain.topic, chain.partition] = begin
+            begin = {
+                (chain.topic, chain.partition): max(mark.next, found.start)
+                for chain, mark, found in zip(place.chains, place.marks, place.logs, strict=True)
+            }
+            resume |= begin
+            if unit.is_seeding:
+                unit.commit_begin = functools.partial(self.commit, begin)
+            elif not unit.incident:
+                commit |= begin
         self._follow(states_from)
         self._kept.clear()
         self._unanswered.clear()
@@ -382,6 +388,10 @@ class Meter:
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
         self.hold(unit.chain.partition)
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
+
+
+async def _nowhere(offsets: Offsets) -> None:
+    pass
 
 
 def _step_back() -> None:

@@ -26,7 +26,8 @@ import asyncio
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from operator import le
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -58,9 +59,7 @@ from streams.voice import Voice
 
 TAKE_ROWS_MAX: Final = 10_000
 STATES_EVERY_S: Final = 1.0
-"""States whose ``used`` moved are told once in this time, and with them chunks are acknowledged. Only a full batch, and
-account events, do not wait for it: what a backlog has in flight is bounded.
-"""
+"""States whose ``used`` moved are told once in this time; a chunk is acknowledged once they rest on it."""
 TICK_S: Final = 0.25
 """How often a unit looks at the clock."""
 NOT_AT_END: Final = (0, 0)
@@ -107,6 +106,13 @@ class Filters(msgspec.Struct, frozen=True):
         return self.runs.is_complete and self.events.is_complete
 
 
+class Written(NamedTuple):
+    """Chunks whose rows are in the ledger, and the last offsets of both chains that were folded with them."""
+
+    folded: tuple[int, int]
+    events: list[Event]
+
+
 class Unit:
     """One assigned partition, from its first chunk to the last mark."""
 
@@ -135,9 +141,11 @@ class Unit:
         self._inbox = Inbox(self._sealed.full)
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
-        self._written: list[Event] = []
+        self._written: list[Written] = []
         self._is_to_settle = asyncio.Event()
         self._told_at = 0.0
+        self._told = self.folded
+        """Up to which offsets the states on the topic are complete, once they are flushed."""
         self._draining = self._is_tick_due = self._is_settling = False
         self._closing = threading.Event()
         self.redriven: set[str] = set()
@@ -148,6 +156,8 @@ class Unit:
         """
         self.is_seeding = False
         """Whether the states of all workspaces are being told. A commit would say that they were, so none comes yet."""
+        self.commit_begin: Callable[[], Any] | None = None
+        """Awaitable, once they are, before anything is acknowledged: commits where its group begins."""
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0
@@ -378,7 +388,7 @@ class Unit:
                 await self._write_runs(batch)
             if batch.followed_by:  # in the order of the fold: a replay folds in the ledger's order
                 await self._write_account_events(batch.followed_by)
-            self._written += batch.events
+            self._written.append(Written((self.mark.last, self.event_mark.last), batch.events))
             if self._is_time_to_settle(batch):
                 self._is_to_settle.set()
             self._sealed.task_done()
@@ -417,20 +427,32 @@ class Unit:
         while True:
             await self._is_to_settle.wait()
             self._is_to_settle.clear()
-            events, self._written = self._written, []
-            self._tell_moved()
+            if self._draining or self._is_time_to_tell():
+                self._tell_moved()
+            told, is_seeding = self._told, self.is_seeding
             self._is_settling = True
             await self.voice.flush()
             self._is_settling = False
-            if self.is_seeding:
-                self._written = events + self._written
-                continue
-            for event in events:
+            if not is_seeding:
+                await self._acknowledge(told)
+
+    async def _acknowledge(self, told: tuple[int, int]) -> None:
+        """What is in the ledger and was folded before the states were told."""
+        if self.commit_begin:
+            await self.commit_begin()
+            self.commit_begin = None
+        while self._written and all(map(le, self._written[0].folded, told)):
+            for event in self._written.pop(0).events:
                 await event.acknowledge()
+
+    def _is_time_to_tell(self) -> bool:
+        """A workspace's ``used`` is told once a second, however fast batches go."""
+        return not self.balances.moved or asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
 
     def _tell_moved(self) -> None:
         self._told_at = asyncio.get_running_loop().time()
         self.voice.tell_moved(self.balances, self.folded)
+        self._told = self.folded
 
     async def _tick(self) -> None:
         """The clock's part: what waits for time alone, states that moved, and chunks that wait for them."""
@@ -440,7 +462,7 @@ class Unit:
             if not self._is_tick_due:
                 self._is_tick_due = True
                 self._inbox.nudge()
-            waits = self._written or self.balances.moved or self.voice.has_unflushed
+            waits = self._written or self.balances.moved or self.voice.has_unflushed or self.commit_begin
             if waits and asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S:
                 if self._is_settling:
                     self._tell_moved()  # states do not wait for a database that does not take alerts

@@ -17,7 +17,6 @@ from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
 from streams import assignment, recovery
 from streams.account_events import openings
-from streams.assignment import is_told
 from streams.recovery import TAIL_ROWS_MAX, Start, instants_of, starting_point, told_at, without
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import Story, Topics, at
@@ -159,9 +158,9 @@ async def test_states_are_told_when_all_topics_were_made_again(client: Client) -
     chains = Chain(CELL_RUNS, "topic-3", 0), Chain(ACCOUNT_EVENTS, "topic-4", 0)
     asked = asyncio.Event()
     killed = await Bench.open(client, chains=chains, on_look_aside=asked.wait)
-    assert not is_told(killed.unit), "a commit would say so, and after a crash nobody would be told"
+    assert killed.unit.is_seeding, "a commit would say that they were told, and after a crash nobody would be"
     bench = await live(client, (None, None), chains=chains)
-    assert is_told(bench.unit)
+    assert not bench.unit.is_seeding
     assert str(bench.states[b"enrichment/ws_1"].state) == "exhausted"
     assert all(alert.seeded for alert in bench.alerts)
 

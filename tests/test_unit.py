@@ -10,12 +10,13 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import ForeignMark, Incident
+from streams import unit as unit_module
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
 from tests.ledger_rows import assert_books_close
 from tests.limit_voices import kafka_record, rated
 from tests.records import Record, event, run_id
-from tests.unit_bench import BATCH_ROWS, CHAINS, Bench
+from tests.unit_bench import BATCH_ROWS, CHAINS, SOON_S, Bench
 
 CHAIN = CHAINS[0]
 
@@ -113,6 +114,27 @@ async def test_states_go_on_while_the_database_takes_no_alerts(client: Client) -
     noted.set()
     await bench.wait(task, lambda: bench.acknowledged == 3)
     await bench.kill(task)
+
+
+async def test_used_is_told_once_a_second_however_fast_batches_go(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk is acknowledged once the states rest on it, so the commit never passes what has been told."""
+    monkeypatch.setattr(unit_module, "STATES_EVERY_S", 2 * SOON_S)
+    bench = await Bench.open(client)
+    task = bench.start()
+    await bench.wait(task, lambda: not bench.unit.chores)
+    for number in range(4):
+        bench.deliver(chunk(number * BATCH_ROWS, range(number * BATCH_ROWS, (number + 1) * BATCH_ROWS)))
+        await bench.wait(task, lambda number=number: bench.unit.mark.last == (number + 1) * BATCH_ROWS - 1)  # type: ignore[misc]
+    await asyncio.sleep(2 * TICK_S)
+    told = bench.states_told[state_key("ws_1", Pool.ENRICHMENT)], bench.acknowledged
+    bench.unit.drain()
+    bench.deliver(chunk(4 * BATCH_ROWS, range(4 * BATCH_ROWS, 5 * BATCH_ROWS)))
+    await bench.wait(task, lambda: bench.acknowledged == 5)
+    await bench.kill(task)
+    assert told <= (1, 1)
+    assert bench.states[state_key("ws_1", Pool.ENRICHMENT)].used == str(5 * BATCH_ROWS)
 
 
 async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:

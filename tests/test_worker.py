@@ -5,8 +5,10 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
+from schemas.account import PlanChanged
 from schemas.codec import encode_run
 from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
@@ -182,6 +185,25 @@ def test_sigterm_drains_what_was_read(worker: WorkerProcess) -> None:
 
     assert worker.log_events("stopped")[-1] | {"exit_code": 0, "rows": 2000} == worker.log_events("stopped")[-1]
     assert committed(worker) == ends
+
+
+def test_f6_a_group_that_begins_anew_commits_both_topics(another: WorkerProcess) -> None:
+    """Also the one that is quiet: without its commit, what crashes next would not be folded again but seeded."""
+    another.create_topic()
+    another.bill(
+        PlanChanged(
+            event_id=uuid4(), workspace_id=f"ws_{number}", plan="20k", effective_at=datetime(2026, 1, 15, tzinfo=UTC)
+        )
+        for number in range(8)
+    )
+    another.start().wait_until_told()
+    assert another.stop() == 0
+    admin, group = (
+        AdminClient({"bootstrap.servers": another.configured.kafka_bootstrap}),
+        f"{another.settings['topic_prefix']}creditstream",
+    )
+    admin.delete_consumer_groups([group])[group].result(WAIT_S_MAX)
+    another.start().wait_until_told()
 
 
 def committed(worker: WorkerProcess) -> dict[int, int]:

@@ -63,6 +63,7 @@ class Bench:
         self.loads = 0
         self.alerts: list[LimitAlert] = []
         self.states: dict[bytes, LimitState] = {}
+        self.states_told: Counter[bytes] = Counter()
         self.sent: list[Sent] = []
         self.on_load: Callable[[], Awaitable[None]] | None = None
         self.on_note: Callable[[], Awaitable[None]] | None = None
@@ -136,6 +137,7 @@ class Bench:
             self.alerts.append(message)
         elif isinstance(message, LimitState):
             self.states[key] = message
+            self.states_told[key] += 1
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         if self.on_note:
