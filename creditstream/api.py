@@ -345,9 +345,8 @@ def not_ready_because(meter: Meter) -> list[str]:
     """Why it does not meter everything that it should; empty when it does."""
     if not meter.assigned:
         return ["no assignment yet"]
-    return [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident] + (
-        [f"ledger: {meter.trouble}"] if meter.trouble else []
-    )
+    incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
+    return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.troubles.values())]
 
 
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[dict[str, str | int]]:

@@ -165,7 +165,7 @@ class RunToReverse(NamedTuple):
 
 def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> list[RunToReverse]:
     """The debits under these (workspace id, run id), each with its reversal if there is one."""
-    wanted = sorted(set(identities))
+    wanted = set(identities)
     found = client.query(
         "SELECT workspace_id, run_id, anyIf(table_id, kind = 'run'), anyIf(column_id, kind = 'run'), "
         "anyIf(row_id, kind = 'run'), anyIf(action, kind = 'run'), toString(anyIf(pool, kind = 'run')), "
@@ -178,7 +178,7 @@ def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> l
             "runs": sorted(str(run) for _, run in wanted),
         },
     )
-    return [RunToReverse(*row) for row in found.result_rows if (row[0], row[1]) in set(wanted)]
+    return [RunToReverse(*row) for row in found.result_rows if (row[0], row[1]) in wanted]
 
 
 def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict[tuple[str, UUID], tuple[Any, ...]]:

@@ -158,10 +158,12 @@ def _expect_mark(answer: Mark | bool) -> Mark:
 class Ledger:
     """The ledger's writing side over one connection. Blocking: the worker calls it in a thread.
 
-    ``on_trouble`` is told what the database said when it failed, and "" when a batch is in, or given up.
+    ``on_trouble`` is told whose batch it is, and what the database said when it failed; "" when it is in, or given up.
     """
 
-    def __init__(self, client: Client, epoch: int = 0, on_trouble: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, client: Client, epoch: int = 0, on_trouble: Callable[[Chain, str], None] = lambda chain, what: None
+    ) -> None:
         self._client = client
         self._epoch = epoch
         self._on_trouble = on_trouble
@@ -191,7 +193,7 @@ class Ledger:
         try:
             return self._append(batch, mark, closing)
         finally:
-            self._on_trouble("")
+            self._on_trouble(batch.chain, "")
 
     def _append(self, batch: Batch, mark: Mark, closing: threading.Event) -> Mark:
         steps = append_steps(batch, mark, self._epoch)
@@ -203,7 +205,7 @@ class Ledger:
                 if isinstance(answer, Mark) and answer.age_from == TOO_OLD:
                     _pause(YOUNG_WAIT_S, closing)
             except DatabaseError as error:
-                self._on_trouble(f"{batch.chain} after offset {batch.after}: {first_line(error)}")
+                self._on_trouble(batch.chain, f"{batch.chain} after offset {batch.after}: {first_line(error)}")
                 _pause(RETRY_WAIT_S[min(failures, len(RETRY_WAIT_S) - 1)], closing)
                 failures += 1
                 if isinstance(step, ReadMark):

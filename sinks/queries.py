@@ -59,11 +59,11 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
     by_number = {version.number: version for version in catalogue.versions}
     for number, content in sorted(pinned.items()):
         if number not in by_number:
-            raise Problem("a catalogue version is gone", f"version {number} has priced runs", "Restore its file.")
+            raise Problem("a catalogue version is gone", f"a worker has loaded version {number}", "Restore its file.")
         if by_number[number].content_hash != content:
             raise Problem(
                 "a catalogue version was changed",
-                f"{by_number[number].file}: version {number} has priced runs with another content",
+                f"{by_number[number].file}: a worker has loaded version {number} with another content",
                 "Restore the file; a new price is a new version.",
             )
     new = [version for version in catalogue.versions if version.number not in pinned]

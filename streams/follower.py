@@ -29,6 +29,8 @@ class Heard(msgspec.Struct, frozen=True):
 
 
 _decode: Final = msgspec.json.Decoder(Heard).decode
+_NO_STATE: Final = (ValueError, RecursionError)
+"""Bytes may be no JSON, no text, or nested too deeply."""
 
 
 class Follower:
@@ -79,7 +81,7 @@ class Follower:
                     continue
                 try:
                     heard.setdefault(message.partition() or 0, []).append(_decode(value))
-                except msgspec.DecodeError:
-                    continue  # not a state of ours: nothing to answer
+                except _NO_STATE:
+                    continue  # not ours: nothing to answer
             for partition, states in heard.items():
                 self._hear(partition, states)

@@ -57,6 +57,8 @@ Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
+INSERTS_PER_S_MAX: Final = 10
+"""Of one chain, for minutes: account events that do not linger, and full batches."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
 
 log: Final = structlog.get_logger()
@@ -89,8 +91,8 @@ class Meter:
         self.is_open = False
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
-        self.trouble = ""
-        """What the ledger said last, while it does not take what it is given."""
+        self.troubles: dict[Any, str] = {}
+        """What the ledger says, by who asks it, while it does not take what it is given or answer."""
         self._pools = {
             name: ThreadPoolExecutor(1, f"meter-{name}", None if name == "reader" else _step_back) for name in THREADS
         }
@@ -121,7 +123,7 @@ class Meter:
             functools.partial(self._ask, "reader"),
             functools.partial(self._ask_patiently, "aside"),
             self.publisher.send,
-            self._on_trouble,
+            functools.partial(self._on_trouble, "assignment"),
         )
         self.is_open = True
 
@@ -163,7 +165,8 @@ class Meter:
 
     def _require_token_window(self) -> None:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
-        needed = self.settings.partitions * 2 * TOKEN_WINDOW_S * 1000 // self.settings.linger_ms
+        inserts_per_s = max(1000 // self.settings.linger_ms, INSERTS_PER_S_MAX)
+        needed = self.settings.partitions * 2 * TOKEN_WINDOW_S * inserts_per_s
         window = queries.token_window(self._clients["writer"])
         if window < needed:
             raise Problem(
@@ -345,7 +348,8 @@ class Meter:
 
     async def _ask_patiently(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         """Ask until the database answers, as an insert waits for it: waiting is the back-pressure."""
-        return await patiently(functools.partial(self._ask, thread, question, *args), self._on_trouble)
+        on_trouble = functools.partial(self._on_trouble, thread)
+        return await patiently(functools.partial(self._ask, thread, question, *args), on_trouble)
 
     async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._pools[thread], question, self._clients[thread], *args)
@@ -379,11 +383,11 @@ class Meter:
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         await self._ask_patiently("notes", accounts.note_alerts, alerts)
 
-    def _on_trouble(self, what: str) -> None:
-        self.trouble = what
-        if not what:
-            return
-        log.warning("ledger_trouble", what=what)
+    def _on_trouble(self, who: Any, what: str) -> None:
+        self.troubles.pop(who, None)
+        if what:
+            self.troubles[who] = what
+            log.warning("ledger_trouble", what=what)
 
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
         self.hold(unit.chain.partition)

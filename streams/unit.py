@@ -151,13 +151,11 @@ class Unit:
         self.redriven: set[str] = set()
         """Positions of dead letters that were sent again during this life."""
         self.looks_back_ms = FOREVER_MS
-        """Up to when (Unix ms) it is still being found out what time alone has told: what comes after that, accounts
-        tell that are loaded as of then. A unit that is released before it is known keeps nothing.
-        """
+        """Up to when (Unix ms) it is being found out what time alone has told: accounts are loaded as of then."""
         self.is_seeding = False
         """Whether the states of all workspaces are being told. A commit would say that they were, so none comes yet."""
         self.commit_begin: Callable[[], Any] | None = None
-        """Awaitable, once they are, before anything is acknowledged: commits where its group begins."""
+        """Awaited once they are, before anything is acknowledged: commits where its group begins."""
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0

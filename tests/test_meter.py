@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from creditstream.api import not_ready_because
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
@@ -66,6 +67,18 @@ async def told(bench: Bench) -> str:
         while key not in bench.states:
             await asyncio.sleep(0.01)
     return bench.states[key].used
+
+
+def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
+    """An insert that succeeds says nothing of alerts that the database does not take."""
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=1))
+    meter.assigned = True
+    meter._on_trouble("notes", "no space left")
+    for _ in range(2):
+        meter._on_trouble(CHAINS[0], "")
+    assert not_ready_because(meter) == ["ledger: no space left"]
+    meter._on_trouble("notes", "")
+    assert not_ready_because(meter) == []
 
 
 @ON_CHDB

@@ -56,7 +56,7 @@ def test_a_fresh_database_gets_every_migration(empty: Client) -> None:
     assert applied == read_migrations()
     assert [migration.number for migration in applied] == list(range(1, len(applied) + 1))
     assert {"ledger", "catalogue_versions", "schema_migrations", "debits", "dead_letters"} <= tables(empty)
-    assert token_window(empty) == 10_000
+    assert token_window(empty) == 100_000
     require_migrated(empty)
     wait_until_grown(empty)
     write(Ledger(empty), CHAIN, 9)
@@ -179,7 +179,7 @@ def test_a_changed_version_is_refused(client: Client) -> None:
     first = version(1, LONG_AGO)
     pin_catalogue(client, Catalogue([first]))
     changed = msgspec.structs.replace(first, content_hash="changed", file="renamed.toml")
-    with pytest.raises(Problem, match=r"changed: renamed.toml: version 1 has priced runs with another content"):
+    with pytest.raises(Problem, match=r"changed: renamed.toml: a worker has loaded version 1 with another content"):
         pin_catalogue(client, Catalogue([changed]))
     assert pinned(client) == [(1, "as it was")]
 
@@ -187,7 +187,7 @@ def test_a_changed_version_is_refused(client: Client) -> None:
 def test_a_removed_version_is_refused(client: Client) -> None:
     """Without it the runs of its time would be priced by another."""
     pin_catalogue(client, Catalogue([version(1, LONG_AGO), version(2, LONG_AGO + timedelta(days=1))]))
-    with pytest.raises(Problem, match=r"gone: version 1 has priced runs\. Restore its file\."):
+    with pytest.raises(Problem, match=r"gone: a worker has loaded version 1\. Restore its file\."):
         pin_catalogue(client, Catalogue([version(2, LONG_AGO + timedelta(days=1))]))
 
 

@@ -385,11 +385,13 @@ def test_f11_a_stale_mark_is_refused_and_read_again(client: Client, ledger: Ledg
         ledger.insert(Insert(batch(CHAIN, 9, 19), "0/topic-id-1/3/10", stale.read_at))
     assert ledger.mark(CHAIN).last == 9
 
-    troubles: list[str] = []
-    mark = Ledger(client, on_trouble=troubles.append).append(batch(CHAIN, 9, 19), stale, threading.Event())
+    troubles: list[tuple[Chain, str]] = []
+    mark = Ledger(client, on_trouble=lambda *told: troubles.append(told)).append(
+        batch(CHAIN, 9, 19), stale, threading.Event()
+    )
 
     assert mark.written_under > stale.read_at
-    trouble, all_clear = troubles
+    (_, trouble), (_, all_clear) = troubles
     assert "cell-runs[3] after offset 9" in trouble
     assert all_clear == ""
     take_over(client, ledger)

@@ -155,6 +155,7 @@ async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: C
     await bench.wait(task, lambda: bench.acknowledged == 3)
     await bench.kill(task)
     assert bench.kinds() == {"plan": 2, "duplicate": 2}
+    assert client.query("SELECT count() FROM duplicates").result_rows == [(0,)], "they are no copies of runs"
     assert_books_close(client, CHAINS[1], range(4))
 
 

@@ -4,6 +4,11 @@
 -- The deduplication window must cover every insert of 240 s; the worker checks that at its start.
 -- The constraint refuses an insert that rests on a mark read more than 120 s ago or before this server started:
 -- after either, the tokens that make a second writer harmless may be forgotten.
+--
+-- Questions of one workspace cost planning more than reading, by parts, columns and expressions. So a month that
+-- nothing was written to for a day becomes one part, and there are no statistics of columns: a merge builds them,
+-- planning loads them, and the indexes skip more. Account rows are few among many runs: granules that hold none are
+-- skipped (kind_range). So are old parts, where a worker that starts asks for the last offsets (offset_range).
 CREATE TABLE IF NOT EXISTS ledger
 (
     topic LowCardinality(String),
@@ -12,7 +17,8 @@ CREATE TABLE IF NOT EXISTS ledger
     kafka_offset UInt64 CODEC(DoubleDelta, ZSTD(1)),
     offset_gap UInt32 DEFAULT 1 CODEC(ZSTD(1)),
     recorded_at DateTime64(3, 'UTC') CODEC(DoubleDelta, ZSTD(1)),
-    kind Enum8('run' = 1, 'duplicate' = 2, 'dead_letter' = 3),
+    kind Enum8(
+        'run' = 1, 'duplicate' = 2, 'dead_letter' = 3, 'reversal' = 4, 'plan' = 5, 'grant' = 6, 'limits' = 7),
     run_id UUID CODEC(ZSTD(1)),
     workspace_id LowCardinality(String),
     table_id LowCardinality(String),
@@ -30,8 +36,16 @@ CREATE TABLE IF NOT EXISTS ledger
     reason Enum8(
         'own_api_key' = 1, 'free_action' = 2, 'error' = 3, 'no_data' = 4, 'charged_no_data' = 5, 'charged' = 6,
         'duplicate' = 7, 'too_large' = 8, 'malformed' = 9, 'misrouted' = 10, 'future_run' = 11, 'stale_run' = 12,
-        'conflicting_duplicate' = 13, 'unknown_action' = 14),
+        'conflicting_duplicate' = 13, 'unknown_action' = 14, 'reversed' = 15, 'plan_changed' = 16,
+        'premium_granted' = 17, 'limits_changed' = 18, 'unknown_run' = 19, 'unknown_plan' = 20),
     catalogue UInt16 CODEC(ZSTD(1)),
+    event_id UUID CODEC(ZSTD(1)),
+    effective_at DateTime64(3, 'UTC') CODEC(ZSTD(1)),
+    plan LowCardinality(String),
+    allowance Decimal(18, 3) CODEC(ZSTD(1)),
+    restart_period Bool,
+    thresholds Array(UInt8) CODEC(ZSTD(1)),
+    remaining_below Decimal(18, 3) DEFAULT -1 CODEC(ZSTD(1)),
     detail String CODEC(ZSTD(1)),
     raw String CODEC(ZSTD(1)),
     raw_key String CODEC(ZSTD(1)),
@@ -40,6 +54,8 @@ CREATE TABLE IF NOT EXISTS ledger
     batch_month UInt32 CODEC(ZSTD(1)),
     mark_read_at DateTime64(3, 'UTC') CODEC(ZSTD(1)),
     INDEX run_id_bloom run_id TYPE bloom_filter(0.0001) GRANULARITY 1,
+    INDEX kind_range kind TYPE minmax GRANULARITY 1,
+    INDEX offset_range kafka_offset TYPE minmax GRANULARITY 1,
     PROJECTION marks
     (
         SELECT topic_id, kafka_partition, max(kafka_offset), min(kafka_offset), count(), sum(offset_gap),
@@ -57,4 +73,8 @@ CREATE TABLE IF NOT EXISTS ledger
 ENGINE = MergeTree
 PARTITION BY batch_month
 ORDER BY (workspace_id, day, table_id, column_id, ran_at)
-SETTINGS non_replicated_deduplication_window = 10000;
+SETTINGS
+    non_replicated_deduplication_window = 100000,
+    min_age_to_force_merge_seconds = 86400,
+    min_age_to_force_merge_on_partition_only = 1,
+    auto_statistics_types = '';

@@ -1,4 +1,4 @@
--- Which catalogue versions have priced runs: a worker refuses one that was changed since.
+-- Which catalogue versions a worker has loaded: it refuses one that was changed since.
 CREATE TABLE IF NOT EXISTS catalogue_versions
 (
     number UInt16 COMMENT 'the version that debits carry',

@@ -1,8 +1,9 @@
--- Plans, periods, balances and alerts, as streams/periods.py and streams/limits.py say them in Python: tests hold both
--- equal. Debits now count reversals, so that usage adds up to the balance.
+-- What analysts read: views with a comment on every column, never the table behind them. Reversals count, so that usage
+-- adds up to the balance.
 --
--- What takes `as_of` goes by what the ledger knows now and has taken effect by then; debits count by their whole day. A
--- run may lie 5 minutes ahead, and with it the last day.
+-- Plans, periods, balances and alerts are as streams/periods.py and streams/limits.py say them in Python: tests hold
+-- both equal. What takes `as_of` goes by what the ledger knows now and has taken effect by then; debits count by their
+-- whole day. A run may lie 5 minutes ahead, and with it the last day.
 
 CREATE OR REPLACE VIEW debits
 (
@@ -73,8 +74,54 @@ FROM
 GROUP BY workspace_id, day, pool
 COMMENT 'credits and runs by workspace, day and pool; served by a projection';
 
--- A plan: 1 effective_at, 2 recorded_at, 3 offset, 4 name, 5 allowance, 6 restart_period, 7 thresholds, 8 the absolute line.
--- One aggregation: a first one by effective_at costs four times as much.
+CREATE OR REPLACE VIEW free_runs
+(
+    workspace_id LowCardinality(String) COMMENT 'who did not pay',
+    day Date COMMENT 'UTC day of ran_at',
+    action LowCardinality(String) COMMENT 'what ran',
+    reason String COMMENT 'own_api_key, free_action, error or no_data',
+    runs UInt64 COMMENT 'runs that drew nothing'
+) AS
+SELECT workspace_id, day, action, toString(reason) AS reason, count() AS runs
+FROM ledger
+WHERE kind = 'run' AND reason IN ('own_api_key', 'free_action', 'error', 'no_data')
+GROUP BY workspace_id, day, action, reason
+COMMENT 'free runs and the rule that made them free; served by a projection';
+
+CREATE OR REPLACE VIEW dead_letters
+(
+    position String COMMENT 'where the event lies in Kafka: topic[partition]@offset',
+    recorded_at DateTime64(3, 'UTC') COMMENT 'when Kafka received it',
+    reason String COMMENT 'too_large, malformed, misrouted, future_run, stale_run, conflicting_duplicate, unknown_...',
+    detail String COMMENT 'the field or the fact that was wrong',
+    workspace_id String COMMENT 'who would pay; empty when it could not be decoded',
+    run_id UUID COMMENT 'the run; zeros when it could not be decoded',
+    raw_key String COMMENT 'Kafka key, as it came',
+    raw_headers String COMMENT 'Kafka headers as JSON',
+    raw String COMMENT 'the value, byte for byte as it came'
+) AS
+SELECT concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position, recorded_at,
+       toString(reason) AS reason, detail, toString(workspace_id) AS workspace_id, run_id, raw_key, raw_headers, raw
+FROM ledger
+WHERE kind = 'dead_letter'
+COMMENT 'events that could not be metered, with their bytes';
+
+CREATE OR REPLACE VIEW duplicates
+(
+    run_id UUID COMMENT 'the run that was delivered again',
+    workspace_id String COMMENT 'who paid once',
+    position String COMMENT 'where the copy lies in Kafka: topic[partition]@offset',
+    recorded_at DateTime64(3, 'UTC') COMMENT 'when Kafka received the copy',
+    detail String COMMENT 'where the run itself lies'
+) AS
+SELECT run_id, toString(workspace_id) AS workspace_id,
+       concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position, recorded_at, detail
+FROM ledger
+WHERE kind = 'duplicate' AND event_id = toUUID('00000000-0000-0000-0000-000000000000')
+COMMENT 'copies of runs that are in the ledger already; each drew nothing';
+
+-- A plan: 1 effective_at, 2 recorded_at, 3 offset, 4 name, 5 allowance, 6 restart_period, 7 thresholds, 8 the absolute
+-- line. One aggregation: a first one by effective_at costs four times as much.
 CREATE OR REPLACE VIEW accounts_as_of AS
 SELECT workspace_id,
        arraySort(groupArrayIf((ran_at, recorded_at, kafka_offset, toString(plan), allowance, restart_period, thresholds,
@@ -150,6 +197,7 @@ SELECT workspace_id, period_start, period_end, allowance, toString(plan) AS plan
 FROM billing_periods_as_of(as_of = now64(3))
 COMMENT 'every billing period of every workspace from its first day up to now; calendar months before the first plan';
 
+-- The days from which periods count are computed in place: nothing else of the accounts is, and no view is planned.
 CREATE OR REPLACE VIEW usage_by_period
 (
     workspace_id LowCardinality(String) COMMENT 'who pays',
@@ -181,7 +229,19 @@ FROM
             WHERE kind IN ('run', 'reversal')
             GROUP BY workspace_id, day, table_id, column_id, pool, kind
         ) AS used
-        LEFT JOIN accounts_as_of(as_of = now64(3)) AS plans ON used.workspace_id = plans.workspace_id
+        LEFT JOIN
+        (
+            SELECT workspace_id, arraySort(arrayDistinct(arrayPushFront(groupArrayIf(toDate(ran_at), restarts),
+                       toDate(min(ran_at))))) AS anchors
+            FROM
+            (
+                SELECT workspace_id, ran_at, argMax(restart_period, (recorded_at, kafka_offset)) AS restarts
+                FROM ledger
+                WHERE kind = 'plan' AND ran_at <= now64(3)
+                GROUP BY workspace_id, ran_at
+            )
+            GROUP BY workspace_id
+        ) AS plans ON used.workspace_id = plans.workspace_id
     )
 )
 GROUP BY workspace_id, period_start, period_end, table_id, column_id, pool
