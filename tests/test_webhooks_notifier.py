@@ -1,6 +1,7 @@
 """The notifier on a real Kafka: nothing lost, nothing under two ids, nothing that is done repeated; whatever dies."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from creditstream.producing import open_producer
 from creditstream.webhooks import notifier as notifier_module
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS, PATIENCE_MS
 from creditstream.webhooks.endpoints import Address, Endpoint
 from creditstream.webhooks.notifier import Notifier, Step, World
-from creditstream.webhooks.outbox import Outbox
+from creditstream.webhooks.outbox import Outbox, read_to_end
 from creditstream.webhooks.resending import deliveries, example_alert, resend
 from creditstream.webhooks.schedule import DELAYS_S, Answer
 from creditstream.webhooks.sending import send
@@ -42,6 +45,8 @@ ANSWERS_AFTER_S: Final = 2.0
 PARTITIONS: Final = 2
 NUMBERS: Final = count(1)
 SECRET: Final = new_secret()
+NO_TEXT: Final = b'"\xff"'
+DEEP: Final = b"[" * 20_000 + b"]" * 20_000
 
 
 class Clock:
@@ -378,6 +383,8 @@ def test_seeded_and_unreadable_alerts_are_for_nobody(stage: Stage, receiver: Web
     alert = some_alert(test=True)
     stage.alert(some_alert(seeded=True))
     stage.produce(b"no alert")
+    for damage in (NO_TEXT, DEEP):
+        stage.produce(msgspec.json.encode(some_alert()).replace(b'"ws_example"', damage))
     stage.produce(msgspec.json.encode(some_alert(plan="x" * 64 * 1024)))
     stage.produce(msgspec.json.encode(some_alert()).replace(b'Z"', b'"'))
     stage.alert(alert)
@@ -476,7 +483,8 @@ def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
     """What cannot be read is named by its position, and hides nothing else."""
     topic = stage.settings.topic_prefix + WEBHOOK_DELIVERIES
     producer = open_producer(stage.settings)
-    producer.produce(topic, b"no record", b"key", 1)
+    for value in (b"no record", b'{"endpoint":' + NO_TEXT + b"}", b'{"x":' + DEEP + b"}"):
+        producer.produce(topic, value, b"key", 1)
     producer.flush()
     outbox = Outbox(stage.settings, topic)
     delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
@@ -485,4 +493,23 @@ def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
     said: list[str] = []
 
     assert outbox.read([0, 1], said.append) == {0: {}, 1: {delivery.key: delivery}}
-    assert said == [f"{topic}[1]@0"]
+    assert said == [f"{topic}[1]@{offset}" for offset in range(3)]
+
+
+def test_what_is_deleted_while_it_is_read_hides_nothing_else(stage: Stage) -> None:
+    """Retention that overtakes a reader takes from it what is gone, and not the rest."""
+    topic = stage.settings.topic_prefix + LIMIT_ALERTS
+    producer = open_producer(stage.settings)
+    for _ in range(400):
+        producer.produce(topic, os.urandom(64 * 1024), partition=0)
+        producer.poll(0)
+    producer.flush()
+    found = read_to_end(stage.settings, topic, [0])
+    offsets = [next(found).offset()]
+    admin = AdminClient({"bootstrap.servers": stage.settings.kafka_bootstrap})
+    (deleted,) = admin.delete_records([TopicPartition(topic, 0, 399)]).values()
+    deleted.result(WAIT_S_MAX)
+    offsets += [message.offset() for message in found]
+
+    assert len(offsets) < 399, "all of it was read before"
+    assert (offsets[0], offsets[-1]) == (0, 399)

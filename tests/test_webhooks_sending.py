@@ -13,10 +13,11 @@ import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from creditstream.webhooks.endpoints import Address, Endpoint
+from creditstream.webhooks.receiver import Receiver
 from creditstream.webhooks.resending import example_alert
 from creditstream.webhooks.schedule import RETRY_AFTER_S_MAX, Answer
 from creditstream.webhooks.sending import is_public, send
-from creditstream.webhooks.signing import new_secret, parse_secret
+from creditstream.webhooks.signing import new_secret, parse_secret, signed_headers
 from schemas.limits import LimitAlert
 from schemas.webhook import Format
 from tests.webhook_receiver import DIE, DRIP, GARBAGE, HALF_BODY, STALL, Behaviour, Reply, WebhookReceiver
@@ -264,8 +265,20 @@ def test_a_port_without_tls() -> None:
 
 def test_the_signature_has_the_published_example() -> None:
     """The example of the Standard Webhooks libraries."""
-    from creditstream.webhooks.signing import signed_headers
-
     key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     headers = signed_headers([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b'{"type":"\xff"}', b'{"x":' + b"[" * 9_000], ids=["fields", "no_text", "deep"]
+)
+def test_what_is_signed_and_no_alert_is_refused(body: bytes) -> None:
+    """The receiver for trying things says so, whatever the body is."""
+    said: list[str] = []
+    key = parse_secret(SECRET)
+    tried = Receiver(key, 0, said.append, said.append)
+    now_s = int(datetime.now(UTC).timestamp())
+    assert tried.receive(signed_headers([key], "id", now_s, body), body) == 400
+    assert said[0].startswith("refused with 400: the body is no alert: ")
+    tried.close()

@@ -34,6 +34,8 @@ ALERT_BYTES_MAX: Final = 64 * 1024
 _encode: Final = msgspec.json.Encoder().encode
 _decode: Final = msgspec.json.Decoder(Delivery).decode
 _decode_alert: Final = msgspec.json.Decoder(LimitAlert).decode
+_UNREADABLE: Final = (ValueError, RecursionError)
+"""What decoding raises; msgspec's errors are ValueErrors, those of text that is no UTF-8, too."""
 
 
 class Outbox:
@@ -76,7 +78,7 @@ class Outbox:
                 continue
             try:
                 delivery = _decode(value)
-            except msgspec.MsgspecError:
+            except _UNREADABLE:
                 unreadable(str(position_of(message)))
                 continue
             if isinstance(delivery.alert, msgspec.Raw):
@@ -136,6 +138,8 @@ def _reader(settings: Settings) -> Consumer:
             "group.id": "creditstream-outbox",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
+            # What is deleted while it is read is passed over; by default all the rest would be, too.
+            "auto.offset.reset": "earliest",
             # An empty partition says so at once.
             "fetch.wait.max.ms": 10,
             "queued.max.messages.kbytes": 8 * 1024,
@@ -165,7 +169,7 @@ def decode_alert(value: object) -> LimitAlert | None:
         return None
     try:
         alert = _decode_alert(value)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return None
     # Without an offset it could not be compared with anything.
     return alert if alert.at.tzinfo else None

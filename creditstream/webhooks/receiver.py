@@ -81,7 +81,7 @@ class Receiver:
             webhook = _decode(body)
         except BadSignature as error:
             return self._refuse(HTTPStatus.UNAUTHORIZED, str(error))
-        except msgspec.MsgspecError as error:
+        except (ValueError, RecursionError) as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, f"the body is no alert: {error}")
         again = "  (again)" if webhook_id in self._seen else ""
         self._seen.append(webhook_id)
