@@ -1,5 +1,6 @@
 """Which way a run takes, step by step: memory, disk, and what may not overtake what."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import KafkaError, Producer
 
+from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
@@ -103,6 +105,33 @@ def test_write_ahead_puts_every_run_on_disk_first(spool: Spool) -> None:
     assert places(outbox) == (0, 1)
     outbox.hand_over()
     assert (places(outbox), outbox.in_memory_only) == ((1, 0), 0)
+
+
+def test_what_dead_processes_left_holds_up_no_run(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes to read it, a run is accepted meanwhile."""
+    dead = Spool(tmp_path, CELL_RUNS, 10_000_000)
+    dead.append(encode_run(a_run(1)))
+    dead.close()
+    outbox, found = open_outbox(spool), spools._found
+    reads, accepted = threading.Event(), threading.Event()
+    meanwhile: list[bool] = []
+
+    def found_slowly(path: Path) -> spools.Segment:
+        reads.set()
+        meanwhile.append(accepted.wait(5))
+        return found(path)
+
+    monkeypatch.setattr(spools, "_found", found_slowly)
+    thread = threading.Thread(target=outbox.adopt)
+    thread.start()
+    reads.wait(5)
+    put(outbox, 2)
+    accepted.set()
+    thread.join()
+    assert meanwhile == [True]
+    assert (outbox.counts().adopted, places(outbox)) == (1, (0, 2))
 
 
 def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:

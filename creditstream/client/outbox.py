@@ -115,9 +115,10 @@ class Outbox:
 
     def adopt(self) -> None:
         """Take over the spools of dead processes. OSError."""
-        with self.changed:
-            if self._spool:
-                self._adopted += self._spool.adopt()
+        if self._spool:
+            found = self._spool.find_orphans()  # reads all of them: not under the lock that `put` needs
+            with self.changed:
+                self._adopted += self._spool.adopt(found)
 
     def close(self) -> bool:
         """Accept nothing more, not from those either who wait for room; False when it is closed already."""

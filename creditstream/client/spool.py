@@ -168,6 +168,13 @@ class Entry(NamedTuple):
     number: int
 
 
+class Orphans(NamedTuple):
+    """Segments that nobody sends, and why others cannot be read."""
+
+    segments: list[Segment]
+    unreadable: dict[Path, OSError]
+
+
 class _Directory(NamedTuple):
     path: Path
     lock: int
@@ -176,8 +183,9 @@ class _Directory(NamedTuple):
 class Spool:
     """The segments of this process and of those that it adopted, in the order in which they are to be sent.
 
-    A segment that cannot be read is set aside: said in the log, left where it is, and tried again by `adopt`.
-    Not thread-safe, but for `Segment.sync`. OSError where the disk refuses. ``bytes_max`` bounds this process's own.
+    A segment that cannot be read is set aside: said in the log, left where it is, and tried again with the orphans.
+    Not thread-safe, but for `Segment.sync` and `find_orphans`. OSError where the disk refuses. ``bytes_max`` bounds
+    this process's own.
     """
 
     def __init__(self, root: Path, topic: str, bytes_max: int) -> None:
@@ -270,23 +278,40 @@ class Spool:
             entry.segment.position, entry.segment.runs_read = entry.position, entry.number
             entry.segment.pending = 0
 
-    def adopt(self) -> int:
-        """Take over the directories of dead processes; how many of their runs can be read. OSError for the root."""
-        self._segments += self._readable(self._aside)
-        adopted: list[Segment] = []
-        for path in sorted(self._root.iterdir()):
-            if not path.is_dir() or not self._may_adopt(path.name):
+    def find_orphans(self) -> Orphans:
+        """Lock the directories of dead processes and read them, and what is set aside: for `adopt`. OSError for the
+        root. This may take long; runs may be appended meanwhile.
+        """
+        paths = sorted(self._aside)
+        for directory in sorted(self._root.iterdir()):
+            if not directory.is_dir() or not self._may_adopt(directory.name):
                 continue
             try:
-                lock = lock_file(path / "lock", 0)
+                lock = lock_file(directory / "lock", 0)
             except OSError:
                 continue  # another user's
             if lock is not None:
-                self._adopted.append(_Directory(path, lock))
-                adopted += self._readable(path.glob("*.ndjson"))
-        self._segments += adopted
+                self._adopted.append(_Directory(directory, lock))
+                paths += sorted(directory.glob("*.ndjson"))
+        found = Orphans([], {})
+        for path in paths:
+            try:
+                found.segments.append(_found(path))
+            except FileNotFoundError:
+                pass  # a person has removed it
+            except OSError as error:
+                found.unreadable[path] = error
+        return found
+
+    def adopt(self, found: Orphans) -> int:
+        """Take over what `find_orphans` found; how many runs of dead processes can be read."""
+        adopted = sum(segment.runs for segment in found.segments if segment.path not in self._aside)
+        self._aside &= found.unreadable.keys()
+        for path, error in found.unreadable.items():
+            self._set_aside(path, error)
+        self._segments += found.segments
         self._remove_sent()
-        return sum(segment.runs for segment in adopted)
+        return adopted
 
     def close(self) -> None:
         """Leave to the next process what is left, and nothing where nothing is."""
@@ -308,9 +333,8 @@ class Spool:
         return [*self._adopted, *([self._own] if self._own else [])]
 
     def _may_adopt(self, name: str) -> bool:
-        """By a directory's name. One without a topic is of an older version, and belongs to whoever comes first."""
         shape = _NAME.fullmatch(name)
-        return shape is not None and shape["topic"] in (None, self._topic) and not self._is_own(self._root / name)
+        return shape is not None and shape["topic"] == self._topic and not self._is_own(self._root / name)
 
     def _is_own(self, directory: Path) -> bool:
         return self._own is not None and directory == self._own.path
@@ -332,17 +356,6 @@ class Spool:
         if not segment.pending:
             self._remove_sent()
         return entries
-
-    def _readable(self, paths: Iterable[Path]) -> list[Segment]:
-        """Those that can be read; the others are set aside."""
-        found = []
-        for path in sorted(paths):
-            try:
-                found.append(_found(path))
-                self._aside.discard(path)
-            except OSError as error:
-                self._set_aside(path, error)
-        return found
 
     def _set_aside(self, path: Path, error: OSError) -> None:
         if path not in self._aside:
@@ -409,7 +422,7 @@ class Spool:
         self._adopted = [directory for directory in self._adopted if directory.path in used]
 
 
-_NAME: Final = re.compile(r"[0-9]{20}-[0-9]+(-(?P<topic>.+))?")
+_NAME: Final = re.compile(r"[0-9]{20}-[0-9]+-(?P<topic>.+)")
 
 
 def _new_directory(root: Path, topic: str) -> _Directory:
