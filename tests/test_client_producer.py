@@ -1,6 +1,7 @@
 """The producer on a real Kafka: order and completeness through outages, kills, forks and full disks."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 from aiokafka.partitioner import murmur2
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 
 from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
 from creditstream.client import producer as producers
@@ -176,6 +178,21 @@ def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str, tmp_path: Pat
         make_topics(settings, CELL_RUNS)
         assert producer.flush(60) == 0
     assert first_copies(settings) == in_turn(*range(30))
+
+
+def test_a_topic_that_takes_only_what_the_rules_ask_of_it_takes_all(settings: Settings) -> None:
+    """Runs travel in batches, and none of these is too large for a topic that takes the largest event."""
+    topic = ConfigResource(ConfigResource.Type.TOPIC, cell_runs_topic(settings))
+    topic.add_incremental_config(
+        ConfigEntry("max.message.bytes", str(MAX_EVENT_BYTES), incremental_operation=AlterConfigOpType.SET)
+    )
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    admin.incremental_alter_configs([topic])[topic].result(60)
+    with CellRunProducer(settings) as producer:
+        for number in range(2000):  # which cannot be compressed to a fraction
+            producer.record(a_run(number, column_id=secrets.token_hex(64), row_id=secrets.token_hex(64)))
+        assert producer.flush(20) == 0
+        assert producer.counts().spooled == 0
 
 
 FILLS_AND_DIES = """
@@ -557,7 +574,8 @@ def test_options_that_contradict_each_other_are_refused(settings: Settings) -> N
         CellRunProducer(settings, on_full="drop")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 or more"):
         CellRunProducer(settings, memory_s_max=0)
-    with pytest.raises(Problem, match="partitioner may not be changed"):
-        CellRunProducer(settings, kafka={"partitioner": "random"})
+    for option in ("partitioner", "message.max.bytes"):
+        with pytest.raises(Problem, match=f"{option} may not be changed"):
+            CellRunProducer(settings, kafka={option: "1000"})
     with pytest.raises(Problem, match=r"Kafka options refused: .*no\.such\.property"):
         CellRunProducer(settings, kafka={"no.such.property": "x"})

@@ -18,7 +18,7 @@ from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_valu
 from creditstream.client.spool import Spool, prepare_root
 from creditstream.home import Home
 from creditstream.producing import PRODUCER_CONFIG
-from schemas.cell_run import CellRun
+from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 from streams.topics import cell_runs_topic
@@ -27,8 +27,8 @@ MEMORY_S_MAX: Final = 5
 SPOOL_MB_MAX: Final = 256
 MB: Final = 1024 * 1024
 BLOCK_S_MAX: Final = 30
-BATCH_BYTES: Final = 256 * 1024
-"""Some 25 KB when compressed, so that also over a link of 20 kB/s one is acknowledged within `MEMORY_S_MAX`."""
+BATCH_BYTES: Final = MAX_EVENT_BYTES
+"""No more than the largest event, which every topic must take: one that is refused for its size would be for ever."""
 FLUSH_S_MAX: Final = 10
 RETRY_S: Final = 0.25
 ADOPT_EVERY_S: Final = 10.0
@@ -40,6 +40,7 @@ _OURS: Final = {
     **PRODUCER_CONFIG,
     # librdkafka never gives a run up by itself: the one behind it could still go through, and come in first.
     "message.timeout.ms": 0,
+    "message.max.bytes": 1_000_000,  # smaller, it could refuse a run that was accepted
     "queue.buffering.max.kbytes": 64 * 1024,
     "log_level": 0,
 }
