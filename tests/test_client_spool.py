@@ -46,7 +46,7 @@ def files(root: Path) -> list[str]:
 
 
 def test_runs_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
-    """Several segments, read in pieces, are one sequence; a segment goes when all of it is settled, and no sooner."""
+    """Several segments, read in pieces, are one sequence; a segment goes once all of it is acknowledged."""
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     written = values(*range(30_000))
     for value in written:
@@ -58,9 +58,9 @@ def test_runs_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -
         read.extend(entries)
     assert numbers(read) == written
     for entry in read[:-1]:
-        spool.settle(entry)
+        spool.acknowledge(entry)
     assert len(files(tmp_path)) == 2
-    spool.settle(read[-1])
+    spool.acknowledge(read[-1])
     assert files(tmp_path) == ["lock"]
     spool.close()
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +84,7 @@ def test_what_was_in_memory_goes_in_front(tmp_path: Path) -> None:
     assert [value for _ in range(3) for value in numbers(heir.read(10))] == [one, two, one, three, four]
 
 
-actions = st.lists(st.sampled_from(["append", "read", "settle", "rewind", "front", "heir"]), max_size=40)
+actions = st.lists(st.sampled_from(["append", "read", "acknowledge", "rewind", "front", "heir"]), max_size=40)
 
 
 @STEADY
@@ -92,20 +92,20 @@ actions = st.lists(st.sampled_from(["append", "read", "settle", "rewind", "front
 def test_any_history_keeps_the_order_of_first_copies(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
 ) -> None:
-    """Whatever is appended, read, settled, taken back and inherited: nothing is lost, first copies come in order."""
+    """Whatever is appended, read, acknowledged, taken back and inherited: none is lost, first copies are in order."""
     root = tmp_path_factory.mktemp("spool")
     spool, appended, delivered = Spool(root, CELL_RUNS, BYTES_MAX), 0, []
     pending: list[Entry] = []
-    for step in [*steps, "heir", *["read", "settle"] * 60]:
+    for step in [*steps, "heir", *["read", "acknowledge"] * 60]:
         if step == "append":
             spool.append(values(appended)[0])
             appended += 1
         elif step == "read":
             pending.extend(spool.read(3))
-        elif step == "settle" and pending:
+        elif step == "acknowledge" and pending:
             entry = pending.pop(0)
             delivered.append(entry.value)
-            spool.settle(entry)
+            spool.acknowledge(entry)
         elif step == "rewind":
             spool.rewind(pending)
             pending = []
@@ -135,7 +135,7 @@ def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
     assert adopt(heir) == 1
     entries = heir.read(10)
     assert numbers(entries) == [whole]
-    heir.settle(entries[0])
+    heir.acknowledge(entries[0])
     assert not segment.exists()
 
 
@@ -161,7 +161,7 @@ def test_a_line_that_is_no_run_is_kept_for_a_person(
     entries = spool.read(10)
     assert numbers(entries) == [one, two]
     for entry in entries:
-        spool.settle(entry)
+        spool.acknowledge(entry)
     spool.close()
     assert [name.rpartition(".")[2] for name in files(tmp_path)] == ["unreadable"]
     assert f"byte {len(one) + 1}: not a cell run" in caplog.text
@@ -205,7 +205,7 @@ def test_a_segment_that_cannot_be_read_holds_up_no_other(
         while entries := spool.read(700):
             read += numbers(entries)
             for entry in entries:
-                spool.settle(entry)
+                spool.acknowledge(entry)
         return read
 
     lost = {line for text in texts.values() for line in text.splitlines()}
@@ -257,7 +257,7 @@ class TimeIsUp(BaseException):
 
 
 def read_all(spool: Spool) -> list[bytes]:
-    """Everything that is unread; nothing is settled."""
+    """Everything that is unread; nothing is acknowledged."""
     read: list[bytes] = []
     while entries := spool.read(700):
         read += numbers(entries)
@@ -423,7 +423,7 @@ def test_a_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two = values(1, 2)
     for entry in [spool.append(one)] and spool.read(1):
-        spool.settle(entry)
+        spool.acknowledge(entry)
     (own,) = tmp_path.iterdir()
     shutil.rmtree(own)
     with pytest.raises(FileNotFoundError):
@@ -503,7 +503,7 @@ def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: p
     assert len(synced) == before + 1
     late = spool.append(values(4)[0])
     for entry in spool.read(10):
-        spool.settle(entry)
+        spool.acknowledge(entry)
     late.segment.sync(late.length)
     assert len(synced) == before + 1
 

@@ -43,6 +43,8 @@ class Outbox:
         self.trouble: Final = Trouble("cell runs are waiting")
         """Over once a run was delivered."""
         self.is_closed = False
+        self.has_failed = False
+        """librdkafka reported a failure: it is given nothing more until `take_back`."""
         self._topic, self._spool, self._on_full = topic, spool, on_full
         self._block_s_max, self._write_ahead = block_s_max, write_ahead
         self._waiting: dict[int, _Run] = {}
@@ -50,7 +52,6 @@ class Outbox:
         self._sequence = 0
         self._progress_s = 0.0
         """When Kafka acknowledged a run last, or was given one while it had none."""
-        self._failed = False
         self._accepted = self._refused = self._delivered = self._spooled = self._adopted = 0
 
     def put(self, value: bytes, workspace_id: str) -> Ticket | None:
@@ -93,7 +94,7 @@ class Outbox:
         first copy is not.
         """
         with self.changed:
-            producer, self.producer, self._failed = self.producer, None, False
+            producer, self.producer, self.has_failed = self.producer, None, False
             runs = [*self._waiting.values(), *self._recalled]
             is_back = not runs or (self._spool is not None and self._put_back(self._spool, runs))
             self._waiting.clear()
@@ -102,16 +103,12 @@ class Outbox:
                 self._recalled.extend(runs)
             return producer
 
-    def is_stuck(self, patience_s: float) -> bool:
-        """Whether librdkafka reported a failure, or Kafka has acknowledged none of its runs for so long. How old a run
-        is says nothing: over a slow link all of them are, and to send them again would be no faster.
+    def is_silent(self, patience_s: float) -> bool:
+        """Whether Kafka has acknowledged none of its runs for so long. How old a run is says nothing: over a slow link
+        all of them are, and to send them again would be no faster.
         """
         with self.changed:
-            if self._waiting and time.monotonic() - self._progress_s > patience_s:
-                if not self.trouble.reason:
-                    self.trouble.note(f"no acknowledgement for {patience_s:.0f} s")
-                return True
-            return self._failed
+            return bool(self._waiting) and time.monotonic() - self._progress_s > patience_s
 
     def adopt(self) -> None:
         """Take over the spools of dead processes. OSError."""
@@ -169,7 +166,7 @@ class Outbox:
 
     @property
     def _can_hand(self) -> bool:
-        return self.producer is not None and not self._failed
+        return self.producer is not None and not self.has_failed
 
     @property
     def _has_room(self) -> bool:
@@ -208,7 +205,7 @@ class Outbox:
         return ticket
 
     def _hand(self, run: _Run) -> bool:
-        if self.producer is None or self._failed:
+        if self.producer is None or self.has_failed:
             return False
         sequence = self._sequence = self._sequence + 1
         on_delivery = partial(self._deliver, sequence)
@@ -238,10 +235,10 @@ class Outbox:
             self.trouble.end()
             self.changed.notify_all()
             if run.entry and self._spool:
-                self._spool.settle(run.entry)
+                self._spool.acknowledge(run.entry)
 
     def _fail(self, error: KafkaError | KafkaException) -> None:
-        self._failed = True
+        self.has_failed = True
         self.trouble.note(error)
 
     def _put_back(self, spool: Spool, runs: Sequence[_Run]) -> bool:

@@ -246,7 +246,9 @@ class CellRunProducer:
         has_more = outbox.hand_over()
         if outbox.producer:
             outbox.producer.poll(BUSY_POLL_S if outbox.is_busy and not has_more else 0)
-        if outbox.is_stuck(self._memory_s_max):
+        if is_silent := outbox.is_silent(self._memory_s_max):
+            outbox.trouble.note(f"no acknowledgement for {self._memory_s_max} s")
+        if is_silent or outbox.has_failed:
             _dispose(outbox.take_back())
             self._enough.wait(RETRY_S)
         if time.monotonic() - self._adopted_s > ADOPT_EVERY_S:

@@ -246,7 +246,7 @@ class Spool:
         self._remove_sent()
 
     def read(self, runs_max: int) -> list[Entry]:
-        """The next runs, at most this many; each is pending until `settle`, `rewind` or `put_first`."""
+        """The next runs, at most this many; each is pending until `acknowledge`, `rewind` or `put_first`."""
         for segment in tuple(self._segments):
             if segment.is_read:
                 continue
@@ -261,7 +261,7 @@ class Spool:
                 return self._entries(segment, data, runs_max)
         return []
 
-    def settle(self, entry: Entry) -> None:
+    def acknowledge(self, entry: Entry) -> None:
         """Kafka has it."""
         entry.segment.pending -= 1
         if not entry.segment.pending and entry.segment.is_read:

@@ -47,12 +47,11 @@ class Attempt(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """A place in an endpoint's queue: by time, then in the order of arrival. Out of date when its assignment is."""
+    """A place in an endpoint's queue: by time, then in the order of arrival."""
 
     next_at_ms: int
     number: int
     partition: int
-    assignment: int
     key: bytes
 
 
@@ -78,6 +77,7 @@ class Deliveries:
 
     def own(self, partition: int, records: Iterable[Delivery]) -> None:
         """Begin with a partition, from its newest record of each delivery."""
+        self.disown(partition)
         self._number += 1
         self._partitions[partition] = _Partition(self._number, {}, {})
         for record in records:
@@ -126,7 +126,7 @@ class Deliveries:
             return
         waiting[key] = delivery
         self._number += 1
-        turn = _Turn(delivery.next_at_ms, self._number, partition, owned.assignment, key)
+        turn = _Turn(delivery.next_at_ms, self._number, partition, key)
         heapq.heappush(self._queues.setdefault(delivery.endpoint, []), turn)
 
     def take_due(self, now_ms: int) -> list[Attempt]:
@@ -138,8 +138,8 @@ class Deliveries:
         quiet = self._quiet_until_ms.get(endpoint, 0) > now_ms
         while queue and queue[0].next_at_ms <= now_ms and len(in_flight) < IN_FLIGHT_MAX and not quiet:
             turn = heapq.heappop(queue)
-            owned = self._partitions.get(turn.partition)
-            if owned and owned.assignment == turn.assignment and (found := owned.waiting[endpoint].get(turn.key)):
+            owned = self._partitions[turn.partition]
+            if found := owned.waiting[endpoint].get(turn.key):
                 in_flight.add((owned.assignment, turn.key))
                 yield Attempt(turn.partition, owned.assignment, found)
         if not queue:

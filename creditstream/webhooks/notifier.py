@@ -118,7 +118,7 @@ class Notifier:
         alerts = self._read()
         self._own()
         self._plan(alerts)
-        self._settle(0)
+        self._record_ended(0)
         self._start_due()
         self._make_room()
         self._tidy()
@@ -220,7 +220,7 @@ class Notifier:
         """In the attempt's thread."""
         self._landed.put((attempt, done))
 
-    def _settle(self, wait_s: float) -> None:
+    def _record_ended(self, wait_s: float) -> None:
         """Record the outcome of every attempt that has ended; wait for the first one for a while."""
         outcomes = []
         try:
@@ -302,7 +302,7 @@ class Notifier:
     def _land(self) -> None:
         deadline = time.monotonic() + LAND_S_MAX
         while self._deliveries.in_flight and time.monotonic() < deadline:
-            self._settle(POLL_S)
+            self._record_ended(POLL_S)
 
     def _assigned(self, _: Consumer, places: list[TopicPartition]) -> None:
         self._to_own |= {place.partition for place in places}
