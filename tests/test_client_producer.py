@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,6 +120,7 @@ def test_threads_may_share_it(settings: Settings) -> None:
         ({"outcome": "maybe"}, "field `outcome`: Invalid enum value 'maybe'"),
         ({"run_id": "no-uuid"}, "field `run_id`: Invalid UUID"),
         ({"actor": "\ud800"}, "surrogates not allowed"),
+        ({"row_id": reduce(lambda inner, _: [inner], range(10_000), [])}, "maximum recursion depth exceeded"),
     ],
 )
 def test_a_run_that_would_be_a_dead_letter_is_refused_at_once(

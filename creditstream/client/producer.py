@@ -98,11 +98,11 @@ class CellRunProducer:
         self._options: Final = (block_s_max, write_ahead)
         self._candidate: Producer | None = None
         self._prepare()
-        if self._spool:
-            prepare_root(self._directory)
-            self._adopt()
         survive_forks(self)
         try:
+            if self._spool:
+                prepare_root(self._directory)
+                self._adopt()
             self._start()
         except Problem:
             if self._spool:

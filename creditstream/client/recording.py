@@ -56,6 +56,6 @@ def valid_value(run: CellRun) -> bytes:
     try:
         value = encode_run(run)
         decode_run(value)
-    except (msgspec.MsgspecError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRun("the run was not recorded", name_field(str(error)), "Correct the worker.") from error
     return value
