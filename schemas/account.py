@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.cell_run import EARLIEST_RAN_AT, Identifier, Instant, Label
-from schemas.credits import MAX_MILLICREDITS, parse_credits
+from schemas.credits import parse_credits
 
 LATEST_EFFECTIVE_AT = datetime(2100, 1, 1, tzinfo=UTC)
 """A later ``effective_at`` is ``malformed``: the ledger's days end in 2149, and nobody plans so far."""
@@ -54,7 +54,7 @@ class PremiumGranted(_Effective, frozen=True, kw_only=True, omit_defaults=True, 
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < parse_credits(self.credits) <= MAX_MILLICREDITS:
+        if parse_credits(self.credits) <= 0:
             raise ValueError("`credits` must be more than 0")
 
 

@@ -11,8 +11,6 @@ Millicredits = int
 """Thousandths of a credit, signed."""
 
 PER_CREDIT = 1000
-MAX_MILLICREDITS = 10**18 - 1
-"""What Decimal(18, 3) holds: 999,999,999,999,999.999 credits."""
 
 _SHAPE = re.compile(r"(-?[0-9]{1,15})(?:\.([0-9]{1,3}))?")
 

@@ -14,9 +14,9 @@ from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy
 from schemas.credits import Millicredits, format_credits, millicredits_of
 from schemas.ledger import Kind, Pool
 from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN
+from sinks.accounts import DRAWS
 from sinks.ledger import POSITION
 
-_DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
 _RECORDED: Final = " AND recorded_at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')"
 EVERY_DAY: Final = (0, 65_535)
 """All days that a Date can hold."""
@@ -65,7 +65,7 @@ def day_sums(
     """
     found = client.query(
         "SELECT toString(pool), toInt32(toUInt16(day)), toString(kind), toInt64(sum(credits) * 1000), count() "
-        f"FROM ledger WHERE workspace_id = {{workspace:String}} AND {_DRAWS} "
+        f"FROM ledger WHERE workspace_id = {{workspace:String}} AND {DRAWS} "
         "AND (pool = 'premium' OR day >= toDate({start:UInt16}) AND day < toDate({end:UInt16})) "
         f"{_known(as_of_ms)} GROUP BY pool, day, kind ORDER BY day",
         parameters={"workspace": workspace_id, "start": days[0], "end": days[1], "as_of": as_of_ms},

@@ -16,7 +16,7 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Kind, Position
-from schemas.limits import LimitAlert, TopColumn
+from schemas.limits import DEFAULT_THRESHOLDS, LimitAlert, TopColumn
 from sinks.ledger import POSITION, Chain
 
 TOP_COLUMNS: Final = 3
@@ -24,9 +24,9 @@ NEAR_OFFSETS: Final = 100_000
 """A range of offsets that the index of offsets finds in a few parts, however large the ledger."""
 EPOCH: Final = date(1970, 1, 1)
 """In place of the days of a pool without a period."""
-MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
+_MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
 _OF_PARTITION: Final = "bitAnd(kafkaMurmurHash(workspace_id), 0x7FFFFFFF) % {partitions:UInt32} = {partition:UInt16}"
-_DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
+DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
 EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
 
 
@@ -78,28 +78,29 @@ def facts_of(client: Client, workspaces: Sequence[str]) -> list[AccountRow]:
 
 def draws_of(client: Client, workspaces: Sequence[str], since: date) -> list[tuple[str, str, int, Millicredits]]:
     """(workspace, pool, day since 1970-01-01, credits): enrichment by day from ``since`` on, premium in one sum."""
-    found = client.query(
-        "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
-        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN %(names)s AND {_DRAWS} "
-        "AND (pool = 'premium' OR day >= %(since)s) GROUP BY workspace_id, pool, number",
-        parameters={"names": list(workspaces), "since": since},
-    )
-    return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]
+    return _draws(client, {"names": list(workspaces), "since": since})
 
 
 def draws_recorded_by(
     client: Client, instants: Mapping[str, int], since: date
 ) -> list[tuple[str, str, int, Millicredits]]:
     """As `draws_of`, but of each workspace only what was recorded by its instant (Unix ms)."""
-    found = client.query(
-        "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
-        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {_DRAWS} "
-        "AND (pool = 'premium' OR day >= {since:Date}) AND toUnixTimestamp64Milli(recorded_at) <= "
-        "transform(toString(workspace_id), {names:Array(String)}, {instants:Array(Int64)}, toInt64(0)) "
-        "GROUP BY workspace_id, pool, number",
-        parameters={"names": list(instants), "instants": list(instants.values()), "since": since},
+    return _draws(
+        client,
+        {"names": list(instants), "instants": list(instants.values()), "since": since},
+        "AND toUnixTimestamp64Milli(recorded_at) <= "
+        "transform(toString(workspace_id), {names:Array(String)}, {instants:Array(Int64)}, toInt64(0))",
     )
-    return [(name, pool, day, credits) for name, pool, day, credits in found.result_rows]
+
+
+def _draws(client: Client, parameters: dict[str, Any], condition: str = "") -> list[tuple[str, str, int, Millicredits]]:
+    rows: Any = client.query(
+        "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {DRAWS} "
+        f"AND (pool = 'premium' OR day >= {{since:Date}}) {condition} GROUP BY workspace_id, pool, number",
+        parameters=parameters,
+    ).result_rows
+    return list(rows)
 
 
 def workspaces_of(client: Client, partition: int, partitions: int, limit: int, since: date) -> list[str]:
@@ -128,7 +129,8 @@ _RESTLESS: Final = f"""
 SELECT workspace_id
 FROM (
     SELECT workspace_id, countIf(kind = 'plan') AS plans, countIf(kind = 'limits') AS own, max(effective_at) AS latest,
-           minIf(least(toInt64(allowance * 1000) * if(empty(thresholds), 50, toInt64(arrayMin(thresholds))),
+           minIf(least(toInt64(allowance * 1000)
+                       * if(empty(thresholds), {min(DEFAULT_THRESHOLDS)}, toInt64(arrayMin(thresholds))),
                        toInt64((allowance - greatest(remaining_below, 0)) * 1000) * 100), kind = 'plan') AS lowest
     FROM ledger
     WHERE kind IN ('plan', 'grant', 'limits') AND {_OF_PARTITION}
@@ -205,15 +207,9 @@ class Tail(NamedTuple):
     """Rows of a unit that Kafka's commit has not seen: their alerts may not have left."""
 
     debits: pa.Table
-    """`DEBIT_COLUMNS` of the run chain, in Kafka's order."""
+    """Of the run chain, in Kafka's order."""
     events: list[tuple[int, AccountRow]]
     """(mark_read_at in Unix ms, row) of the account chain, in Kafka's order."""
-
-
-DEBIT_COLUMNS: Final = (
-    "workspace_id", "pool", "credits", "day", "recorded_ms", "kafka_offset", "run_id", "table_id", "column_id",
-    "action", "read_ms",
-)  # fmt: skip
 
 
 def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_after: int) -> Tail:
@@ -223,13 +219,13 @@ def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_
         "toInt64(toUInt16(day)) AS day, toUnixTimestamp64Milli(recorded_at) AS recorded_ms, "
         "toInt64(kafka_offset) AS kafka_offset, toString(run_id) AS run_id, toString(table_id) AS table_id, "
         "toString(column_id) AS column_id, toString(action) AS action, toUnixTimestamp64Milli(mark_read_at) AS read_ms "
-        f"FROM ledger WHERE {MARKED} AND kafka_offset > {{after:Int64}} AND kind = 'run' AND credits != 0 "
+        f"FROM ledger WHERE {_MARKED} AND kafka_offset > {{after:Int64}} AND kind = 'run' AND credits != 0 "
         "ORDER BY kafka_offset",
         parameters=_after(runs, runs_after),
         use_strings=True,
     )
     found = client.query(
-        f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_ROW} FROM ledger WHERE {MARKED} "
+        f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_ROW} FROM ledger WHERE {_MARKED} "
         f"AND kafka_offset > {{after:Int64}} AND {EVENTS} ORDER BY kafka_offset",
         parameters=_after(events, events_after),
     ).result_rows
@@ -242,8 +238,8 @@ def last_recorded_ms(client: Client, chain: Chain, up_to: int) -> int:
     its partition in an earlier topic of this name; 0 when there is none either.
     """
     questions = (
-        f"{MARKED} AND kafka_offset <= {{after:Int64}} AND kafka_offset > {{after:Int64}} - {NEAR_OFFSETS}",
-        f"{MARKED} AND kafka_offset <= {{after:Int64}}",
+        f"{_MARKED} AND kafka_offset <= {{after:Int64}} AND kafka_offset > {{after:Int64}} - {NEAR_OFFSETS}",
+        f"{_MARKED} AND kafka_offset <= {{after:Int64}}",
         "topic = {topic:String} AND kafka_partition = {partition:UInt16} AND topic_id != {topic_id:String}",
     )
     for condition in questions:

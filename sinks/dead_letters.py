@@ -13,7 +13,6 @@ from clickhouse_connect.driver.client import Client
 from schemas.answers import DeadLetter, ParkedEvent
 from schemas.ledger import Position, Reason
 from schemas.problem import UnknownId
-from sinks.explain import position_of
 from sinks.ledger import POSITION, Chain
 
 _LETTERS: Final = f"""
@@ -41,9 +40,9 @@ def dead_letters(client: Client, reason: str, limit: int, only_open: bool = Fals
     rows = _letters(
         client,
         "({reason:String} = '' OR reason = {reason:String})",
-        f"{'WHERE closed_by = {nothing:String} ' if only_open else ''}"
-        "ORDER BY letters.recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
-        {"reason": reason, "limit": limit, "nothing": ""},
+        ("WHERE closed_by = '' " if only_open else "")
+        + "ORDER BY letters.recorded_at DESC, kafka_partition, kafka_offset DESC LIMIT {limit:UInt32}",
+        {"reason": reason, "limit": limit},
     )
     return [_shown(row) for row in rows]
 
@@ -102,7 +101,7 @@ def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, byte
 
 def _shown(row: dict[str, Any]) -> DeadLetter:
     return DeadLetter(
-        position=position_of(row),
+        position=row["position"],
         recorded_at=row["recorded_at"],
         reason=row["reason"],
         detail=row["detail"],
@@ -118,7 +117,7 @@ def _shown(row: dict[str, Any]) -> DeadLetter:
 
 def _parked(row: dict[str, Any]) -> ParkedEvent:
     return ParkedEvent(
-        position=position_of(row),
+        position=row["position"],
         topic=row["topic"],
         reason=row["reason"],
         value=_bytes(row["raw"]),

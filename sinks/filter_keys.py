@@ -62,4 +62,4 @@ def _of(chain: Chain, since: float | None = None) -> dict[str, Any]:
     if since is None:
         return place
     instant = datetime.fromtimestamp(since, UTC)
-    return place | {"since": instant, "month": instant.year * 100 + instant.month}
+    return place | {"month": instant.year * 100 + instant.month}

@@ -81,7 +81,7 @@ class Mark(msgspec.Struct, frozen=True):
     @property
     def is_whole(self) -> bool:
         """Whether its rows stand for every offset from the first to the last."""
-        return self.rows == 0 or (self.gaps == self.last - self.first + 1 and self.rows <= self.gaps)
+        return self.rows == 0 or self.gaps == self.last - self.first + 1
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -379,7 +379,7 @@ def openings(
 ) -> dict[str, Opening]:
     """What the ledger holds of these workspaces, from its rows (`sinks.accounts.facts_of`, `draws_of`)."""
     facts = dict.fromkeys(names, Facts())
-    for row in sorted(events, key=lambda row: (row.recorded_ms, row.offset)):
+    for row in events:
         facts[row.workspace_id] = with_event(facts[row.workspace_id], row)
     days: dict[str, dict[int, int]] = {name: {} for name in facts}
     premium = dict.fromkeys(facts, 0)

@@ -67,7 +67,7 @@ Background = Callable[[Coroutine[Any, Any, None]], Any]
 
 class Loader:
     """Loads units. Every wait is for the ledger; ``ask`` asks it once, in the reader's thread, ``look_up_aside`` until
-    it answers, where no unit waits behind it.
+    it answers, where no unit waits behind it; ``background`` runs what need not be waited for.
     """
 
     def __init__(
@@ -79,16 +79,15 @@ class Loader:
         look_up_aside: Callable[..., Awaitable[Any]],
         send: Callable[..., None],
         on_trouble: Callable[[str], None],
+        background: Background,
     ) -> None:
         self._settings, self._lanes, self._outlets = settings, lanes, outlets
         self._ask, self._look_up_aside = ask, look_up_aside
-        self._send, self._on_trouble = send, on_trouble
+        self._send, self._on_trouble, self._background = send, on_trouble, background
         self._lives = 0
 
-    async def load(self, place: Place, kept: "Kept | None", background: Background) -> Unit:
-        """The unit of a place. ``kept``: what an assignment before has left, good if the marks are still its.
-        ``background`` runs what need not be waited for.
-        """
+    async def load(self, place: Place, kept: Kept | None) -> Unit:
+        """The unit of a place. ``kept``: what an assignment before has left, good if the marks are still its."""
         chains, marks = place.chains, place.marks
         incidents = [
             found
@@ -102,7 +101,7 @@ class Loader:
             unit = Unit(marks, chains, kept.filters, kept.balances, voice, self._lanes)
             unit.incident = next(iter(incidents), None)
             return unit
-        filters = Filters(await self._load_runs(chains[0], background), KeyFilter(self._filter_bytes(of_runs=False)))
+        filters = Filters(await self._load_runs(chains[0]), KeyFilter(self._filter_bytes(of_runs=False)))
         balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
         unit = Unit(marks, chains, filters, balances, voice, self._lanes)
         if incidents:
@@ -118,8 +117,8 @@ class Loader:
         is_seeded = start.is_seeded or not marks[0].rows + marks[1].rows
         unit.is_seeding = is_seeded and bool(await self._look_up(*self._workspaces_of(unit, 1, accounts.EPOCH)))
         unit.looks_back_ms = balances.now_ms or FOREVER_MS
-        background(self._look_back(unit, balances.now_ms))
-        background(self._load_events(filters.events, chains[1]))
+        self._background(self._look_back(unit, balances.now_ms))
+        self._background(self._load_events(filters.events, chains[1]))
         return unit
 
     async def redrive(self, unit: Unit) -> None:
@@ -156,11 +155,11 @@ class Loader:
         event_filter.add(await self._look_up_aside(filter_keys.event_keys, chain))
         event_filter.is_complete = True
 
-    async def _load_runs(self, chain: Chain, background: Background) -> KeyFilter:
+    async def _load_runs(self, chain: Chain) -> KeyFilter:
         run_filter = KeyFilter(self._filter_bytes(of_runs=True))
         since = time.time() - EXACT_DAYS * 86_400
         run_filter.add(await self._look_up(filter_keys.recent_run_keys, chain, since))
-        background(self._load_older(run_filter, chain, since))
+        self._background(self._load_older(run_filter, chain, since))
         return run_filter
 
     async def _load_older(self, run_filter: KeyFilter, chain: Chain, since: float) -> None:

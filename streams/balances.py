@@ -8,7 +8,7 @@ groups, and only a workspace that crosses a line, or passes an instant, is walke
 
 import heapq
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -287,8 +287,8 @@ class Balances:
             if not excess:
                 return
 
-    def fold(self, debits: Debits, only: Container[str] | None = None) -> list[Notice]:
-        """Fold one take's debits. All its workspaces are in memory; with ``only``, those are folded and no others."""
+    def fold(self, debits: Debits) -> list[Notice]:
+        """Fold one take's debits. All its workspaces are in memory."""
         if not len(debits.offsets):
             return []
         latest_ms, last = int(debits.recorded_ms.max()), int(debits.offsets[-1])
@@ -296,8 +296,6 @@ class Balances:
         drawing = np.flatnonzero(debits.credits)
         for code, sums in _sums(debits, drawing).items():
             name = debits.workspaces[code]
-            if only is not None and name not in only:
-                continue
             account = self._touch(name)
             account.offset = last
             moved = account.draw_below(sums) if account.until_ms > latest_ms else None

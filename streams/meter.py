@@ -102,6 +102,7 @@ class Meter:
         self._unanswered: dict[int, dict[Key, AsOf]] = {}
         """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
         self._courtesies = Courtesies(self._find_top_columns)
+        self._follower: Follower | None = None
 
     def open(self) -> None:
         """Connect and check. Blocking. Problem when topics, ledger, catalogue or plan lists do not fit."""
@@ -124,6 +125,7 @@ class Meter:
             functools.partial(self._ask_patiently, "aside"),
             self.publisher.send,
             functools.partial(self._on_trouble, "assignment"),
+            self._in_background,
         )
         self.is_open = True
 
@@ -222,7 +224,7 @@ class Meter:
 
     async def _load(self, place: Place) -> Unit:
         chain = place.chains[0]
-        unit = await self._loader.load(place, self._kept.pop(chain, None), self._in_background)
+        unit = await self._loader.load(place, self._kept.pop(chain, None))
         self.units[chain.partition] = unit
         answer(unit, self._unanswered.pop(chain.partition, {}))
         unit.ends_ms = lambda: self.ends_ms(chain.partition, unit.read)
@@ -251,7 +253,7 @@ class Meter:
 
     def _follow(self, states_from: Mapping[int, int]) -> None:
         """Hear what others have said on `limit-states` since the assignment, now that there are units to answer it."""
-        if not hasattr(self, "_follower"):
+        if self._follower is None:
             self._follower = Follower(self.settings, self._hear(asyncio.get_running_loop()))
         self._follower.follow(states_from)
 
@@ -317,7 +319,7 @@ class Meter:
 
     def close(self) -> None:
         """Let go of threads and connections, after `release`."""
-        if hasattr(self, "_follower"):
+        if self._follower:
             self._follower.close()
         for pool in self._pools.values():
             pool.shutdown()

@@ -477,4 +477,4 @@ class Unit:
     def _look_at_the_clock(self) -> None:
         end_ms, events_end_ms = self.ends_ms()
         until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
-        self._tell(self.balances.come(until_ms), lambda _: Source(self.chain, -1))
+        self.voice.tell(self.balances, self.folded, [(notice, None) for notice in self.balances.come(until_ms)])

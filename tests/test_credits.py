@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.credits import MAX_MILLICREDITS, format_credits, group_credits, parse_credits
+from schemas.credits import format_credits, group_credits, parse_credits
 
+MAX_MILLICREDITS = 10**18 - 1
+"""What the ledger's Decimal(18, 3) holds."""
 amounts = st.integers(-MAX_MILLICREDITS, MAX_MILLICREDITS)
 
 

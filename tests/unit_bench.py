@@ -73,7 +73,14 @@ class Bench:
         self._background: set[asyncio.Future[None]] = set()
         self.lanes: Final = Lanes(**self._own_lanes() | lanes)
         self.loader: Final = Loader(
-            settings, self.lanes, self._outlets(), self.look_up, self._look_aside, self._send, lambda _: None
+            settings,
+            self.lanes,
+            self._outlets(),
+            self.look_up,
+            self._look_aside,
+            self._send,
+            lambda _: None,
+            self._in_background,
         )
         self.unit: Unit
 
@@ -105,7 +112,7 @@ class Bench:
         bench.committed = [runs, events]
         marks = await bench.loader.read_mark(chains[0]), await bench.loader.read_mark(chains[1])
         place = Place(chains, marks, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
-        bench.unit = await bench.loader.load(place, None, bench._in_background)
+        bench.unit = await bench.loader.load(place, None)
         if not on_look_aside:
             await asyncio.gather(*bench._background)
         bench.in_writer = in_writer or bench.in_writer
