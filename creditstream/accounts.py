@@ -37,8 +37,8 @@ from schemas.problem import Problem, UnknownId
 from sinks import account_queries, queries
 from sinks.account_queries import DaySum
 from sinks.accounts import facts_of
-from streams.account_events import openings
 from streams.balances import DAYS_KEPT, METERED, Account, Opening
+from streams.facts import openings
 from streams.limits import REMAINING_BELOW, Facts
 from streams.messages import runs_out_on
 from streams.periods import (

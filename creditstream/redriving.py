@@ -12,9 +12,8 @@ from creditstream.metering import await_rows
 from creditstream.producing import Outgoing, deliver
 from schemas.answers import LedgerRow, ParkedEvent
 from schemas.codec import decode_account_event, decode_run
-from schemas.ledger import Position, Reason
+from schemas.ledger import REDRIVE_HEADER, Position, Reason
 from schemas.problem import Problem
-from streams.intake import REDRIVE_HEADER
 from streams.settings import Settings
 from streams.topics import Broker, account_events_topic, cell_runs_topic, require_topic
 

@@ -173,7 +173,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartitionAudit(msgspec.Struct, frozen=True, kw_only=True):
-    """One Kafka partition's chain in the ledger, by the projection and by the raw rows."""
+    """One Kafka partition's chain in the ledger, by its rows."""
 
     topic: str
     topic_id: str

@@ -153,8 +153,9 @@ MESSAGES: Final = (
 def json_schemas() -> dict[str, bytes]:
     """File name → JSON Schema (Draft 2020-12) of each message.
 
-    What it accepts, the meter accepts, given a validator that asserts ``format``, but for one rule that JSON Schema
-    cannot say: ``ran_at`` lies in 2020 or later. The meter also reads looser spellings of times and UUIDs.
+    What it accepts, the meter accepts, given a validator that asserts ``format``, but for what JSON Schema cannot say:
+    the years that ``ran_at`` and ``effective_at`` may lie in, and that a grant is more than 0. The meter also reads
+    looser spellings of times and UUIDs.
     """
     return {
         message.schema_file: _pretty(

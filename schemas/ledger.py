@@ -1,7 +1,7 @@
 """The closed, ordered words of the ledger. Their numbers are stored: append, never reorder or reuse.
 
 Every consumed Kafka offset becomes one ledger row, and ``Kind`` says which; ``Reason`` says why. The texts are the
-sentences that ``creditstream explain`` and the views show; each names the charge rule that it follows.
+sentences that ``creditstream explain`` shows; each names the charge rule that it follows.
 """
 
 import re
@@ -12,6 +12,10 @@ from schemas.cell_run import Outcome
 
 PARTITION_MAX: Final = 65_535
 """What the ledger's column holds."""
+
+
+REDRIVE_HEADER: Final = "creditstream-redrive-of"
+"""The Kafka header that names the dead letter (its position) that a record is sent again for."""
 
 
 class Position(NamedTuple):

@@ -1,4 +1,4 @@
-"""Account events: from records to ledger rows and into balances. Pure: no I/O, no clock.
+"""Account events: from records to ledger rows. Pure: no I/O, no clock.
 
 A chunk of account events is rare and small; it is rated event by event, against what the ledger and the rows on their
 way there know (`Known`). Each record becomes exactly one row.
@@ -18,19 +18,15 @@ from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import decode_account_event, name_field
 from schemas.credits import parse_credits
 from schemas.ledger import ACCOUNT_KINDS, Kind, Pool, Reason, number_of
-from schemas.limits import Cause
 from schemas.plan import PlanLists
 from sinks.accounts import AccountRow, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
-from streams.balances import Account, Balances, Notice, Opening
 from streams.intake import Record, Refusal, headers_text, partition_of, redrive_of, run_keys
-from streams.limits import Facts, Grant, Thresholds
-from streams.periods import PlanChange, day_of, history
+from streams.periods import day_of
 
 Identity = tuple[str, UUID]
 _NIL: Final = UUID(int=0)
-_EPOCH_MS: Final = 0
 
 
 class Received(NamedTuple):
@@ -70,7 +66,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     event_id: UUID = _NIL
     run: RunToReverse | None = None
     run_id: UUID = _NIL
-    effective_ms: int = _EPOCH_MS
+    effective_ms: int = 0
     ran_ms: int
     actor: str = ""
     pool: Pool = Pool.NONE
@@ -326,66 +322,9 @@ def _column(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-# Into balances.
-
-
 def account_row(row: Row) -> AccountRow:
     """A row as the ledger would give it back."""
     return AccountRow(
         row.workspace_id, row.kind, row.record.timestamp, row.record.offset, row.effective_ms, row.plan, row.allowance,
         row.restart_period, row.thresholds, row.remaining_below, str(row.pool), row.credits, day_of(row.ran_ms),
     )  # fmt: skip
-
-
-_CAUSES: Final = {Kind.PLAN: Cause.PLAN, Kind.GRANT: Cause.GRANT, Kind.REVERSAL: Cause.REVERSAL}
-
-
-def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
-    """Fold one event. Its account is loaded. A closed period's reversal moves nothing."""
-
-    def change(account: Account) -> None:
-        if row.kind == Kind.REVERSAL:
-            account.draw(Pool(row.pool), row.day, row.credits)
-        else:
-            account.facts = with_event(account.facts, row)
-
-    if row.kind == Kind.REVERSAL and row.pool == Pool.NONE:
-        return []
-    return balances.apply(row.workspace_id, _CAUSES.get(row.kind), change, row.recorded_ms, row.offset)
-
-
-def with_event(facts: Facts, row: AccountRow) -> Facts:
-    """What is known of a workspace, and one plan, grant or threshold more."""
-    arrival = row.recorded_ms, row.offset
-    below = None if row.remaining_below < 0 else row.remaining_below
-    match row.kind:
-        case Kind.PLAN:
-            change = PlanChange(
-                row.effective_ms, arrival, row.plan, row.allowance, row.restart_period, row.thresholds, below
-            )
-            return facts._replace(plans=history((*facts.plans, change)))
-        case Kind.GRANT:
-            return facts._replace(grants=(*facts.grants, Grant(row.effective_ms, arrival, row.allowance)))
-        case Kind.LIMITS:
-            newest = facts.thresholds
-            if newest and newest.arrival > arrival:
-                return facts
-            return facts._replace(thresholds=Thresholds(arrival, row.thresholds, below))
-    return facts
-
-
-def openings(
-    names: Iterable[str], events: Iterable[AccountRow], draws: Iterable[tuple[str, str, int, int]]
-) -> dict[str, Opening]:
-    """What the ledger holds of these workspaces, from its rows (`sinks.accounts.facts_of`, `draws_of`)."""
-    facts = dict.fromkeys(names, Facts())
-    for row in events:
-        facts[row.workspace_id] = with_event(facts[row.workspace_id], row)
-    days: dict[str, dict[int, int]] = {name: {} for name in facts}
-    premium = dict.fromkeys(facts, 0)
-    for name, pool, day, credits in draws:
-        if pool == Pool.PREMIUM:
-            premium[name] += credits
-        else:
-            days[name][day] = days[name].get(day, 0) + credits
-    return {name: Opening(facts[name], days[name], premium[name]) for name in facts}

@@ -4,24 +4,22 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import date
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
 
-from schemas.limits import AsOf
+from schemas.ledger import REDRIVE_HEADER
 from schemas.problem import Unreachable
 from sinks import accounts, dead_letters, filter_keys
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
-from streams.account_events import openings
-from streams.balances import Balances, Key, Notice
+from streams.balances import Balances, Notice
 from streams.duplicates import KeyFilter
-from streams.follower import Heard
-from streams.intake import REDRIVE_HEADER
+from streams.facts import openings
 from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.patience import patiently
@@ -258,36 +256,6 @@ def _seeding(names: Sequence[str]) -> Callable[[Unit], Awaitable[None]]:
         recovery.seed(unit.balances, unit.voice, unit.folded, names)
 
     return chore
-
-
-def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:
-    """What of these states on the topic somebody else has said."""
-    return {(state.workspace_id, state.pool): state.as_of for state in states if state.owner != owner}
-
-
-def answer(unit: Unit, foreign: Mapping[Key, AsOf]) -> None:
-    """Another owner's states on the topic: those that are older than what this unit knows are answered. One that is not
-    is kept in mind until the unit is past it: it may have known more runs and fewer account events.
-    """
-    if foreign and not unit.voice.unanswered:
-        unit.chores.append(_answer)
-    unit.voice.unanswered |= foreign
-
-
-async def _answer(unit: Unit) -> None:
-    """A chore, some states at a time, in the unit's sequence as long as there is anything to answer."""
-    now, heard = unit.voice.as_of(unit.balances, unit.folded), dict(unit.voice.unanswered)
-    stale = [key for key, as_of in heard.items() if as_of.is_older_than(now)][: recovery.LOADED_AT_ONCE]
-    if stale:
-        await unit.load([name for name, _ in stale])  # when it is released meanwhile, they are still unanswered
-        unit.balances.urgent |= dict.fromkeys(stale)
-        unit.voice.tell(unit.balances, unit.folded, [])
-        log.info("stale_states_answered", chain=str(unit.chain), states=len(stale))
-    over = {*stale, *(key for key, as_of in heard.items() if as_of == now or as_of.log != now.log)}
-    left = unit.voice.unanswered.items()
-    unit.voice.unanswered = {key: as_of for key, as_of in left if key not in over or as_of != heard.get(key)}
-    if unit.voice.unanswered:
-        unit.chores.append(_answer)
 
 
 def examine(mark: Mark, chain: Chain, log_range: LogRange, retention_gap: str) -> Incident | None:

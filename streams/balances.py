@@ -70,7 +70,7 @@ class Notice(NamedTuple):
 
 
 class Account:
-    """One workspace as of a moment. Made by `Balances.load`."""
+    """One workspace as of a moment."""
 
     __slots__ = (
         "_days", "_enrichment", "_first_day", "_last_effect_ms", "_looked_at", "_next_lines", "_premium", "_used",

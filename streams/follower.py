@@ -3,20 +3,26 @@ partitions and wakes may still publish what it knew. The owner sees that and ans
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
+import structlog
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.ledger import Pool
 from schemas.limits import AsOf
+from streams.balances import Key
 from streams.connection import librdkafka
+from streams.recovery import LOADED_AT_ONCE
 from streams.settings import Settings
 from streams.topics import LIMIT_STATES
+from streams.unit import Unit
 
 POLL_S: Final = 0.2
 MESSAGES_AT_ONCE: Final = 500
+
+log: Final = structlog.get_logger()
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -85,3 +91,33 @@ class Follower:
                     continue  # not ours: nothing to answer
             for partition, states in heard.items():
                 self._hear(partition, states)
+
+
+def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:
+    """What of these states on the topic somebody else has said."""
+    return {(state.workspace_id, state.pool): state.as_of for state in states if state.owner != owner}
+
+
+def answer(unit: Unit, foreign: Mapping[Key, AsOf]) -> None:
+    """Another owner's states on the topic: those that are older than what this unit knows are answered. One that is not
+    is kept in mind until the unit is past it: it may have known more runs and fewer account events.
+    """
+    if foreign and not unit.voice.unanswered:
+        unit.chores.append(_answer)
+    unit.voice.unanswered |= foreign
+
+
+async def _answer(unit: Unit) -> None:
+    """A chore, some states at a time, in the unit's sequence as long as there is anything to answer."""
+    now, heard = unit.voice.as_of(unit.balances, unit.folded), dict(unit.voice.unanswered)
+    stale = [key for key, as_of in heard.items() if as_of.is_older_than(now)][:LOADED_AT_ONCE]
+    if stale:
+        await unit.load([name for name, _ in stale])  # when it is released meanwhile, they are still unanswered
+        unit.balances.urgent |= dict.fromkeys(stale)
+        unit.voice.tell(unit.balances, unit.folded, [])
+        log.info("stale_states_answered", chain=str(unit.chain), states=len(stale))
+    over = {*stale, *(key for key, as_of in heard.items() if as_of == now or as_of.log != now.log)}
+    left = unit.voice.unanswered.items()
+    unit.voice.unanswered = {key: as_of for key, as_of in left if key not in over or as_of != heard.get(key)}
+    if unit.voice.unanswered:
+        unit.chores.append(_answer)

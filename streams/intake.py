@@ -32,7 +32,7 @@ from schemas.cell_run import (
     to_milliseconds,
 )
 from schemas.codec import decode_run, name_field
-from schemas.ledger import Reason, number_of
+from schemas.ledger import REDRIVE_HEADER, Reason, number_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
@@ -397,10 +397,6 @@ def _refuse_untimely(runs: Runs) -> None:
             if milliseconds > 0
             else Refusal(Reason.STALE_RUN, f"`ran_at` is over {-milliseconds // 86_400_000} days old, at most 366")
         )
-
-
-REDRIVE_HEADER: Final = "creditstream-redrive-of"
-"""Names the dead letter (its position) that a record is sent again for."""
 
 
 def redrive_of(headers: Sequence[tuple[str, bytes]]) -> str:

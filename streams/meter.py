@@ -27,13 +27,13 @@ from sinks import accounts, queries
 from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
-from streams import account_events
-from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place, answer, foreign_to
+from streams import account_events, facts
+from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place
 from streams.balances import Key, Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
-from streams.follower import Follower, Heard
+from streams.follower import Follower, Heard, answer, foreign_to
 from streams.intake import partition_of
 from streams.patience import patiently
 from streams.periods import PlanChange
@@ -363,7 +363,7 @@ class Meter:
     async def _find_openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
         events = await self._look_up(accounts.facts_of, names)
         draws = await self._look_up(accounts.draws_of, names, first_day(now_ms))
-        return account_events.openings(names, events, draws)
+        return facts.openings(names, events, draws)
 
     async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
         events: Mapping[Any, Any] = {}

@@ -1,4 +1,4 @@
-"""From records to ledger rows: decode ▸ rate ▸ settle copies ▸ rows. The road of an event, in one file, without I/O.
+"""From decoded records (`streams.intake`) to ledger rows: rate ▸ settle copies ▸ rows. Without I/O.
 
 A *take* is everything that waited for a unit at one moment: some chunks of one partition, in Kafka's order. Each of its
 records becomes exactly one row.

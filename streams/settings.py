@@ -55,7 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replication_factor: Annotated[int, Meta(ge=1, le=7, description="replicas of a topic at creation")] = 1
     instance: Annotated[Name, Meta(description="static group member id, one per replica; empty: dynamic")] = ""
     linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="a batch is written at the latest after this")] = 1000
-    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="rows of one insert at the most")] = 40_000
+    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="a batch with so many rows goes at once")] = (
+        40_000
+    )
     duplicate_filter_mb_max: Annotated[
         int, Meta(ge=8, le=65_536, description="memory of the filters for copies, all partitions together")
     ] = 250

@@ -2,7 +2,7 @@
 
 Order of effects for cell runs, over everything that waits for a unit, 1 to 40,000 rows:
 
-1. decode and rate the records (`streams.rows`)
+1. decode (`streams.intake`) and rate the records (`streams.rows`)
 2. settle copies: filter, then rows on their way, then one look-up in the ledger
 3. fold into the balances (`streams.balances`)
 4. alerts, and states that changed, are handed to the producer
@@ -40,6 +40,7 @@ from streams import account_events
 from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, batch_month, chunk_bytes
 from streams.duplicates import Identity, KeyFilter, Original, settle
+from streams.facts import fold_event
 from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
@@ -351,7 +352,7 @@ class Unit:
         self._event_position = chunk[-1].offset
         self._events_read_ms = max(self._events_read_ms, chunk[-1].timestamp)
         for row in told:
-            notices = account_events.fold_event(self.balances, row)
+            notices = fold_event(self.balances, row)
             self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
         self._evict()
 

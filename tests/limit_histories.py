@@ -13,8 +13,8 @@ from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
 from streams import recovery
-from streams.account_events import fold_event, openings
 from streams.balances import Balances, Notice
+from streams.facts import fold_event, openings
 from streams.messages import Source, alert_of
 from streams.periods import to_date
 from tests.account_records import Step, Story, at

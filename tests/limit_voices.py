@@ -21,8 +21,8 @@ from schemas.ledger import Kind, Pool, number_of
 from schemas.limits import LimitAlert
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain
-from streams.account_events import fold_event
 from streams.balances import NOTHING, Account, Balances, Debits, Notice
+from streams.facts import fold_event
 from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
 from streams.rating import RatingTable

@@ -22,13 +22,12 @@ from streams.account_events import (
     Known,
     Row,
     account_row,
-    fold_event,
-    openings,
     rate_events,
     receive,
     substance,
 )
 from streams.balances import NOTHING, Balances
+from streams.facts import fold_event, openings
 from streams.intake import partition_of
 from streams.topics import ACCOUNT_EVENTS
 from tests.account_records import PLANS, PLANS_DIR, Story, Topics, account_record, at, event_id

@@ -20,8 +20,8 @@ from schemas.ledger import Pool
 from sinks.clickhouse import connect
 from sinks.migrate import migrate
 from streams import balances
-from streams.account_events import openings
 from streams.balances import METERED
+from streams.facts import openings
 from streams.periods import day_of
 from streams.unit import Unit
 from tests.account_records import Step, Story, at

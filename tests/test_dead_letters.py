@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from schemas.ledger import Position, Reason
+from schemas.ledger import REDRIVE_HEADER, Position, Reason
 from schemas.problem import UnknownId
 from sinks.dead_letters import dead_letter, dead_letters, parked_event, parked_events, redrivable
 from sinks.ledger import Chain
-from streams.intake import REDRIVE_HEADER
 from tests.ledger_rows import AUGUST_MS
 from tests.records import Record, Road, event, run_id, write_rows
 

@@ -13,8 +13,8 @@ from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
 from sinks.ledger import Chain, Mark
-from streams.assignment import Place, answer, examine
-from streams.follower import Heard
+from streams.assignment import Place, examine
+from streams.follower import Heard, answer
 from streams.meter import Meter
 from streams.settings import read_settings
 from streams.topics import LogRange, Topic

@@ -16,7 +16,7 @@ from sinks import accounts
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
 from streams import assignment, recovery
-from streams.account_events import openings
+from streams.facts import openings
 from streams.recovery import TAIL_ROWS_MAX, Start, instants_of, starting_point, told_at, without
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import Story, Topics, at

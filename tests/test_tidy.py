@@ -22,7 +22,8 @@ PURE = (
     "schemas/credits.py", "schemas/cell_run.py", "schemas/ledger.py", "schemas/prices.py", "schemas/answers.py",
     "schemas/account.py", "schemas/limits.py",
     "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "streams/periods.py",
-    "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/messages.py",
+    "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/facts.py",
+    "streams/messages.py",
     "sinks/columns.py", "sinks/explain.py",
     "creditstream/webhooks/deliveries.py", "creditstream/webhooks/schedule.py", "creditstream/webhooks/messages.py",
 )  # fmt: skip
@@ -34,7 +35,7 @@ IMPURE_MODULES = {"asyncio", "faust", "threading", "time", "random", "secrets", 
 IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", "open", "print", "input"}
 ASYNC_FILES = {
     "app.py", "meter.py", "assignment.py", "courtesies.py", "transport.py", "unit.py", "inbox.py", "voice.py", "api.py",
-    "service.py", "patience.py", "publisher.py",
+    "service.py", "patience.py", "publisher.py", "follower.py",
 }  # fmt: skip
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(utils?|helpers?|manager|common|base|handlers?|misc|processor)(_|$)")
 

@@ -18,7 +18,7 @@ from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
 from sinks.ledger import Chain, Ledger
-from streams import account_events, recovery
+from streams import account_events, facts, recovery
 from streams.assignment import Loader, Place
 from streams.batches import Batching
 from streams.courtesies import Courtesies
@@ -195,7 +195,7 @@ class Bench:
             await self.on_load()
         events = await self.look_up(accounts.facts_of, names)
         draws = await self.look_up(accounts.draws_of, names, recovery.first_day(now_ms))
-        return account_events.openings(names, events, draws)
+        return facts.openings(names, events, draws)
 
     def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
         """One fetched chunk of one topic."""
