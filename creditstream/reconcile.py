@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from creditstream.asking import Answers
 from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
@@ -208,7 +208,6 @@ class _Books:
     """One partition's two accounts, walked side by side."""
 
     def __init__(self, answers: Answers, settings: Settings, log: _Log, partition: int) -> None:
-        self._kafka = f"Kafka at {settings.kafka_bootstrap}"
         self._answers, self._settings, self._topic, self._partition = answers, settings, log.topic, partition
         self._log, self._audit = log.ranges[partition], log.audits.get(partition)
         self._made_again = partition in log.made_again
@@ -281,7 +280,7 @@ class _Books:
             after = page[-1].offset
 
     def _messages(self) -> Iterator[Message]:
-        """The partition's records from the log's start to the mark."""
+        """The partition's records from the log's start to the mark. Unreachable when Kafka does not give all."""
         end = min(self._log.end, self._mark + 1)
         if self._log.start >= end:
             return
@@ -291,6 +290,8 @@ class _Books:
                 "group.id": "creditstream-reconcile",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
+                # What Kafka drops while it is read must not be skipped: it was never compared.
+                "auto.offset.reset": "error",
                 "fetch.queue.backoff.ms": 5,
                 "isolation.level": "read_committed",
                 "log_level": 0,
@@ -302,15 +303,21 @@ class _Books:
             while True:
                 for message in consumer.consume(2000, timeout=POLL_S):
                     heard_at = time.monotonic()
-                    if message.error() or (message.offset() or 0) >= end:
+                    error = message.error()
+                    if error and error.code() != KafkaError._PARTITION_EOF:
+                        raise self._unread(error.str())
+                    if error or (message.offset() or 0) >= end:
                         return
                     yield message
                 if time.monotonic() - heard_at > SILENCE_S_MAX:
-                    raise Unreachable(f"{self._kafka} does not answer", "while reading", "Try again.")
+                    raise self._unread(f"{self._settings.kafka_bootstrap} is silent")
         except KafkaException as error:
-            raise Unreachable(f"{self._kafka} failed", str(error), "Try again.") from error
+            raise self._unread(str(error)) from error
         finally:
             consumer.close()
+
+    def _unread(self, why: str) -> Unreachable:
+        return Unreachable(f"{self._topic.name}[{self._partition}] cannot be read to its mark", why, "Try again.")
 
     def _report(self) -> PartitionBooks:
         audit = self._audit

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,10 +16,14 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from creditstream.asking import WorkerAnswers
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
+from creditstream.reconcile import reconcile
 from schemas.account import PlanChanged
+from schemas.answers import LedgerRow, SumAudit
 from schemas.codec import encode_run
+from schemas.problem import Unreachable
 from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
 from streams.app import EXIT_RESTART
@@ -101,6 +106,33 @@ def test_malformed_bytes_never_stop_the_worker(worker: WorkerProcess) -> None:
     books = worker.reconcile()
     assert books.closes, [example for book in books.partitions for example in book.examples]
     assert books.behind == 0
+
+
+def test_reconcile_proves_nothing_that_it_could_not_read(another: WorkerProcess) -> None:
+    """Records that Kafka drops while they are read were never compared: it ends, and names the place."""
+    another.create_topic()
+    another.produce(event_of(cell_run()) for _ in range(10))
+    another.start().wait_until_metered()
+    topic = f"{another.settings['topic_prefix']}cell-runs"
+    ends = another.log_ends()
+    (partition,) = (partition for partition, end in ends.items() if end)
+
+    class Dropping(WorkerAnswers):
+        def audit_sums(self) -> SumAudit:
+            raise AssertionError("nothing is proven")
+
+        def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
+            rows = super().ledger_rows(topic_id, partition, after, limit)
+            if rows:
+                admin = AdminClient({"bootstrap.servers": another.configured.kafka_bootstrap})
+                for dropped in admin.delete_records([TopicPartition(topic, partition, 10)]).values():
+                    dropped.result(WAIT_S_MAX)
+            return rows
+
+    endpoints = another.home.worker()
+    assert endpoints is not None
+    with pytest.raises(Unreachable, match=re.escape(f"{topic}[{partition}] cannot be read to its mark: ")):
+        reconcile(Dropping(endpoints.api_url), another.configured)
 
 
 def mutated(value: bytes, dice: random.Random) -> bytes:
