@@ -11,7 +11,6 @@ from rich.live import Live
 
 from creditstream.asking import WorkerAnswers
 from creditstream.child import child_worker
-from creditstream.cli.options import settings_of
 from creditstream.cli.terminal import program, say
 from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
@@ -22,7 +21,7 @@ from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
-from streams.settings import Settings
+from streams.settings import Settings, read_settings
 from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
 CATCH_UP_S_MAX: Final = 60.0
@@ -41,7 +40,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         )
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
-        settings = settings_of(str(place.path), **kafka.settings)
+        settings = read_settings({}, home=str(place.path), **kafka.settings)
         ensure_topics(Broker(settings), settings)
         with child_worker(place, instance=EMBEDDED_INSTANCE, **kafka.settings) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]

@@ -14,9 +14,8 @@ from pathlib import Path
 import msgspec
 
 from schemas.problem import Problem
+from streams.settings import Settings, variable
 
-HOME_VARIABLE = "CREDITSTREAM_HOME"
-DEFAULT_HOME = ".creditstream"
 HOLD_WAIT_S = 1.0
 """How long `Home.hold` tries: longer than any `Home.worker` needs the lock to see who has it."""
 LOCK_POLL_S = 0.02
@@ -41,7 +40,7 @@ class Home(msgspec.Struct, frozen=True):
 
         Symbolic links are resolved, so that one directory is one home however it is spelled.
         """
-        chosen = path or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME
+        chosen = path or os.environ.get(variable("home")) or Settings().home
         return cls(Path(chosen).expanduser().resolve())
 
     @property

@@ -1,10 +1,16 @@
 """Settings: a variable, a bound and a default each; a wrong value is named, a secret is never shown."""
 
+import json
+import os
 from pathlib import Path
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from creditstream.cli.commands import cli
+from creditstream.cli.options import kafka_settings_of
+from creditstream.home import Endpoints, Home
 from schemas.problem import Problem
 from streams.settings import SECRETS, Settings, origins, read_settings, unknown_variables, variable
 
@@ -71,3 +77,23 @@ def test_a_mistyped_variable_is_found() -> None:
         "HOME": "y",
     }
     assert unknown_variables(environ) == ["CREDITSTREAM_LINGERMS"]
+
+
+def test_commands_go_to_the_kafka_that_the_variable_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wins over that of the home's worker, as for a client: billing's event must not go elsewhere."""
+    monkeypatch.setenv("CREDITSTREAM_KAFKA_BOOTSTRAP", "kafka:9")
+    home = Home.at(tmp_path)
+    with home.hold():
+        home.publish(Endpoints("127.0.0.1:5", "http://127.0.0.1:6", os.getpid()))
+
+        assert kafka_settings_of(str(tmp_path)).kafka_bootstrap == "kafka:9"
+        (shown,) = [
+            row
+            for row in json.loads(
+                CliRunner().invoke(cli, ["config", "--home", str(tmp_path), "--format", "json"]).stdout
+            )
+            if row["setting"] == "CREDITSTREAM_KAFKA_BOOTSTRAP"
+        ]
+        assert (shown["value"], shown["origin"]) == ("kafka:9", "CREDITSTREAM_KAFKA_BOOTSTRAP")
+        monkeypatch.delenv("CREDITSTREAM_KAFKA_BOOTSTRAP")
+        assert kafka_settings_of(str(tmp_path)).kafka_bootstrap == "127.0.0.1:5"

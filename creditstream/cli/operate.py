@@ -12,8 +12,10 @@ from creditstream.cli.options import (
     show_record,
     show_rows,
     source_options,
+    whose_kafka,
 )
 from creditstream.cli.terminal import say
+from creditstream.home import Home
 from schemas.problem import Difference
 from streams.settings import Origin, origins, read_settings, unknown_variables, variable
 
@@ -74,7 +76,6 @@ def topics(home: str, check: bool) -> None:
 @home_option
 def migrate(home: str) -> None:
     """Bring the ledger's tables and views up to date."""
-    from creditstream.home import Home
     from sinks.clickhouse import connect
     from sinks.migrate import create_database
     from sinks.migrate import migrate as apply
@@ -100,17 +101,11 @@ def migrate(home: str) -> None:
 @format_option
 def config(home: str | None, form: str) -> None:
     """Every setting: its value, where it comes from, its bounds and its meaning."""
-    settings = read_settings(home=home)
-    rows = [_in_force(row, settings.home) for row in origins(settings)]
+    owner = whose_kafka(Home.at(home))
+    taken = {"value": owner.kafka_bootstrap, "origin": f"the worker, process {owner.pid}"} if owner else {}
+    rows = [
+        msgspec.structs.replace(row, **(taken if row.setting == variable("kafka_bootstrap") else {}))
+        for row in origins(read_settings(home=home))
+    ]
     rows += [Origin(name, "", "environment", "", "unknown: ignored") for name in unknown_variables()]
     show_rows(rows, form, Origin.__struct_fields__, "")
-
-
-def _in_force(row: Origin, home: str) -> Origin:
-    """The setting as commands use it: a worker that runs in the home says which Kafka is meant."""
-    from creditstream.home import Home
-
-    worker = Home.at(home).worker()
-    if row.setting != variable("kafka_bootstrap") or not worker:
-        return row
-    return msgspec.structs.replace(row, value=worker.kafka_bootstrap, origin=f"the worker, process {worker.pid}")

@@ -13,6 +13,7 @@ import orjson
 import rich_click as click
 
 from creditstream.cli.terminal import printable, say, write
+from creditstream.home import Endpoints, Home
 from schemas import account
 from schemas.credits import group_credits, parse_credits
 from schemas.problem import Unreachable
@@ -57,29 +58,27 @@ def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
     )
 
 
-def settings_of(home: str | None = None, **flags: str | int | None) -> Settings:
-    """The settings with these flags on top; a running worker's Kafka wins over the default."""
-    from creditstream.home import Home
+def settings_of(home: str | None = None) -> Settings:
+    """The settings on this home; Kafka is that of `whose_kafka`."""
+    place = Home.at(home)
+    owner = whose_kafka(place)
+    return read_settings(home=str(place.path), kafka_bootstrap=owner.kafka_bootstrap if owner else None)
 
-    settings = read_settings(os.environ, home=str(Home.at(home).path), **flags)
-    worker = Home.at(settings.home).worker()
-    if worker and "kafka_bootstrap" not in flags:
-        settings = msgspec.structs.replace(settings, kafka_bootstrap=worker.kafka_bootstrap)
-    return settings
+
+def whose_kafka(place: Home) -> Endpoints | None:
+    """The process in the home whose Kafka is meant: none when the variable names one, which wins, as for a client."""
+    return None if variable("kafka_bootstrap") in os.environ else place.worker()
 
 
 def kafka_settings_of(home: str | None = None) -> Settings:
     """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
-    from creditstream.home import Home
-
-    settings = settings_of(home)
-    place = Home.at(settings.home)
+    place = Home.at(home)
     if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
         option = f" --home {shlex.quote(home)}" if home else ""
         another = f"for another one, set {variable('kafka_bootstrap')}"
         fix = f"`creditstream worker --embedded{option}` starts it again; {another}."
         raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
-    return settings
+    return settings_of(home)
 
 
 def show_rows(rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str) -> None:

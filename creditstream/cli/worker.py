@@ -4,17 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from creditstream.cli.options import home_option, kafka_settings_of
 from creditstream.cli.terminal import say
+from creditstream.home import Home
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
-
-if TYPE_CHECKING:
-    from creditstream.home import Home
 
 EMBEDDED_INSTANCE = "embedded"
 """The one worker of an embedded Kafka: a static member, so that after a kill the next one takes over at once."""
@@ -29,8 +26,6 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
     Stops on SIGTERM within 10 s, with exit code 0. Exit code 75 means: start me again.
     """
-    from creditstream.home import Home
-
     place = Home.at(home)
     with ExitStack() as held:
         held.enter_context(place.hold())
@@ -57,7 +52,7 @@ def _embedded_settings(kafka: dict[str, str], home: str) -> Settings:
     return settings
 
 
-def _run(settings: Settings, place: "Home", poll_kafka: Callable[[], int | None] | None, end_with_input: bool) -> int:
+def _run(settings: Settings, place: Home, poll_kafka: Callable[[], int | None] | None, end_with_input: bool) -> int:
     from creditstream.service import run_service
 
     try:
