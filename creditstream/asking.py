@@ -272,8 +272,10 @@ class WorkerAnswers:
         query = urllib.parse.urlencode(
             {name: value for name, value in parameters.items() if value is not None}, doseq=True
         )
+        # A worker's API is to be reached from inside only: not over a proxy that leads out.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.urlopen(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
+            with opener.open(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
                 return msgspec.json.decode(answer.read(), type=kind)
         except urllib.error.HTTPError as error:
             raise _problem_of(error) from error

@@ -12,7 +12,7 @@ from typing import Final
 from creditstream.asking import WorkerAnswers
 from creditstream.home import Home
 from schemas.problem import Problem, Unreachable
-from streams.settings import variable
+from streams.settings import PREFIX, variable
 
 READY_S_MAX: Final = 60.0
 STOP_S_MAX: Final = 15.0
@@ -21,13 +21,15 @@ POLL_S: Final = 0.02
 
 @contextmanager
 def child_worker(home: Home, **settings: str) -> Iterator[WorkerAnswers]:
-    """`creditstream worker` on this home, with these settings, until the block ends; ready when it begins.
+    """`creditstream worker` on this home, with these settings and none of the environment's (its ledger may be one
+    that counts), until the block ends; ready when it begins.
 
     Problem when it ends before, or is not ready within `READY_S_MAX`; its log lies in the home.
     """
     home.logs.mkdir(parents=True, exist_ok=True)
     log = home.logs / "worker.log"
-    environment = os.environ | {variable(name): value for name, value in ({"api_port": "0"} | settings).items()}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environment |= {variable(name): value for name, value in ({"api_port": "0"} | settings).items()}
     command = [sys.executable, "-m", "creditstream", "worker", "--end-with-input", "--home", str(home.path)]
     with log.open("wb") as lines:
         process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """The demo: everything for real in one command, a live view, and at its end the proof."""
 
+import os
 import time
 from datetime import UTC, datetime, timedelta
 from shlex import quote
@@ -21,7 +22,7 @@ from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
-from streams.settings import Settings, read_settings
+from streams.settings import Settings, read_settings, variable
 from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
 CATCH_UP_S_MAX: Final = 60.0
@@ -31,7 +32,7 @@ STOPPED_SHARE: Final = 6
 
 
 def demonstrate(home: str | None, seconds: int, rate: int) -> None:
-    """Run the demo. Difference is not raised here: Problem (exit code 1) when the books do not close."""
+    """Run the demo in the home, whatever the environment says of other places. Problem when the books do not close."""
     console = Console(stderr=False)
     place = Home.at(home)
     if worker := place.worker():
@@ -147,6 +148,8 @@ def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUI
         "alerts list", "usage ws_0001 --by column", "runs ws_0001 --limit 5", "dead-letters list",
     ]  # fmt: skip
     words = [f"explain {example}", *words] if example else words
+    if os.environ.get(variable("ledger_url")):
+        say("", f"{variable('ledger_url')} names another ledger than the demo's: unset it for what follows.")
     option = f" --home {quote(home)}" if home else ""
     say("", "The books close, and Kafka and the worker have ended. Try next:", "")
     say(*(f"  {program()} {each}{option}" for each in words))

@@ -507,13 +507,24 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}), file=sys
     assert done.stdout.count("Usage") > 12
 
 
-def test_the_demo_closes_its_books_and_its_next_step_works(tmp_path: Path) -> None:
-    """Five seconds of everything for real: exit code 0, and the explain command that it prints explains."""
+def test_the_demo_closes_its_books_and_its_next_step_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seconds of everything for real: exit code 0, and the explain command that it prints explains. It touches no
+    ledger, catalogue or plans but its own, whatever the environment names, and asks nobody's proxy.
+    """
     home = tmp_path / "home"
-
-    done = creditstream("demo", "--for", "5s", "--rate", "300", "--home", str(home), seconds=120)
+    production: dict[str, str | int] = {
+        "ledger_url": "http://127.0.0.1:1/production", "catalogue_dir": "/nowhere", "plans_dir": "/nowhere"
+    }  # fmt: skip
+    with monkeypatch.context() as proxied:
+        proxied.setenv("http_proxy", "http://127.0.0.1:1")
+        proxied.delenv("no_proxy", raising=False)
+        proxied.delenv("NO_PROXY", raising=False)
+        done = creditstream(
+            "demo", "--for", "5s", "--rate", "300", "--home", str(home), settings=production, seconds=120
+        )
 
     assert done.code == 0, done
+    assert "CREDITSTREAM_LEDGER_URL names another ledger than the demo's" in done.out
     assert "The books close" in done.out
     assert "0 missing, 0 doubled" in done.out
     (next_step,) = re.findall(r"^  (\S+ -m creditstream explain .*)$", done.out, re.MULTILINE)
