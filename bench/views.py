@@ -103,11 +103,11 @@ def questions(client: Client, workspace: str) -> dict[str, Question]:
         "API: balance, as of an instant": lambda: accounts.balance(client, workspace, datetime.now(UTC)),
         "API: periods": lambda: accounts.periods(client, workspace),
         "API: statement": lambda: accounts.statement(client, workspace),
-        "API: check": lambda: spending.check(client, workspace, "find_work_email", catalogue, cells=100),
+        "API: check": lambda: spending.check(client, catalogue, workspace, "find_work_email", cells=100),
         "API: estimate": lambda: spending.estimate(
-            client, workspace, "find_work_email", catalogue, cells=100, table_id="tbl_1", column_id="col_1"
+            client, catalogue, workspace, "find_work_email", cells=100, table_id="tbl_1", column_id="col_1"
         ),
-        "API: explain": lambda: accounts.explanation(client, run, catalogue),
+        "API: explain": lambda: accounts.explanation(client, catalogue, run),
     }
     for view in views:
         sql = f"SELECT * FROM {view} WHERE workspace_id = '{workspace}' LIMIT 1000"

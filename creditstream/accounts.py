@@ -355,7 +355,7 @@ def account_event(client: Client, workspace_id: str, event_id: UUID) -> list[Del
     return account_queries.event_rows(client, workspace_id, event_id)
 
 
-def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id: str = "") -> Explanation:
+def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id: str = "") -> Explanation:
     """`sinks.queries.explanation`, with what the run did to the balance, and the alert that it caused."""
     found = queries.explanation(client, run_id, catalogue, workspace_id)
     debit = account_queries.debit_of(client, found.workspace_id, run_id)

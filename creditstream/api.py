@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import date, datetime
-from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -21,6 +20,7 @@ from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from creditstream import __version__, accounts, spending
+from creditstream.asking import ledger_failed
 from creditstream.client.decision import Policy
 from creditstream.metrics import exposition
 from schemas.answers import (
@@ -54,6 +54,7 @@ from schemas.prices import price_of, prices
 from schemas.problem import Problem
 from sinks import dead_letters as letters
 from sinks import queries
+from sinks.clickhouse import DatabaseError
 from streams.meter import Meter
 from streams.unit import Unit
 
@@ -73,18 +74,14 @@ def create_api(meter: Meter) -> Litestar:
         period: Annotated[date | None, QueryParameter(description="any UTC day of a billing period, instead")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
-        rows: list[UsageRow]
         if period:
-            rows = await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))
-        else:
-            rows = await meter.ask(queries.usage, workspace_id, by, start, end)
-        return rows
+            return await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))
+        return await meter.ask(queries.usage, workspace_id, by, start, end)
 
     @get("/v1/runs/example")
     async def example(reason: FromQuery[Reason] = Reason.CHARGED) -> UUID | None:
         """The id of a recent run with this reason."""
-        found: UUID | None = await meter.ask(queries.example_run, reason)
-        return found
+        return await meter.ask(queries.example_run, reason)
 
     @get("/v1/runs")
     async def runs(
@@ -95,15 +92,14 @@ def create_api(meter: Meter) -> Litestar:
         limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
     ) -> list[RunRow]:
         """The newest runs of a workspace, free ones too."""
-        asked = partial(queries.runs, table_id=table_id, column_id=column_id, reason=reason or "", limit=limit)
-        rows: list[RunRow] = await meter.ask(asked, workspace_id)
-        return rows
+        return await meter.ask(
+            queries.runs, workspace_id, table_id=table_id, column_id=column_id, reason=reason or "", limit=limit
+        )
 
     @get("/v1/runs/{run_id:uuid}")
     async def explain(run_id: FromPath[UUID], workspace_id: FromQuery[str] = "") -> Explanation:
         """Why a run cost what it cost, and every delivery of it. Ids are each workspace's own."""
-        explanation: Explanation = await meter.ask(accounts.explanation, run_id, meter.catalogue, workspace_id)
-        return explanation
+        return await meter.ask(accounts.explanation, meter.catalogue, run_id, workspace_id)
 
     @get("/v1/actions")
     async def actions() -> list[Price]:
@@ -124,8 +120,7 @@ def create_api(meter: Meter) -> Litestar:
     @get("/v1/audit/sums")
     async def audit_sums() -> SumAudit:
         """Sums through projections beside sums over raw rows."""
-        audit: SumAudit = await meter.ask(queries.audit_sums)
-        return audit
+        return await meter.ask(queries.audit_sums)
 
     @get("/v1/audit/rows")
     async def audit_rows(
@@ -135,8 +130,7 @@ def create_api(meter: Meter) -> Litestar:
         limit: Annotated[int, QueryParameter(ge=1, le=ROWS_MAX)] = 10_000,
     ) -> list[LedgerRow]:
         """Rows of one partition in Kafka's order."""
-        rows: list[LedgerRow] = await meter.ask(queries.ledger_rows, topic_id, partition, after, limit)
-        return rows
+        return await meter.ask(queries.ledger_rows, topic_id, partition, after, limit)
 
     @get("/v1/status")
     async def status() -> Status:
@@ -162,7 +156,7 @@ def create_api(meter: Meter) -> Litestar:
             audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
-        exception_handlers={Problem: _answer_problem},
+        exception_handlers={Problem: _answer_problem, DatabaseError: _answer_database_error},
         openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
         logging_config=None,
     )  # fmt: skip
@@ -185,28 +179,24 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
         only_open: FromQuery[bool] = False,
     ) -> list[DeadLetter]:
         """The newest dead letters; ``only_open``: those that were not sent again."""
-        found: list[DeadLetter] = await meter.ask(letters.dead_letters, reason or "", limit, only_open)
-        return found
+        return await meter.ask(letters.dead_letters, reason or "", limit, only_open)
 
     @get("/v1/parked-events")
     async def parked_events(
         reasons: FromQuery[list[Reason]], limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 1000
     ) -> list[ParkedEvent]:
         """Open dead letters of these reasons with their bytes (base64), the oldest first."""
-        found: list[ParkedEvent] = await meter.ask(letters.parked_events, reasons, limit)
-        return found
+        return await meter.ask(letters.parked_events, reasons, limit)
 
     @get("/v1/parked-events/{topic:str}/{partition:int}/{offset:int}")
     async def parked_event(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> ParkedEvent:
         """One dead letter with its bytes."""
-        found: ParkedEvent = await meter.ask(letters.parked_event, Position(topic, partition, offset))
-        return found
+        return await meter.ask(letters.parked_event, Position(topic, partition, offset))
 
     @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
     async def dead_letter(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> DeadLetter:
         """One dead letter by its position."""
-        letter: DeadLetter = await meter.ask(letters.dead_letter, Position(topic, partition, offset))
-        return letter
+        return await meter.ask(letters.dead_letter, Position(topic, partition, offset))
 
     return [dead_letters, dead_letter, parked_events, parked_event]
 
@@ -217,14 +207,12 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
     @get("/v1/balance")
     async def balance(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PoolBalance]:
         """Where both pools of a workspace stand."""
-        pools: list[PoolBalance] = await meter.ask(accounts.balance, workspace_id, as_of)
-        return pools
+        return await meter.ask(accounts.balance, workspace_id, as_of)
 
     @get("/v1/periods")
     async def periods(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PeriodRow]:
         """Every billing period of a workspace up to now."""
-        rows: list[PeriodRow] = await meter.ask(accounts.periods, workspace_id, as_of)
-        return rows
+        return await meter.ask(accounts.periods, workspace_id, as_of)
 
     @get("/v1/statement")
     async def statement(
@@ -233,26 +221,22 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         as_of: AsOf = None,
     ) -> list[StatementLine]:
         """Both pools over one billing period, from opening to closing."""
-        lines: list[StatementLine] = await meter.ask(accounts.statement, workspace_id, day, as_of)
-        return lines
+        return await meter.ask(accounts.statement, workspace_id, day, as_of)
 
     @get("/v1/plans")
     async def plans(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PlanRow]:
         """A workspace's plans, also those to come."""
-        rows: list[PlanRow] = await meter.ask(accounts.plans, workspace_id, as_of)
-        return rows
+        return await meter.ask(accounts.plans, workspace_id, as_of)
 
     @get("/v1/limits")
     async def limits(workspace_id: FromQuery[str], as_of: AsOf = None) -> LimitsInForce:
         """At what a workspace is told, and who said so."""
-        found: LimitsInForce = await meter.ask(accounts.limits, workspace_id, as_of)
-        return found
+        return await meter.ask(accounts.limits, workspace_id, as_of)
 
     @get("/v1/account-events/{event_id:uuid}")
     async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[Delivery]:
         """What became of an account event; empty while it is not metered."""
-        rows: list[Delivery] = await meter.ask(accounts.account_event, workspace_id, event_id)
-        return rows
+        return await meter.ask(accounts.account_event, workspace_id, event_id)
 
     @get("/v1/alerts")
     async def alerts(
@@ -262,8 +246,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         as_of: AsOf = None,
     ) -> list[PublishedAlert]:
         """The newest limit alerts that left the meter."""
-        found: list[PublishedAlert] = await meter.ask(accounts.alerts, workspace_id, kind or "", limit, as_of)
-        return found
+        return await meter.ask(accounts.alerts, workspace_id, kind or "", limit, as_of)
 
     return [balance, periods, statement, plans, limits, account_event, alerts]
 
@@ -281,9 +264,10 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
         as_of: AsOf = None,
     ) -> SpendCheck:
         """May a workspace run an action in so many cells? As the gate decides."""
-        asked = partial(spending.check, cells=cells, own_api_key=own_api_key, on_unknown=on_unknown, as_of=as_of)
-        answer: SpendCheck = await meter.ask(asked, workspace_id, action, meter.catalogue)
-        return answer
+        return await meter.ask(
+            spending.check, meter.catalogue, workspace_id, action,
+            cells=cells, own_api_key=own_api_key, on_unknown=on_unknown, as_of=as_of,
+        )  # fmt: skip
 
     @get("/v1/estimate")
     async def estimate(
@@ -296,16 +280,15 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
         as_of: AsOf = None,
     ) -> Estimate:
         """What a bulk run will cost, at worst and expected, against what is left (R14)."""
-        asked = partial(spending.estimate, cells=cells, table_id=table_id, column_id=column_id)
-        asked = partial(asked, own_api_key=own_api_key, as_of=as_of)
-        answer: Estimate = await meter.ask(asked, workspace_id, action, meter.catalogue)
-        return answer
+        return await meter.ask(
+            spending.estimate, meter.catalogue, workspace_id, action,
+            cells=cells, table_id=table_id, column_id=column_id, own_api_key=own_api_key, as_of=as_of,
+        )  # fmt: skip
 
     @get("/v1/top")
     async def top(by: FromQuery[TopBy] = TopBy.USED, limit: Limit = 20, as_of: AsOf = None) -> list[TopRow]:
         """Pools that are closest to their limit, or will be used up soonest."""
-        rows: list[TopRow] = await meter.ask(spending.top, by, limit, as_of)
-        return rows
+        return await meter.ask(spending.top, by, limit, as_of)
 
     return [check, estimate, top]
 
@@ -358,6 +341,10 @@ def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[dic
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError) -> Response[dict[str, str | int]]:
+    return _answer_problem(request, ledger_failed(error))
 
 
 class _Server(uvicorn.Server):

@@ -4,12 +4,11 @@ chDB allows one process per directory (D13), so a command asks the worker while 
 there is none. Both ways run the same queries and give the same records.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from uuid import UUID
 
 import msgspec
@@ -18,14 +17,12 @@ from creditstream.home import Home
 from schemas.answers import (
     By,
     DeadLetter,
-    Delivery,
     Estimate,
     Explanation,
     LedgerRow,
     LimitsInForce,
     ParkedEvent,
     PartitionAudit,
-    PeriodRow,
     PlanRow,
     PoolBalance,
     PublishedAlert,
@@ -43,6 +40,8 @@ from schemas.problem import Difference, Problem, UnknownId, Unreachable
 from streams.settings import Settings
 
 ANSWER_TIMEOUT_S: Final = 60.0
+PRICED: Final = ("explanation", "check", "estimate")
+"""Questions that need the catalogue, too."""
 _PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, Difference, UnknownId, Unreachable)}
 
 if TYPE_CHECKING:
@@ -51,44 +50,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Answers(Protocol):
-    """The questions of `sinks.queries`, `creditstream.accounts` and `creditstream.spending`, wherever they are
-    answered; each is documented there.
-    """
-
-    def usage(self, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]: ...  # noqa: D102
-    def runs(self, workspace_id: str, **asked: Any) -> list[RunRow]: ...  # noqa: D102
-    def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation: ...  # noqa: D102
-    def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]: ...  # noqa: D102
-    def dead_letter(self, position: Position) -> DeadLetter: ...  # noqa: D102
-    def parked_events(self, reasons: Sequence[Reason], limit: int) -> list[ParkedEvent]: ...  # noqa: D102
-    def parked_event(self, position: Position) -> ParkedEvent: ...  # noqa: D102
-    def audit_partitions(self, topic: str) -> list[PartitionAudit]: ...  # noqa: D102
-    def audit_sums(self) -> SumAudit: ...  # noqa: D102
-    def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]: ...  # noqa: D102
-    def period_usage(self, workspace_id: str, by: By, day: date) -> list[UsageRow]: ...  # noqa: D102
-    def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]: ...  # noqa: D102
-    def periods(self, workspace_id: str, as_of: datetime | None) -> list[PeriodRow]: ...  # noqa: D102
-    def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]: ...  # noqa: D102
-    def plans(self, workspace_id: str, as_of: datetime | None) -> list[PlanRow]: ...  # noqa: D102
-    def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce: ...  # noqa: D102
-    def account_event(self, workspace_id: str, event_id: UUID) -> list[Delivery]: ...  # noqa: D102
-    def alerts(self, workspace_id: str, kind: str, limit: int, as_of: datetime | None) -> list[PublishedAlert]: ...  # noqa: D102
-    def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck: ...  # noqa: D102
-    def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate: ...  # noqa: D102
-    def top(self, by: TopBy, limit: int, as_of: datetime | None) -> list[TopRow]: ...  # noqa: D102
-
-
 @contextmanager
-def ask(settings: Settings, url: str = "") -> Iterator[Answers]:
+def ask(settings: Settings, url: str = "") -> Iterator["Answers"]:
     """Answers from ``url``, from the worker in the home, from the ledger's server, or from the home's own ledger.
 
     Problem when the home has no ledger yet; Unreachable when a worker or a server does not answer.
     """
     home = Home.at(settings.home)
-    worker = home.worker()
-    if url or worker:
-        yield WorkerAnswers(url or (worker.api_url if worker else ""))
+    if url:
+        yield WorkerAnswers(url)
+    elif worker := home.worker():
+        yield WorkerAnswers(worker.api_url)
     elif settings.ledger_url:
         with _opened(settings, settings.ledger_url) as answers:
             yield answers
@@ -104,61 +76,56 @@ def ask(settings: Settings, url: str = "") -> Iterator[Answers]:
 
 
 @contextmanager
-def _opened(settings: Settings, url: str) -> Iterator["LedgerAnswers"]:
-    from sinks.clickhouse import DatabaseError, connect, first_line
+def _opened(settings: Settings, url: str) -> Iterator["Answers"]:
+    from sinks.clickhouse import DatabaseError, connect
     from sinks.migrate import require_migrated
 
     client = connect(url, settings.ledger_password)
     try:
         require_migrated(client)
-        yield LedgerAnswers(client, Path(settings.catalogue_dir))
+        yield cast("Answers", LedgerAnswers(client, Path(settings.catalogue_dir)))
     except DatabaseError as error:
-        raise Unreachable("the ledger failed", first_line(error), "Try again; see the server's log.") from error
+        raise ledger_failed(error) from error
     finally:
         client.close()
 
 
+def ledger_failed(error: Exception) -> Unreachable:
+    """What a person is told of a database error."""
+    from sinks.clickhouse import first_line
+
+    return Unreachable("the ledger failed", first_line(error), "Try again; see the server's log.")
+
+
 class LedgerAnswers:
-    """Answers from a connection of this process."""
+    """Answers to the same questions from a connection of this process: each is a function of that name."""
 
     def __init__(self, client: Any, catalogue_dir: Path) -> None:
         self._client, self._catalogue_dir = client, catalogue_dir
 
-    def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation:
-        """Needs the catalogue for names and prices."""
-        from creditstream import accounts
-
-        return accounts.explanation(self._client, run_id, self._catalogue(), workspace_id)
-
-    def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck:
-        """Likewise."""
-        from creditstream import spending
-
-        return spending.check(self._client, workspace_id, action, self._catalogue(), **asked)
-
-    def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate:
-        """Likewise."""
-        from creditstream import spending
-
-        return spending.estimate(self._client, workspace_id, action, self._catalogue(), **asked)
-
-    def _catalogue(self) -> Any:
-        from schemas.catalogue import Catalogue
-
-        return Catalogue.load(self._catalogue_dir)
-
-    def __getattr__(self, question: str) -> Any:
+    def __getattr__(self, question: str) -> Callable[..., Any]:
         from creditstream import accounts, spending
+        from schemas.catalogue import Catalogue
         from sinks import dead_letters, queries
+        from sinks.clickhouse import DatabaseError
 
         rooms = (accounts, spending, dead_letters, queries)
-        room = next(room for room in rooms if hasattr(room, question))
-        function = getattr(room, question)
-        return partial(function, self._client)
+        function = next((getattr(room, question) for room in rooms if hasattr(room, question)), None)
+        if function is None:
+            raise AttributeError(question)
+        prices = [Catalogue.load(self._catalogue_dir)] if question in PRICED else []
+
+        def answer(*args: Any, **named: Any) -> Any:
+            try:
+                return function(self._client, *prices, *args, **named)
+            except DatabaseError as error:
+                raise ledger_failed(error) from error
+
+        return answer
 
 
 class WorkerAnswers:
-    """Answers over a worker's read API."""
+    """Every question of the command line, and its answer over a worker's read API."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -215,10 +182,6 @@ class WorkerAnswers:
         """See `creditstream.accounts.balance`."""
         return self._get("/v1/balance", list[PoolBalance], workspace_id=workspace_id, as_of=_instant(as_of))
 
-    def periods(self, workspace_id: str, as_of: datetime | None) -> list[PeriodRow]:
-        """See `creditstream.accounts.periods`."""
-        return self._get("/v1/periods", list[PeriodRow], workspace_id=workspace_id, as_of=_instant(as_of))
-
     def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]:
         """See `creditstream.accounts.statement`."""
         asked = {"workspace_id": workspace_id, "period": day, "as_of": _instant(as_of)}
@@ -231,10 +194,6 @@ class WorkerAnswers:
     def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce:
         """See `creditstream.accounts.limits`."""
         return self._get("/v1/limits", LimitsInForce, workspace_id=workspace_id, as_of=_instant(as_of))
-
-    def account_event(self, workspace_id: str, event_id: UUID) -> list[Delivery]:
-        """See `creditstream.accounts.account_event`."""
-        return self._get(f"/v1/account-events/{event_id}", list[Delivery], workspace_id=workspace_id)
 
     def alerts(self, workspace_id: str, kind: str, limit: int, as_of: datetime | None) -> list[PublishedAlert]:
         """See `creditstream.accounts.alerts`."""
@@ -282,6 +241,9 @@ class WorkerAnswers:
         except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
+
+
+Answers = WorkerAnswers
 
 
 def _instant(as_of: datetime | None) -> str | None:

@@ -4,27 +4,25 @@ Only billing may write the topic; on a shared broker that is an ACL. An event is
 a failure under the same id, it counts once.
 """
 
-import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import msgspec
 
+from creditstream.asking import Answers
+from creditstream.metering import await_rows
 from schemas.account import AccountEvent
+from schemas.answers import LedgerRow
 from schemas.cell_run import to_milliseconds
-from schemas.ledger import Kind
+from schemas.ledger import Kind, Position
 from schemas.plan import Plan, PlanLists
-from schemas.problem import Problem, UnknownId, Unreachable
+from schemas.problem import Problem, UnknownId
 from streams.settings import Settings
 
 if TYPE_CHECKING:
-    from creditstream.asking import Answers
-    from schemas.answers import Delivery
-
-WAIT_S_MAX: Final = 30.0
-POLL_S: Final = 0.1
+    from streams.topics import Topic
 
 
 def make_event(kind: str, workspace_id: str, event_id: UUID | None = None, **fields: Any) -> AccountEvent:
@@ -54,8 +52,8 @@ def require_plan(settings: Settings, plan: str, effective_at: datetime) -> Plan:
     return found
 
 
-def send_event(settings: Settings, event: AccountEvent) -> str:
-    """Deliver one event; where it lies in Kafka: ``account-events[2]@17``. Unreachable when it was not delivered."""
+def send_event(settings: Settings, event: AccountEvent) -> tuple["Topic", Position]:
+    """Deliver one event; where it lies in Kafka. Unreachable when it was not delivered."""
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_account_event
     from streams.topics import Broker, account_events_topic, require_topic
@@ -64,20 +62,13 @@ def send_event(settings: Settings, event: AccountEvent) -> str:
     record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))
     fix = f"Send it again with --event-id {event.event_id}: it counts once."
     (place,) = deliver(settings, [record], "account events were", fix)
-    return str(place)
+    return topic, place
 
 
-def wait_until_metered(answers: "Answers", event: AccountEvent, position: str) -> "Delivery":
+def wait_until_metered(answers: Answers, topic: "Topic", place: Position) -> LedgerRow:
     """The event's ledger row. Problem when it was set aside, Unreachable when it is not there in time."""
-    deadline = time.monotonic() + WAIT_S_MAX
-    while True:
-        for row in answers.account_event(event.workspace_id, event.event_id):
-            if row.position == position and row.kind == Kind.DEAD_LETTER:
-                fix = f"See `creditstream dead-letters show '{position}'`."
-                raise Problem(f"the event was set aside as {row.reason}", row.detail, fix)
-            if row.position == position:
-                return row
-        if time.monotonic() > deadline:
-            why = "the worker is not metering"
-            raise Unreachable(f"event {event.event_id} is not metered after {WAIT_S_MAX:.0f} s", why, "See its log.")
-        time.sleep(POLL_S)
+    row = await_rows(answers, topic, [place])[place]
+    if row.kind == Kind.DEAD_LETTER:
+        fix = f"See `creditstream dead-letters show '{place}'`."
+        raise Problem(f"the event was set aside as {row.reason}", row.detail, fix)
+    return row

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from creditstream.asking import Answers
 from schemas.answers import LedgerRow
 from schemas.ledger import Position
 from schemas.problem import Unreachable
-from streams.topics import Topic
+
+if TYPE_CHECKING:
+    from streams.topics import Topic
 
 WAIT_S_MAX: Final = 30.0
 """Without any new row of a partition."""
@@ -16,7 +18,7 @@ POLL_S: Final = 0.1
 PAGE_ROWS: Final = 20_000
 
 
-def await_rows(answers: Answers, topic: Topic, places: Sequence[Position]) -> dict[Position, LedgerRow]:
+def await_rows(answers: Answers, topic: "Topic", places: Sequence[Position]) -> dict[Position, LedgerRow]:
     """The ledger's row of each place on a topic: of this record, whoever else used its id. Unreachable when none comes
     for a while.
     """
@@ -31,11 +33,16 @@ def await_rows(answers: Answers, topic: Topic, places: Sequence[Position]) -> di
     }
 
 
-def _rows_through(answers: Answers, topic: Topic, partition: int, first: int, last: int) -> Iterator[LedgerRow]:
+def _rows_through(answers: Answers, topic: "Topic", partition: int, first: int, last: int) -> Iterator[LedgerRow]:
     """A partition's rows of the offsets [first, last], as they come."""
     after, deadline = first - 1, time.monotonic() + WAIT_S_MAX
     while after < last:
-        rows = answers.ledger_rows(topic.id, partition, after, min(PAGE_ROWS, last - after))
+        try:
+            rows = answers.ledger_rows(topic.id, partition, after, min(PAGE_ROWS, last - after))
+        except Unreachable:  # it may answer again while there is time
+            if time.monotonic() > deadline:
+                raise
+            rows = []
         yield from rows
         if rows:
             after, deadline = rows[-1].offset, time.monotonic() + WAIT_S_MAX

@@ -31,9 +31,9 @@ _NS_PER_MS: Final = 1_000_000
 
 def check(
     client: Client,
+    catalogue: Catalogue,
     workspace_id: str,
     action: str,
-    catalogue: Catalogue,
     *,
     cells: int = 1,
     own_api_key: bool = False,
@@ -96,9 +96,9 @@ def _decide(
 
 def estimate(
     client: Client,
+    catalogue: Catalogue,
     workspace_id: str,
     action: str,
-    catalogue: Catalogue,
     *,
     cells: int,
     table_id: str = "",

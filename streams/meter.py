@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import structlog
+from clickhouse_connect.driver.client import Client
 
 from schemas.catalogue import Catalogue
 from schemas.limits import AsOf, LimitAlert, TopColumn
@@ -53,6 +54,8 @@ from streams.topics import (
 from streams.unit import NOT_AT_END, Lanes, Unit
 from streams.voice import Outlets
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
 STEPPED_BACK: Final = 10
@@ -331,9 +334,10 @@ class Meter:
     async def _read(self, function: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._pools["reader"], function, *args)
 
-    async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Answer people: ``question(client, *args)`` in a thread of its own, which no unit waits for."""
-        return await self._ask("answers", question, *args)
+    async def ask(self, question: Callable[Concatenate[Client, P], T], *args: P.args, **named: P.kwargs) -> T:
+        """Answer people: ``question(client, *args, **named)`` in a thread of its own, which no unit waits for."""
+        answer: T = await self._ask("answers", lambda client: question(client, *args, **named))
+        return answer
 
     def plans_of(self, workspace_id: str) -> Sequence[PlanChange] | None:
         """A workspace's plans as its unit has folded them; None when no unit of this worker that goes on holds its

@@ -286,7 +286,7 @@ def test_explain_shows_the_balance_in_kafkas_order(client: Client) -> None:
     other.write(client)
 
     def balance(run: UUID) -> tuple[str, str, str]:
-        move = accounts.explanation(client, run, EXAMPLES).balance
+        move = accounts.explanation(client, EXAMPLES, run).balance
         assert move is not None
         assert (move.period_start, move.period_end) == (date(2026, 1, 15), date(2026, 2, 15))
         return move.before, move.after, move.plan
@@ -309,11 +309,11 @@ def test_explain_shows_a_premium_balance_and_none_where_no_pool_is_drawn(client:
     free = rows.run(at("2026-03-12"), 0, pool=Pool.NONE, reason="free_action", action="format_date")
     rows.write(client)
 
-    move = accounts.explanation(client, over, EXAMPLES).balance
+    move = accounts.explanation(client, EXAMPLES, over).balance
     assert move is not None
     assert (move.pool, move.before, move.after, move.allowance) == ("premium", "1", "-1", "10")
     assert move.period_start is None
-    assert accounts.explanation(client, free, EXAMPLES).balance is None
+    assert accounts.explanation(client, EXAMPLES, free).balance is None
 
 
 def test_explain_shows_the_alert_that_the_run_caused(client: Client) -> None:
@@ -328,8 +328,8 @@ def test_explain_shows_the_alert_that_the_run_caused(client: Client) -> None:
              "cell-runs[0]@1"]  # fmt: skip
     client.insert("published_alerts", [alert, alert], column_names=names)
 
-    assert accounts.explanation(client, first, EXAMPLES).alert is None
-    found = accounts.explanation(client, second, EXAMPLES).alert
+    assert accounts.explanation(client, EXAMPLES, first).alert is None
+    found = accounts.explanation(client, EXAMPLES, second).alert
     assert found is not None
     assert (found.alert_id, found.kind, found.used, found.thresholds) == (str(UUID(int=5)), "exhausted", "4", [80, 100])
     assert accounts.alerts(client, "ws_1") == accounts.alerts(client) == [found]
@@ -344,7 +344,7 @@ def test_explain_tells_of_a_reversal(client: Client) -> None:
     rows.reverse(run, at("2026-02-04"), kind="duplicate", reason="duplicate", credits=0, pool=Pool.NONE)
     rows.write(client)
 
-    found = accounts.explanation(client, run, EXAMPLES)
+    found = accounts.explanation(client, EXAMPLES, run)
     assert found.sentence == (
         'Charged 2 credits: "Find Work Email" returned data. It was reversed on 2026-02-03: 2 credits given back.'
     )

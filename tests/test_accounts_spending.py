@@ -32,11 +32,11 @@ ON_CHDB = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 
 
 def check(client: Client, action: str, workspace_id: str = "ws_1", **asked: Any) -> SpendCheck:
-    return spending.check(client, workspace_id, action, EXAMPLES, **{"as_of": at("2026-01-31")} | asked)
+    return spending.check(client, EXAMPLES, workspace_id, action, **{"as_of": at("2026-01-31")} | asked)
 
 
 def estimate(client: Client, action: str, cells: int, **asked: Any) -> Estimate:
-    return spending.estimate(client, "ws_1", action, EXAMPLES, cells=cells, **{"as_of": at("2026-01-31")} | asked)
+    return spending.estimate(client, EXAMPLES, "ws_1", action, cells=cells, **{"as_of": at("2026-01-31")} | asked)
 
 
 @pytest.fixture
@@ -215,8 +215,8 @@ class _Answering(Meter):
         self.catalogue = EXAMPLES
         self._over = client
 
-    async def ask(self, question: Any, *args: Any) -> Any:
-        return question(self._over, *args)
+    async def ask(self, question: Any, *args: Any, **named: Any) -> Any:
+        return question(self._over, *args, **named)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from sinks.migrate import create_database, migrate
 from streams.app import EXIT_RESTART
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import wait_until_grown
-from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, event_of
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, creditstream, event_of
 
 NUMBERS: Final = itertools.count(1)
 DRAIN_S_MAX: Final = 10.0
@@ -133,6 +133,17 @@ def test_reconcile_proves_nothing_that_it_could_not_read(another: WorkerProcess)
     assert endpoints is not None
     with pytest.raises(Unreachable, match=re.escape(f"{topic}[{partition}] cannot be read to its mark: ")):
         reconcile(Dropping(endpoints.api_url), another.configured)
+
+
+def test_a_ledger_that_is_away_is_no_riddle(worker: WorkerProcess, http_server: ClickHouseServer) -> None:
+    """Who asks the worker meanwhile is told what does not answer, with exit code 5."""
+    http_server.kill()
+    try:
+        done = creditstream("top", settings=worker.settings | {"home": str(worker.home.path)})
+    finally:
+        http_server.start()
+    assert (done.code, done.err.count("\n")) == (5, 1), done
+    assert done.err.startswith("creditstream: the ledger failed: ")
 
 
 def mutated(value: bytes, dice: random.Random) -> bytes:

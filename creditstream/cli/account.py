@@ -175,14 +175,15 @@ def _send(
     settings = kafka_settings_of(home)
     event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
     if not wait:
-        say(f"{event.event_id}  {send_event(settings, event)}")
+        _, place = send_event(settings, event)
+        say(f"{event.event_id}  {place}")
         return None
     with ask(settings, url) as answers:
         before = _pools(answers, workspace)
-        position = send_event(settings, event)
-        row = wait_until_metered(answers, event, position)
+        topic, place = send_event(settings, event)
+        row = wait_until_metered(answers, topic, place)
         said = f"  {row.kind}/{row.reason}{f'  {row.detail}' if row.detail else ''}"
-        say(f"{event.event_id}  {position}{said}")
+        say(f"{event.event_id}  {place}{said}")
         return Metered(row, before, _pools(answers, workspace), answers.limits(workspace, None))
 
 

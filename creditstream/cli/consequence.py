@@ -6,7 +6,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from creditstream.cli.options import grouped, utc
-from schemas.answers import Delivery, LimitsInForce, PoolBalance
+from schemas.answers import LedgerRow, LimitsInForce, PoolBalance
 from schemas.credits import group_credits
 from schemas.ledger import Kind, Pool
 from schemas.limits import State
@@ -18,7 +18,7 @@ Pools = dict[str, PoolBalance]
 class Metered(NamedTuple):
     """The event's ledger row, where the workspace's pools stood before it and after it, and its thresholds now."""
 
-    row: Delivery
+    row: LedgerRow
     before: Pools
     after: Pools
     limits: LimitsInForce
@@ -52,7 +52,7 @@ def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[s
     """A run that is taken back."""
     told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day that it ran."
     if metered and metered.row.kind == Kind.REVERSAL:
-        drawn = grouped(metered.row.credits.removeprefix("-"))
+        drawn = group_credits(-metered.row.credits)
         told = f"Run {run_id} of {workspace} is taken back: {drawn} credits are given back, on the day that it ran."
     more = (
         f"More: `creditstream explain {run_id} --workspace {quote(workspace)}`"
