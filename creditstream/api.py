@@ -4,6 +4,7 @@ It has no login: whoever reaches the port may read. OpenAPI is generated from th
 """
 
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Iterator
@@ -356,15 +357,15 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes any free one. Problem when the port is taken."""
+    """A bound socket; port 0 takes any free one. Problem when the port is taken, or the host is no IPv4 address of this
+    machine.
+    """
     try:
         return socket.create_server((host, port), backlog=128)
     except OSError as error:
-        raise Problem(
-            "the read API cannot start",
-            f"{host}:{port}: {error.strerror}",
-            "Set CREDITSTREAM_API_PORT (0: any free port).",
-        ) from error
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        fix = "CREDITSTREAM_API_PORT (0: any free port)." if is_port else "CREDITSTREAM_API_HOST to an IPv4 address."
+        raise Problem("the read API cannot start", f"{host}:{port}: {error.strerror}", f"Set {fix}") from error
 
 
 class ApiService(mode.Service):

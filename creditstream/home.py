@@ -111,11 +111,11 @@ class Home(msgspec.Struct, frozen=True):
 
     def _held_by_another(self) -> Problem:
         pid = lock_holder(self._lock_path)
-        return Problem(
-            f"the home {self.path} is in use",
-            f"process {pid} holds it" if pid else "another process holds it",
-            f"Stop that process{f' (kill {pid})' if pid else ''}, or choose another directory with --home.",
-        )
+        holder = f"process {pid} holds it" if pid else "another process holds it"
+        fix = f"Stop that process{f' (kill {pid})' if pid else ''}"
+        if not self.worker():
+            holder, fix = f"{holder}: a worker that starts, or another command", "Try again in a few seconds"
+        return Problem(f"the home {self.path} is in use", holder, f"{fix}, or choose another directory with --home.")
 
 
 def take_lock(path: Path, wait_s: float) -> int | None:

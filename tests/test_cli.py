@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -19,8 +21,13 @@ import msgspec
 import psutil
 import pytest
 
+from creditstream.api import listen
+from creditstream.cli.balance import told
+from creditstream.home import Home
+from schemas.answers import SpendCheck
 from schemas.cell_run import Outcome
 from schemas.codec import encode_run
+from schemas.problem import Problem
 from tests.worker_process import (
     ROOT,
     WAIT_S_MAX,
@@ -486,6 +493,42 @@ def test_a_home_without_a_ledger_is_one_line(tmp_path: Path) -> None:
     line = line_of(creditstream("usage", WORKSPACE, settings={"home": str(tmp_path)}), 1)
 
     assert "creditstream demo" in line
+
+
+def test_nobody_is_told_to_end_a_worker_that_starts(tmp_path: Path) -> None:
+    """It holds its home for seconds before it answers."""
+    home = Home.at(tmp_path)
+    home.ledger.mkdir()
+    with home.hold():
+        line = line_of(creditstream("balance", WORKSPACE, settings={"home": str(tmp_path)}), 1)
+
+    assert f"process {os.getpid()} holds it: a worker that starts, or another command. Try again" in line
+
+
+def test_a_worker_that_cannot_start_shows_its_trace_when_asked(tmp_path: Path) -> None:
+    """As every other command."""
+    done = creditstream("worker", settings={"home": str(tmp_path), "catalogue_dir": "/nowhere", "debug": 1})
+
+    assert done.code == 1
+    assert "Traceback" in done.err
+
+
+def test_a_wrong_host_is_not_blamed_on_the_port() -> None:
+    """Whoever sets an address that is none, or an IPv6 one, reads which setting it is."""
+    for host in ("::1", "192.0.2.1"):
+        with pytest.raises(Problem, match="CREDITSTREAM_API_HOST"):
+            listen(host, 0)
+
+
+def test_who_has_no_plan_is_promised_nothing() -> None:
+    """Its next period has no credits either."""
+    asked: dict[str, Any] = {"workspace_id": "ws_1", "action": "enrich_person", "cells": 1, "own_api_key": False}
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    found = SpendCheck(
+        **asked, allowed=False, reason="unknown_plan", credits="1", pool="enrichment", remaining=None,
+        state="unknown_plan", period_end=at.date(), as_of=at,
+    )  # fmt: skip
+    assert told(found) == "no: ws_1 has no plan yet (unknown_plan)"
 
 
 def test_help_loads_nothing_heavy() -> None:

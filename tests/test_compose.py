@@ -78,7 +78,7 @@ def test_all_services_of_ours_have_the_same_settings() -> None:
         == {name: value for name, value in environment("notifier").items() if name not in told}
     )
     assert environment("notifier") == environment("worker") | told
-    assert SERVICES["notifier"]["volumes"] == [f"./endpoints.toml:{told['CREDITSTREAM_WEBHOOK_ENDPOINTS']}:ro"]
+    assert SERVICES["notifier"]["volumes"] == ["./webhooks:/etc/creditstream:ro"], "a file would stay the old one"
 
 
 def test_the_published_port_and_the_health_check_are_those_of_the_api() -> None:

@@ -30,6 +30,12 @@ def main() -> None:
 
 
 def _fail(line: str, exit_code: int) -> None:
+    report(line)
+    sys.exit(exit_code)
+
+
+def report(line: str) -> None:
+    """Say what failed, while it is handled."""
     from streams.settings import DEBUG_VARIABLE
 
     if os.environ.get(DEBUG_VARIABLE):
@@ -37,7 +43,6 @@ def _fail(line: str, exit_code: int) -> None:
 
         traceback.print_exc()
     say(*f"creditstream: {line}".split("\n"), err=True)
-    sys.exit(exit_code)
 
 
 def __getattr__(name: str) -> Any:

@@ -152,7 +152,8 @@ def told(found: SpendCheck) -> str:
         remaining=grouped(found.remaining or "0"),
         pool=found.pool,
     )
-    until = f"; the next period starts on {found.period_end}" if found.period_end and not found.allowed else ""
+    waits = found.period_end and not found.allowed and found.reason != "unknown_plan"
+    until = f"; the next period starts on {found.period_end}" if waits else ""
     return f"{'yes' if found.allowed else 'no'}: {because}{until} ({found.reason})"
 
 

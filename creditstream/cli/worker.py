@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import rich_click as click
 
+from creditstream.cli import report
 from creditstream.cli.options import home_option, kafka_settings_of
 from creditstream.cli.terminal import say
 from creditstream.home import Home
@@ -58,5 +59,5 @@ def _run(settings: Settings, place: Home, poll_kafka: Callable[[], int | None] |
     try:
         return run_service(settings, place, poll_kafka, end_with_input)
     except Problem as problem:
-        say(*f"creditstream: {problem}".split("\n"), err=True)
+        report(str(problem))
         return problem.exit_code
