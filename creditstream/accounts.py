@@ -5,7 +5,6 @@ The ledger gives facts and sums; what they mean is decided by the pure functions
 what the ledger knew at an instant; without it, for what it knows now.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime
 from typing import Final, NamedTuple
@@ -14,6 +13,7 @@ from uuid import UUID
 import msgspec
 from clickhouse_connect.driver.client import Client
 
+from creditstream.clock import now_ms
 from schemas.account import LATEST_EFFECTIVE_AT
 from schemas.answers import (
     BalanceMove,
@@ -74,7 +74,7 @@ class Moment(NamedTuple):
 def moment(as_of: datetime | None) -> Moment:
     """``as_of``, UTC where it names no offset; or now. Problem when it lies outside of what the ledger can date."""
     if as_of is None:
-        return Moment(time.time_ns() // 1_000_000, None)
+        return Moment(now_ms(), None)
     aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
     if not EARLIEST_RAN_AT <= aware < LATEST_EFFECTIVE_AT:
         raise Problem(

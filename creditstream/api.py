@@ -23,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from creditstream import __version__, accounts, spending
 from creditstream.asking import ledger_failed
 from creditstream.client.decision import Policy
+from creditstream.clock import now_ms
 from creditstream.metrics import exposition
 from schemas.answers import (
     By,
@@ -105,12 +106,12 @@ def create_api(meter: Meter) -> Litestar:
     @get("/v1/actions")
     async def actions() -> list[Price]:
         """The catalogue in force now."""
-        return prices(meter.catalogue, _now_ms())
+        return prices(meter.catalogue, now_ms())
 
     @get("/v1/actions/{action:str}")
     async def action(action: FromPath[str], own_api_key: FromQuery[bool] = False) -> Price:
         """What a run of an action would cost now (R13)."""
-        return price_of(meter.catalogue, action, _now_ms(), own_api_key)
+        return price_of(meter.catalogue, action, now_ms(), own_api_key)
 
     @get("/v1/audit/partitions")
     async def audit_partitions() -> list[PartitionAudit]:
@@ -338,10 +339,6 @@ def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[dic
         "what": problem.what, "why": problem.why, "fix": problem.fix, "exit_code": problem.exit_code
     }  # fmt: skip
     return Response(body, status_code=STATUS_OF_EXIT_CODE.get(problem.exit_code, 400))
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError) -> Response[dict[str, str | int]]:

@@ -1,12 +1,12 @@
 """The catalogue: what an action costs, before it is run."""
 
-import time
 from pathlib import Path
 
 import rich_click as click
 
 from creditstream.cli.options import format_option, record_format_option, settings_of, show_record, show_rows
 from creditstream.cli.terminal import say
+from creditstream.clock import now_ms
 from schemas.answers import Price
 from schemas.catalogue import Catalogue, read_version
 from schemas.prices import price_of, prices
@@ -19,10 +19,6 @@ def rules() -> None:
     """The catalogue of actions and their prices."""
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 def _catalogue() -> Catalogue:
     return Catalogue.load(Path(settings_of().catalogue_dir))
 
@@ -32,7 +28,7 @@ def _catalogue() -> Catalogue:
 def list_rules(form: str) -> None:
     """Every action of the version in force now."""
     columns = COLUMNS if form == "text" else Price.__struct_fields__
-    show_rows(prices(_catalogue(), _now_ms()), form, columns, "The catalogue lists no action.")
+    show_rows(prices(_catalogue(), now_ms()), form, columns, "The catalogue lists no action.")
 
 
 @rules.command()
@@ -44,7 +40,7 @@ def show(action: str, own_api_key: bool, form: str) -> None:
 
     Example: `creditstream rules show find_work_email`
     """
-    price = price_of(_catalogue(), action, _now_ms(), own_api_key)
+    price = price_of(_catalogue(), action, now_ms(), own_api_key)
     if form == "json":
         show_record(price)
         return
