@@ -55,7 +55,6 @@ from streams.periods import (
     to_day,
 )
 
-ALERTS_MAX: Final = 10_000
 _FIRST_DAY: Final = to_day(EARLIEST_RAN_AT.date())
 
 

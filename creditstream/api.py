@@ -26,6 +26,8 @@ from creditstream.client.decision import Policy
 from creditstream.clock import now_ms
 from creditstream.metrics import exposition
 from schemas.answers import (
+    CELLS_MAX,
+    LIST_MAX,
     By,
     DeadLetter,
     Delivery,
@@ -91,7 +93,7 @@ def create_api(meter: Meter) -> Litestar:
         table_id: FromQuery[str] = "",
         column_id: FromQuery[str] = "",
         reason: FromQuery[Reason | None] = None,
-        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
+        limit: Limit = 100,
     ) -> list[RunRow]:
         """The newest runs of a workspace, free ones too."""
         return await meter.ask(
@@ -165,10 +167,10 @@ def create_api(meter: Meter) -> Litestar:
 
 
 AsOf = Annotated[datetime | None, QueryParameter(description="what the ledger knew at this instant; now when left out")]
-Limit = Annotated[int, QueryParameter(ge=1, le=accounts.ALERTS_MAX)]
+Limit = Annotated[int, QueryParameter(ge=1, le=LIST_MAX)]
 PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
 PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
-Cells = Annotated[int, QueryParameter(ge=1, le=spending.CELLS_MAX)]
+Cells = Annotated[int, QueryParameter(ge=1, le=CELLS_MAX)]
 
 
 def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
@@ -177,16 +179,14 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
     @get("/v1/dead-letters")
     async def dead_letters(
         reason: FromQuery[Reason | None] = None,
-        limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 100,
+        limit: Limit = 100,
         only_open: FromQuery[bool] = False,
     ) -> list[DeadLetter]:
         """The newest dead letters; ``only_open``: those that were not sent again."""
         return await meter.ask(letters.dead_letters, reason or "", limit, only_open)
 
     @get("/v1/parked-events")
-    async def parked_events(
-        reasons: FromQuery[list[Reason]], limit: Annotated[int, QueryParameter(ge=1, le=10_000)] = 1000
-    ) -> list[ParkedEvent]:
+    async def parked_events(reasons: FromQuery[list[Reason]], limit: Limit = 1000) -> list[ParkedEvent]:
         """Open dead letters of these reasons with their bytes (base64), the oldest first."""
         return await meter.ask(letters.parked_events, reasons, limit)
 

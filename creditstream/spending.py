@@ -25,7 +25,6 @@ from streams.balances import METERED, Account
 from streams.messages import state_of
 from streams.periods import to_date
 
-CELLS_MAX: Final = 10_000_000
 _NS_PER_MS: Final = 1_000_000
 
 

@@ -6,8 +6,14 @@ between the ledger and a ticket.
 
 from datetime import date, datetime
 from enum import StrEnum
+from typing import Final
 
 import msgspec
+
+LIST_MAX: Final = 10_000
+"""Rows of an answer that lists."""
+CELLS_MAX: Final = 10_000_000
+"""Cells of a run that is asked for before it starts."""
 
 
 class By(StrEnum):
@@ -18,6 +24,17 @@ class By(StrEnum):
     ACTION = "action"
     DAY = "day"
     REASON = "reason"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The fields of `UsageRow` that tell the groups apart."""
+        match self:
+            case By.COLUMN:
+                return "table_id", "column_id"
+            case By.TABLE:
+                return ("table_id",)
+            case _:
+                return (self.value,)
 
 
 class UsageRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

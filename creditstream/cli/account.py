@@ -1,8 +1,7 @@
 """What billing says of a workspace: its plan, premium grants, reversals, thresholds. Each command sends one event."""
 
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import rich_click as click
@@ -12,6 +11,7 @@ from creditstream.billing import make_event, require_plan, send_event, wait_unti
 from creditstream.cli.consequence import Metered, Pools, of_grant, of_limits, of_plan, of_reversal, told_limits
 from creditstream.cli.options import (
     Credits,
+    F,
     Instant,
     as_of_option,
     format_option,
@@ -26,8 +26,6 @@ from creditstream.cli.terminal import say
 from schemas.account import AccountEvent
 from schemas.answers import PlanRow
 from schemas.problem import UnknownId
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 PLAN_COLUMNS = ("effective_at", "plan", "allowance", "in_force", "restart_period", "recorded_at")
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import rich_click as click
 
 from creditstream.asking import ask
@@ -22,7 +23,8 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import PublishedAlert
+from schemas.answers import LIST_MAX, PublishedAlert
+from schemas.cell_run import from_milliseconds
 from schemas.limits import AlertKind
 from schemas.problem import Problem
 from schemas.webhook import DeliveryState, Format
@@ -40,7 +42,17 @@ ALERT_COLUMNS = (
     "position",
     "alert_id",
 )
-DELIVERY_COLUMNS = ("state", "endpoint", "alert_id", "attempts", "when", "said")
+
+
+class DeliveryRow(msgspec.Struct, frozen=True):
+    """What became of an alert at an endpoint, as people read it."""
+
+    state: str
+    endpoint: str
+    alert_id: UUID
+    attempts: int
+    when: str
+    said: str
 
 
 @click.group()
@@ -130,7 +142,9 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 @alerts.command("list")
 @click.option("--workspace", metavar="WORKSPACE", help="Only of this one.")
 @click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many, newest first.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
+)
 @as_of_option
 @source_options
 @format_option
@@ -150,7 +164,7 @@ def list_alerts(
 @alerts.command("deliveries")
 @click.option("--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only these.")
 @click.option(
-    "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many; failed ones first."
+    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many; failed ones first."
 )
 @home_option
 @format_option
@@ -159,22 +173,11 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
 
     Example: `creditstream alerts deliveries --state failed`
     """
-    import msgspec
-
     from creditstream.webhooks.resending import deliveries
-    from schemas.cell_run import from_milliseconds
-
-    class Row(msgspec.Struct, frozen=True):
-        state: str
-        endpoint: str
-        alert_id: UUID
-        attempts: int
-        when: str
-        said: str
 
     found = [delivery for delivery in deliveries(kafka_settings_of(home)) if state in (None, delivery.state)]
     rows = [
-        Row(
+        DeliveryRow(
             each.state,
             each.endpoint,
             each.alert_id,
@@ -184,7 +187,7 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
         )
         for each in found[:limit]
     ]
-    show_rows(rows, form, DELIVERY_COLUMNS, "No deliveries.")
+    show_rows(rows, form, DeliveryRow.__struct_fields__, "No deliveries.")
 
 
 @click.command()

@@ -18,19 +18,12 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import By, Explanation, RunRow
+from schemas.answers import LIST_MAX, By, Explanation, RunRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS
 from schemas.problem import Problem
 from sinks.explain import credits_text
 
-_COLUMNS_OF = {
-    By.COLUMN: ("table_id", "column_id"),
-    By.TABLE: ("table_id",),
-    By.ACTION: ("action",),
-    By.DAY: ("day",),
-    By.REASON: ("reason",),
-}
 _DAY = click.DateTime(formats=["%Y-%m-%d"])
 
 
@@ -68,7 +61,7 @@ def usage(
             if period
             else answers.usage(workspace, By(by), *days)
         )
-    columns = (*_COLUMNS_OF[By(by)], "pool", "credits", "runs", "free_runs")
+    columns = (*By(by).keys, "pool", "credits", "runs", "free_runs")
     show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
     if rows and form == "text":
         say("", f"More: `creditstream runs {quote(workspace)}`")
@@ -84,7 +77,9 @@ def _require_order(start: date | None, end: date | None) -> None:
 @click.option("--table", "table_id", metavar="ID", default="", help="Only of this table.")
 @click.option("--column", "column_id", metavar="ID", default="", help="Only of this column.")
 @click.option("--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many, newest first.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many, newest first."
+)
 @source_options
 @format_option
 def runs(

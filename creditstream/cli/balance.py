@@ -18,12 +18,11 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
+from schemas.answers import CELLS_MAX, LIST_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
 from schemas.credits import parse_credits
 from schemas.problem import Difference
 from sinks.explain import credits_text
 
-CELLS_MAX = 10_000_000
 BALANCE_COLUMNS = (
     "pool", "state", "used", "allowance", "remaining", "overage", "thresholds", "plan", "period_start", "period_end",
     "runs_out_on",
@@ -222,7 +221,7 @@ def _rests_on(found: Estimate) -> str:
 @click.option(
     "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="What to list first."
 )
-@click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="How many.")
+@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many.")
 @as_of_option
 @source_options
 @format_option

@@ -15,7 +15,7 @@ from creditstream.cli.options import (
     utc,
 )
 from creditstream.cli.terminal import say
-from schemas.answers import DeadLetter
+from schemas.answers import LIST_MAX, DeadLetter
 from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Position, Reason
 
 LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id", "raw_bytes", "closed_by")
@@ -28,7 +28,9 @@ def dead_letters() -> None:
 
 @dead_letters.command("list")
 @click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="Only these.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="How many, newest first.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
+)
 @click.option("--open", "only_open", is_flag=True, help="Only those that were not sent again.")
 @source_options
 @format_option
@@ -78,7 +80,7 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
     type=click.Choice([str(reason) for reason in REDRIVABLE_REASONS]),
     help="All open ones of these, the oldest first.",
 )
-@click.option("--limit", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="How many of them.")
+@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=1000, show_default=True, help="How many of them.")
 @home_option
 def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
     """Send dead letters again, once what kept them from being metered is mended, and wait for what becomes of them.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import rich_click as click
 
 from creditstream.asking import ask
@@ -40,8 +41,6 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
 
 
 def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
-    import msgspec
-
     from schemas.codec import decode_run, name_field
 
     runs, bad = [], 0
