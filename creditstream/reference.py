@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -31,11 +33,11 @@ class Expected(NamedTuple):
 
 
 class ReferenceRater:
-    """Feed it one partition's records in Kafka's order; it remembers every run of the partition."""
+    """Feed it one partition's records in Kafka's order; it remembers every run of the partition by a digest."""
 
     def __init__(self, catalogue_dir: Path, partition: int, partitions: int) -> None:
         self._partition, self._partitions = partition, partitions
-        self._runs: dict[tuple[str, str], CellRun] = {}
+        self._runs: dict[tuple[str, str], bytes] = {}
         self.debits: dict[tuple[str, str], Expected] = {}
         """(workspace, run id) → what the run was debited."""
         files = [tomllib.loads(file.read_text()) for file in sorted(catalogue_dir.glob("*.toml"))]
@@ -65,20 +67,16 @@ class ReferenceRater:
         self.debits.pop((workspace_id, run_id), None)
 
     def _settle(self, run: CellRun, ran_at: datetime) -> Expected:
-        identity = run.workspace_id, str(run.run_id)
+        identity = intern(run.workspace_id), str(run.run_id)
         plain = msgspec.structs.replace(run, ran_at=ran_at, triggered_by=run.triggered_by or "", actor=run.actor or "")
+        said = blake2b(msgspec.json.encode(plain), digest_size=16).digest()
         if first := self._runs.get(identity):
-            return (
-                Expected("duplicate", "duplicate", "none", Decimal(0))
-                if first == plain
-                else _dead("conflicting_duplicate")
-            )
+            return _DUPLICATE if first == said else _dead(_CONFLICT)
         action = self._action(run.action, ran_at)
         if action is None:
             return _dead("unknown_action")
-        self._runs[identity] = plain
-        reason, credits = _charge(run, action)
-        self.debits[identity] = Expected("run", reason, _pool(action), credits)
+        self._runs[identity] = said
+        self.debits[identity] = _debit(_pool(action), *_charge(run, action))
         return self.debits[identity]
 
     def _action(self, name: str, ran_at: datetime) -> dict[str, Any] | None:
@@ -118,7 +116,7 @@ class ReferenceBilling:
             return _dead("misrouted")
         identity, said = (event.workspace_id, event.event_id), _said(event)
         if first := self._events.get(identity):
-            return Expected("duplicate", "duplicate", "none", Decimal(0)) if first == said else _dead(_CONFLICT)
+            return _DUPLICATE if first == said else _dead(_CONFLICT)
         expected = self._rate(event)
         if expected.kind not in ("dead_letter", "duplicate"):
             run = (event.workspace_id, str(event.run_id)) if isinstance(event, RunReversed) else None
@@ -146,13 +144,14 @@ class ReferenceBilling:
             case RunReversed():
                 run = event.workspace_id, str(event.run_id)
                 if run in self._reversed:
-                    return Expected("duplicate", "duplicate", "none", Decimal(0))
+                    return _DUPLICATE
                 debit = self._debits.get(run)
                 return Expected("reversal", "reversed", debit.pool, -debit.credits) if debit else _dead(UNKNOWN_RUN)
 
 
 UNKNOWN_RUN = "unknown_run"
 _CONFLICT = "conflicting_duplicate"
+_DUPLICATE = Expected("duplicate", "duplicate", "none", Decimal(0))
 
 
 def _said(event: AccountEvent) -> tuple[object, ...]:
@@ -197,6 +196,12 @@ def _pool(action: dict[str, Any]) -> str:
     if Decimal(str(action["price"])) == 0:
         return "none"
     return "premium" if action["category"] == "premium" else "enrichment"
+
+
+@lru_cache
+def _debit(pool: str, reason: str, credits: Decimal) -> Expected:
+    """One object for all runs that end alike."""
+    return Expected("run", reason, pool, credits)
 
 
 def _dead(reason: str) -> Expected:
