@@ -446,6 +446,13 @@ def test_a_home_that_is_a_file_is_no_riddle() -> None:
     assert creditstream("rules", "show", "find_work_email", settings=home).code == 0
 
 
+def test_help_that_nobody_reads_ends_quietly() -> None:
+    """As any other output."""
+    script = f"{sys.executable} -m creditstream --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", [("rules", "list"), ("rules", "list", "--format", "json"), ("rules", "check")])
 def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
     """A closed pipe, or a standard output that was closed from the start, is no failure; a full disk is one line."""

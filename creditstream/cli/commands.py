@@ -50,6 +50,10 @@ def run() -> int:
         return error.exit_code
     except click.Abort as end:
         raise KeyboardInterrupt from end
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # nobody reads the help any more
+            return 0
+        raise
 
 
 def _name_as_called(command: click.Command) -> None:
