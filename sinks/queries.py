@@ -7,7 +7,7 @@ theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's)
 from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
@@ -92,14 +92,6 @@ def _refuse_late(client: Client, version: Version) -> None:
 
 # What people ask.
 
-_KEYS_OF: Final = {
-    By.COLUMN: ("table_id", "column_id"),
-    By.TABLE: ("table_id",),
-    By.ACTION: ("action",),
-    By.DAY: ("day",),
-    By.REASON: ("reason",),
-}
-
 
 def usage(client: Client, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
     """Credits and runs of one workspace in the UTC days [start, end), most credits first (days: in order).
@@ -107,7 +99,7 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
     What was reversed is taken off the credits, not off the runs. Summed by plain keys of the ``usage`` projection; what
     is free is split off here, since ``sumIf`` misses it.
     """
-    keys = _KEYS_OF[by]
+    keys = by.keys
     grouped = list(dict.fromkeys([*keys, "pool", "reason"]))
     found = client.query(
         f"SELECT {', '.join(grouped)}, sum(credits), count() FROM ledger "

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from creditstream.clock import now_ms
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, WAITING_MAX, Attempt, Deliveries
 from creditstream.webhooks.endpoints import Endpoint
 from creditstream.webhooks.outbox import Outbox, decode_alert
@@ -53,10 +54,6 @@ class Step(StrEnum):
     RECORDED = "recorded"
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 def _pass(_: Step) -> None:
     """A step that nobody watches."""
 
@@ -64,7 +61,7 @@ def _pass(_: Step) -> None:
 class World(NamedTuple):
     """What lies outside of the notifier and Kafka. ``chance(n)`` gives 0 to n - 1."""
 
-    now_ms: Callable[[], int] = _now_ms
+    now_ms: Callable[[], int] = now_ms
     chance: Callable[[int], int] = random.randrange
     send: Callable[[Endpoint, LimitAlert, int], Answer] = send
     reached: Callable[[Step], None] = _pass
