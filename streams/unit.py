@@ -394,7 +394,7 @@ class Unit:
 
     def _is_time_to_settle(self, batch: OpenBatch) -> bool:
         at_once = batch.followed_by or batch.is_full(self._lanes.batching) or self._draining
-        return bool(at_once) or asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
+        return bool(at_once) or self._are_states_due
 
     async def _write_runs(self, batch: OpenBatch) -> None:
         self.mark = await self._append(batch.close(self.chain), self.mark)
@@ -444,9 +444,13 @@ class Unit:
             for event in self._written.pop(0).events:
                 await event.acknowledge()
 
+    @property
+    def _are_states_due(self) -> bool:
+        return asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
+
     def _is_time_to_tell(self) -> bool:
         """A workspace's ``used`` is told once a second, however fast batches go."""
-        return not self.balances.moved or asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
+        return not self.balances.moved or self._are_states_due
 
     def _tell_moved(self) -> None:
         self._told_at = asyncio.get_running_loop().time()
@@ -462,7 +466,7 @@ class Unit:
                 self._is_tick_due = True
                 self._inbox.nudge()
             waits = self._written or self.balances.moved or self.voice.has_unflushed or self.commit_begin
-            if waits and asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S:
+            if waits and self._are_states_due:
                 if self._is_settling:
                     self._tell_moved()  # states do not wait for a database that does not take alerts
                 else:

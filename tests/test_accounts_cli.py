@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from schemas.answers import PoolBalance
+from schemas.answers import PeriodRow, PoolBalance
 from tests.worker_process import WAIT_S_MAX, Finished, WorkerProcess, cell_run, creditstream, event_of
 
 WORKSPACE: Final = "ws_0001"
@@ -246,6 +246,8 @@ def test_a_crossing_is_explained_by_the_run_that_caused_it(
     done = creditstream("explain", str(runs[1].run_id), settings=settings)
     assert "  balance    3 -> 2 of 4 premium credits left, no plan" in done.out
     assert "  alert      crossed 50 %, sent " in done.out
+    periods = worker.answers._get("/v1/periods", list[PeriodRow], workspace_id="ws_close")
+    assert [row.period_end > NOW.date() for row in periods] == [True]
 
 
 def test_every_question_has_the_same_answer_without_the_worker(
