@@ -59,14 +59,14 @@ class ReferenceRater:
             return _dead("future_run")
         if ran_at < recorded_at - timedelta(days=366):
             return _dead("stale_run")
-        return self._settle(run, ran_at)
+        return self._charge_once(run, ran_at)
 
     def forget(self, workspace_id: str, run_id: str) -> None:
         """The run just rated is a copy of one that Kafka no longer has: that one stands, not this."""
         self._runs.pop((workspace_id, run_id), None)
         self.debits.pop((workspace_id, run_id), None)
 
-    def _settle(self, run: CellRun, ran_at: datetime) -> Expected:
+    def _charge_once(self, run: CellRun, ran_at: datetime) -> Expected:
         identity = intern(run.workspace_id), str(run.run_id)
         plain = msgspec.structs.replace(run, ran_at=ran_at, triggered_by=run.triggered_by or "", actor=run.actor or "")
         said = blake2b(msgspec.json.encode(plain), digest_size=16).digest()

@@ -4,7 +4,6 @@
 been made anew.
 """
 
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from clickhouse_connect.driver.client import Client
 
 from sinks.accounts import EVENTS
-from sinks.ledger import Chain
+from sinks.ledger import Chain, batch_month
 
 _OF_CHAIN: Final = "topic = {topic:String} AND kafka_partition = {partition:UInt16}"
 _RUNS: Final = "kind = 'run'"
@@ -44,7 +43,7 @@ def run_keys_of(client: Client, chain: Chain, month: int) -> npt.NDArray[np.uint
 
 
 def key_of(column: str) -> str:
-    """SQL: a duplicate filter's key of a UUID. `streams.intake.run_keys` is the same in numpy, and a test holds them
+    """SQL: a duplicate filter's key of a UUID. `streams.records.id_keys` is the same in numpy, and a test holds them
     equal.
     """
     return f"bitXor(reinterpretAsUInt64({column}), toUInt64(toUInt128({column})))"
@@ -61,5 +60,4 @@ def _of(chain: Chain, since: float | None = None) -> dict[str, Any]:
     place: dict[str, Any] = {"topic": chain.topic, "partition": chain.partition}
     if since is None:
         return place
-    instant = datetime.fromtimestamp(since, UTC)
-    return place | {"month": instant.year * 100 + instant.month}
+    return place | {"month": batch_month(int(since * 1000))}

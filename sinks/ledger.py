@@ -26,6 +26,7 @@ import msgspec
 import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
+from schemas.cell_run import from_milliseconds
 from schemas.problem import Problem
 from sinks.clickhouse import DatabaseError, first_line
 from sinks.columns import instants
@@ -92,6 +93,12 @@ class Batch(msgspec.Struct, frozen=True):
     """The mark on which it stands: the offset before its first."""
     last: int
     rows: pa.Table
+
+
+def batch_month(recorded_ms: int) -> int:
+    """The ClickHouse partition of a batch, from the broker's time of its first record: ``202611``."""
+    first = from_milliseconds(recorded_ms)
+    return first.year * 100 + first.month
 
 
 class ForeignMark(Exception):

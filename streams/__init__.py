@@ -1,1 +1,1 @@
-"""What happens to an event: decode ▸ rate ▸ settle copies ▸ rows, and the Faust application around it."""
+"""What happens to an event: decode ▸ rate ▸ decide copies ▸ rows, and the Faust application around it."""

@@ -22,10 +22,11 @@ from schemas.plan import PlanLists
 from sinks.accounts import AccountRow, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
-from streams.intake import Record, Refusal, headers_text, partition_of, redrive_of, run_keys
 from streams.periods import day_of
+from streams.records import Record, Refusal, headers_text, id_keys, partition_of, redrive_of
 
-Identity = tuple[str, UUID]
+ScopedId = tuple[str, UUID]
+"""A workspace, and the id of an event or a run in it."""
 _NIL: Final = UUID(int=0)
 
 
@@ -39,15 +40,15 @@ class Received(NamedTuple):
 class Known(NamedTuple):
     """What is known of a chunk's ids."""
 
-    events: Mapping[Identity, tuple[str, tuple[object, ...]]]
+    events: Mapping[ScopedId, tuple[str, tuple[object, ...]]]
     """(workspace, event id) → position, and what a copy must match (`substance`)."""
-    runs: Mapping[Identity, RunToReverse]
+    runs: Mapping[ScopedId, RunToReverse]
 
 
 NOTHING_KNOWN: Final = Known({}, {})
 
 
-def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
+def known_of(events: Mapping[ScopedId, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
     """From the ledger's answers (`sinks.accounts.known_events`, `runs_to_reverse`)."""
     substances = {
         identity: (position, substance_of(row, run_id, actor))
@@ -111,7 +112,7 @@ def _decode(record: Record, partition: int, partitions: int) -> AccountEvent | R
     return event
 
 
-def event_identities(chunk: Iterable[Received]) -> list[Identity]:
+def event_identities(chunk: Iterable[Received]) -> list[ScopedId]:
     """The ids under which the ledger may know these events."""
     events = [received.event for received in chunk if not isinstance(received.event, Refusal)]
     return [(event.workspace_id, event.event_id) for event in events]
@@ -119,7 +120,7 @@ def event_identities(chunk: Iterable[Received]) -> list[Identity]:
 
 def keys_of(chunk: Iterable[Received]) -> npt.NDArray[np.uint64]:
     """The filter's keys of the events, refused ones left out."""
-    return run_keys(b"".join([event_id.bytes for _, event_id in event_identities(chunk)]))
+    return id_keys(b"".join([event_id.bytes for _, event_id in event_identities(chunk)]))
 
 
 def to_look_up(chunk: Iterable[Received], suspected: Iterable[bool]) -> list[Received]:
@@ -128,7 +129,7 @@ def to_look_up(chunk: Iterable[Received], suspected: Iterable[bool]) -> list[Rec
     return [it for it, known in zip(events, suspected, strict=True) if known or isinstance(it.event, RunReversed)]
 
 
-def run_identities(chunk: Iterable[Received]) -> list[Identity]:
+def run_identities(chunk: Iterable[Received]) -> list[ScopedId]:
     """The runs that these events reverse."""
     return [(it.event.workspace_id, it.event.run_id) for it in chunk if isinstance(it.event, RunReversed)]
 
@@ -198,7 +199,7 @@ def _below(event: LimitsChanged) -> int:
 
 
 def _fresh(
-    record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[Identity, str], plans: PlanLists
+    record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[ScopedId, str], plans: PlanLists
 ) -> Row:
     plain: dict[str, Any] = {"record": record, "workspace_id": event.workspace_id, "event_id": event.event_id}
     plain["actor"] = event.actor or ""
@@ -230,7 +231,7 @@ def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
 
 
 def _reversal(
-    event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[Identity, str]
+    event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[ScopedId, str]
 ) -> Row:
     if run is None:
         return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, f"no run {event.run_id} in the ledger"), event)

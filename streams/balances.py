@@ -327,7 +327,7 @@ class Balances:
                 notices.append(Notice(kind, name, new, new.passed, at_ms, cause, row))
         if cause == Cause.PLAN:
             self.urgent |= {(name, pool): None for pool in METERED}
-        self._settle(account)
+        self._look_ahead(account)
         return notices
 
     def come(self, until_ms: int) -> list[Notice]:
@@ -361,7 +361,7 @@ class Balances:
                 notices += self._cross(account, pool, debits, rows[:end][debits.pool[rows[:end]] == number_of(pool)])
             rows = rows[end:]
         account.aim()
-        self._settle(account)
+        self._look_ahead(account)
         return notices
 
     def _cross(self, account: Account, pool: Pool, debits: Debits, rows: Integers) -> list[Notice]:
@@ -397,10 +397,10 @@ class Balances:
             account.renew(instant)
             for old, new in zip(before, (account.enrichment, account.premium), strict=True):
                 notices += notice_of_time(account.name, account.facts, old, new, instant)
-            self._settle(account)
+            self._look_ahead(account)
         return notices
 
-    def _settle(self, account: Account) -> None:
+    def _look_ahead(self, account: Account) -> None:
         """What must be told at once, and the next instant to wait for."""
         outline = account.outline()
         for pool, old, new in zip(METERED, account.told, outline, strict=True):

@@ -7,15 +7,16 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 
-from schemas.cell_run import from_milliseconds
-from sinks.ledger import Batch, Chain
+from sinks.ledger import Batch, Chain, batch_month
 from streams.account_events import Row
 from streams.inbox import Event
-from streams.intake import bytes_of
+from streams.records import bytes_of
 from streams.rows import Take, join_takes, ledger_rows
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
+INSERT_EVERY_S: Final = 0.1
+"""How far apart inserts of one chain begin, where the linger is not shorter."""
 TABLE_ROWS_MIN: Final = 1_000
 """Fewer rows wait for others before they become columns of the ledger."""
 
@@ -25,6 +26,13 @@ class Batching(msgspec.Struct, frozen=True):
 
     rows_max: int
     linger_s: float
+
+    @property
+    def every_s(self) -> float:
+        """Inserts of one chain begin at least so many seconds apart, however small batches are: each leaves a token,
+        and the ledger's table remembers a number of them.
+        """
+        return min(self.linger_s, INSERT_EVERY_S)
 
 
 class AccountBatch(msgspec.Struct, frozen=True, eq=False):
@@ -53,7 +61,7 @@ class OpenBatch:
         self._since = 0.0
 
     def add(self, take: Take, nbytes: int) -> None:
-        """Append a settled take; ``nbytes`` as it was in Kafka. Its records are let go once its rows are made."""
+        """Append a take; ``nbytes`` as it was in Kafka. Its records are let go once its rows are made."""
         if not self.takes:
             self._since = asyncio.get_running_loop().time()
         self.takes.append(take)
@@ -98,12 +106,6 @@ class OpenBatch:
             self.last,
             rows.append_column("batch_month", pa.repeat(pa.scalar(month, pa.uint32()), len(rows))),
         )
-
-
-def batch_month(recorded_ms: int) -> int:
-    """The ClickHouse partition of a batch, from the broker's time of its first record: ``202611``."""
-    first = from_milliseconds(recorded_ms)
-    return first.year * 100 + first.month
 
 
 def chunk_bytes(chunk: Any) -> int:

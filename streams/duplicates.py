@@ -188,7 +188,7 @@ class Candidate(NamedTuple):
     is_debit: bool
 
 
-def settle(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> dict[int, Verdict]:
+def decide(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> dict[int, Verdict]:
     """Row → verdict for the copies among the candidates, which come in Kafka's order.
 
     ``known`` holds the debits from before. The first debit under an identity stands; a later event with the same facts

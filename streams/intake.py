@@ -11,7 +11,7 @@ A refused record keeps its row, blank, so that a chunk has exactly one row for e
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
+from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from aiokafka.partitioner import murmur2
 from msgspec import Meta
 
 from schemas.cell_run import (
@@ -32,7 +31,8 @@ from schemas.cell_run import (
     to_milliseconds,
 )
 from schemas.codec import decode_run, name_field
-from schemas.ledger import REDRIVE_HEADER, Reason, number_of
+from schemas.ledger import Reason, number_of
+from streams.records import Record, Refusal, id_keys, partition_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
@@ -43,29 +43,6 @@ ROUTES_MAX: Final = 200_000
 
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-
-
-class Record(Protocol):
-    """What the transport delivers of one Kafka record; ``timestamp`` is the broker's append time, Unix ms."""
-
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
-
-
-class Refusal(NamedTuple):
-    """Why one record is a dead letter: ``detail`` names the field or the fact."""
-
-    reason: Reason
-    detail: str
-
-
-def bytes_of(records: Sequence[Record]) -> int:
-    """What Kafka holds of their keys, values and headers, bytes."""
-    plain = sum([len(record.value or b"") + len(record.key or b"") for record in records])
-    return plain + sum([len(name) + len(value or b"") for record in records for name, value in record.headers or ()])
 
 
 class LeanRun(msgspec.Struct, gc=False):
@@ -96,7 +73,7 @@ class Runs(msgspec.Struct, frozen=True):
     run_ids: bytes
     """16 bytes for each row."""
     keys: npt.NDArray[np.uint64]
-    """The duplicate filter's key of each run id: both halves of the UUID, mixed (see `run_keys`)."""
+    """The duplicate filter's key of each run id: both halves of the UUID, mixed (see `id_keys`)."""
     own_api_key: Mask
     outcome: npt.NDArray[np.int8]
     """0 blank, else the ledger's number of the outcome."""
@@ -319,27 +296,12 @@ def _runs(records: Sequence[Record], lean: list[LeanRun], converted: _Converted,
         recorded_ms=np.array([record.timestamp for record in records], np.int64),
         ran_ms=converted.ran_ms,
         run_ids=converted.run_ids,
-        keys=run_keys(converted.run_ids),
+        keys=id_keys(converted.run_ids),
         own_api_key=np.array([run.own_api_key for run in lean], np.bool_),
         outcome=outcome,
         lean=lean,
         refusals=refusals,
     )
-
-
-def run_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
-    """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.filter_keys.key_of` says it in SQL.
-
-    Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
-    """
-    halves = np.frombuffer(run_ids, ">u8").reshape(-1, 2)
-    keys: npt.NDArray[np.uint64] = (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
-    return keys
-
-
-def partition_of(workspace_id: str, partitions: int) -> int:
-    """Where Kafka's default partitioner puts a workspace (murmur2 of the key, sign bit cleared)."""
-    return int(murmur2(workspace_id.encode()) & 0x7FFF_FFFF) % partitions
 
 
 _routes: Final[dict[tuple[bytes | None, str, int], int]] = {}
@@ -397,18 +359,3 @@ def _refuse_untimely(runs: Runs) -> None:
             if milliseconds > 0
             else Refusal(Reason.STALE_RUN, f"`ran_at` is over {-milliseconds // 86_400_000} days old, at most 366")
         )
-
-
-def redrive_of(headers: Sequence[tuple[str, bytes]]) -> str:
-    """The position of the dead letter that this record is the redrive of; empty for all others."""
-    return next(
-        ((value or b"").decode(errors="replace")[:200] for name, value in headers if name == REDRIVE_HEADER), ""
-    )
-
-
-def headers_text(headers: Sequence[tuple[str, bytes]]) -> str:
-    """Kafka headers as JSON, values as text with escapes, for a dead letter's ``raw_headers``."""
-    if not headers:
-        return ""
-    pairs: list[Any] = [[name, (value or b"").decode(errors="backslashreplace")] for name, value in headers]
-    return msgspec.json.encode(pairs).decode()

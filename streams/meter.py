@@ -7,6 +7,7 @@ ledger, one reads it for the units, one reads what no unit waits for, one answer
 
 import asyncio
 import functools
+import math
 import os
 import sys
 import threading
@@ -35,11 +36,11 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard, answer, foreign_to
-from streams.intake import partition_of
 from streams.patience import patiently
 from streams.periods import PlanChange
 from streams.publisher import Publisher
 from streams.rating import RatingTable
+from streams.records import partition_of
 from streams.recovery import first_day
 from streams.settings import Settings
 from streams.topics import (
@@ -60,8 +61,6 @@ Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
-INSERTS_PER_S_MAX: Final = 10
-"""Of one chain, for minutes: account events that do not linger, and full batches."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
 
 log: Final = structlog.get_logger()
@@ -104,6 +103,7 @@ class Meter:
         self._kept: dict[Chain, Kept] = {}
         self._unanswered: dict[int, dict[Key, AsOf]] = {}
         """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
+        self._batching = Batching(settings.batch_rows_max, settings.linger_ms / 1000)
         self._courtesies = Courtesies(self._find_top_columns)
         self._follower: Follower | None = None
 
@@ -150,7 +150,7 @@ class Meter:
             rating=RatingTable(self.catalogue),
             plans=self.plans,
             partitions=settings.partitions,
-            batching=Batching(settings.batch_rows_max, settings.linger_ms / 1000),
+            batching=self._batching,
             find_runs=self._find_runs,
             find_known=self._find_known,
             find_openings=self._find_openings,
@@ -170,8 +170,8 @@ class Meter:
 
     def _require_token_window(self) -> None:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
-        inserts_per_s = max(1000 // self.settings.linger_ms, INSERTS_PER_S_MAX)
-        needed = self.settings.partitions * 2 * TOKEN_WINDOW_S * inserts_per_s
+        inserts = math.ceil(TOKEN_WINDOW_S / self._batching.every_s)  # of one chain
+        needed = self.settings.partitions * 2 * inserts
         window = queries.token_window(self._clients["writer"])
         if window < needed:
             raise Problem(

@@ -1,4 +1,4 @@
-"""From decoded records (`streams.intake`) to ledger rows: rate ▸ settle copies ▸ rows. Without I/O.
+"""From decoded records (`streams.intake`) to ledger rows: rate ▸ decide copies ▸ rows. Without I/O.
 
 A *take* is everything that waited for a unit at one moment: some chunks of one partition, in Kafka's order. Each of its
 records becomes exactly one row.
@@ -17,10 +17,11 @@ from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import Chain
 from streams.balances import Debits
 from streams.duplicates import Candidate, Identity, Original, Verdict
-from streams.intake import TEXTS, Record, Refusal, Runs, headers_text, redrive_of
+from streams.intake import TEXTS, Runs
 from streams.messages import Source
 from streams.periods import DAY_MS
 from streams.rating import RatedRuns, RatingTable
+from streams.records import Record, Refusal, headers_text, redrive_of
 
 _RUN: Final = number_of(Kind.RUN)
 _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
@@ -28,7 +29,7 @@ _SPARSE: Final[dict[str, str | bytes]] = {"detail": "", "raw": b"", "raw_key": b
 
 
 class Take(msgspec.Struct, frozen=True, eq=False):
-    """Rated records of one chain. ``debits`` is settled in place; refusals are in it already."""
+    """Rated records of one chain. ``debits`` is changed where a copy is decided; refusals are in it already."""
 
     chain: Chain
     after: int
@@ -86,7 +87,7 @@ def join_runs(parts: Sequence[Runs]) -> Runs:
 
 
 def join_takes(takes: Sequence[Take]) -> Take:
-    """Consecutive settled takes as one."""
+    """Consecutive takes as one."""
     if len(takes) == 1:
         return takes[0]
     starts = np.cumsum([0] + [len(take.records) for take in takes]).tolist()
@@ -137,7 +138,7 @@ def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[objec
 
 
 def apply_verdicts(take: Take, verdicts: dict[int, Verdict]) -> None:
-    """Turn the settled copies into duplicates and conflicting duplicates."""
+    """Turn copies into duplicates and conflicting duplicates."""
     for row, verdict in verdicts.items():
         _overrule(take, row, verdict)
 

@@ -3,7 +3,7 @@
 Order of effects for cell runs, over everything that waits for a unit, 1 to 40,000 rows:
 
 1. decode (`streams.intake`) and rate the records (`streams.rows`)
-2. settle copies: filter, then rows on their way, then one look-up in the ledger
+2. decide what is a copy: filter, then rows on their way, then one look-up in the ledger
 3. fold into the balances (`streams.balances`)
 4. alerts, and states that changed, are handed to the producer
 5. rows into the open batch
@@ -35,11 +35,11 @@ import structlog
 from schemas.ledger import ACCOUNT_KINDS, Kind
 from schemas.plan import PlanLists
 from schemas.problem import Problem
-from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark
+from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark, batch_month
 from streams import account_events
 from streams.balances import Balances, Notice
-from streams.batches import AccountBatch, Batching, OpenBatch, batch_month, chunk_bytes
-from streams.duplicates import Identity, KeyFilter, Original, settle
+from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
+from streams.duplicates import Identity, KeyFilter, Original, decide
 from streams.facts import fold_event
 from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
@@ -274,7 +274,7 @@ class Unit:
             if len(chunk) >= BACKLOG_CHUNK:
                 await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
         take = rate_take(self.chain, after, chunks, parts, lanes.rating)
-        await self._settle_copies(take)
+        await self._decide_copies(take)
         self.filters.runs.add(take.new_run_keys())
         await self._fold(take)
         self._unwritten.append(take)
@@ -283,7 +283,7 @@ class Unit:
             chunk.clear()
         await asyncio.sleep(0)
 
-    async def _settle_copies(self, take: Take) -> None:
+    async def _decide_copies(self, take: Take) -> None:
         """Step 2. Only candidates cost anything; nearly always there are none, or a few."""
         suspicion = self.filters.runs.suspect(take.runs.keys)
         if not suspicion.any.any():
@@ -296,7 +296,7 @@ class Unit:
         unknown = {candidate.identity for candidate in found if suspicion.before[candidate.row]} - known.keys()
         if unknown:
             known |= await self._lanes.find_runs(list(unknown))
-        apply_verdicts(take, settle(found, known))
+        apply_verdicts(take, decide(found, known))
 
     async def _fold(self, take: Take) -> None:
         """Steps 3 and 4."""
@@ -379,9 +379,11 @@ class Unit:
         await self._sealed.join()
 
     async def _write(self) -> None:
-        """Steps 6 to 9, batch after batch."""
+        """Steps 6 to 9, batch after batch, no faster than their tokens are remembered."""
+        clock = asyncio.get_running_loop().time
         while True:
             batch = await self._sealed.get()
+            next_at = clock() + self._lanes.batching.every_s
             self._inbox.nudge()  # a lingering batch may be sealed now
             if batch.takes:
                 await self._write_runs(batch)
@@ -391,6 +393,7 @@ class Unit:
             if self._is_time_to_settle(batch):
                 self._is_to_settle.set()
             self._sealed.task_done()
+            await asyncio.sleep(next_at - clock())
 
     def _is_time_to_settle(self, batch: OpenBatch) -> bool:
         at_once = batch.followed_by or batch.is_full(self._lanes.batching) or self._draining

@@ -17,7 +17,7 @@ from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import KINDS, POOLS, REASONS, Reason
 from sinks.ledger import Batch, Chain, Ledger
-from streams.duplicates import Identity, KeyFilter, Original, settle
+from streams.duplicates import Identity, KeyFilter, Original, decide
 from streams.intake import read_chunk
 from streams.rating import RatingTable
 from streams.rows import Take, apply_verdicts, candidates, ledger_rows, originals, rate_take
@@ -109,7 +109,7 @@ class Road:
         """Drive one take."""
         parts = [read_chunk(chunk, self.chain.partition, self._partitions) for chunk in chunks]
         take = rate_take(self.chain, self.last, chunks, parts, self._table)
-        self._settle(take)
+        self._decide_copies(take)
         self.run_filter.add(take.new_run_keys())
         self.unwritten.append(take)
         self.last = take.last
@@ -133,7 +133,7 @@ class Road:
             self.ledger |= originals(take, take.runs.keys)
         self.unwritten.clear()
 
-    def _settle(self, take: Take) -> None:
+    def _decide_copies(self, take: Take) -> None:
         suspicion = self.run_filter.suspect(take.runs.keys)
         found = candidates(take, suspicion.any)
         known: dict[Identity, Original] = {}
@@ -143,7 +143,7 @@ class Road:
         for candidate in found:
             if suspicion.before[candidate.row] and candidate.identity in self.ledger:
                 known[candidate.identity] = self.ledger[candidate.identity]
-        apply_verdicts(take, settle(found, known))
+        apply_verdicts(take, decide(found, known))
 
 
 def in_words(table: pa.Table) -> list[Row]:

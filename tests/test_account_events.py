@@ -28,7 +28,7 @@ from streams.account_events import (
 )
 from streams.balances import NOTHING, Balances
 from streams.facts import fold_event, openings
-from streams.intake import partition_of
+from streams.records import partition_of
 from streams.topics import ACCOUNT_EVENTS
 from tests.account_records import PLANS, PLANS_DIR, Story, Topics, account_record, at, event_id
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples

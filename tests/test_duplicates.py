@@ -1,4 +1,4 @@
-"""One debit per run: a filter that never forgets, copies settled exactly, and the same rows however a stream is cut."""
+"""One debit per run: a filter that never forgets, copies decided exactly, and the same rows however a stream is cut."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -24,8 +24,8 @@ from schemas.ledger import Kind, Reason
 from sinks.clickhouse import connect
 from sinks.filter_keys import key_of
 from sinks.queries import find_runs
-from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, KeyFilter, Original, Verdict, settle
-from streams.intake import partition_of, run_keys
+from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, KeyFilter, Original, Verdict, decide
+from streams.records import id_keys, partition_of
 from tests.ledger_rows import AUGUST_MS
 from tests.records import STEADY, Record, Road, Row, event, in_words, write_rows
 
@@ -177,14 +177,14 @@ def conflict(fields: str, position: str) -> Verdict:
 
 def test_the_first_debit_stands() -> None:
     """Later events with the same facts are duplicates of the first, not of each other."""
-    assert settle([candidate(4), candidate(6), candidate(9)], {}) == {6: duplicate("t[0]@4"), 9: duplicate("t[0]@4")}
+    assert decide([candidate(4), candidate(6), candidate(9)], {}) == {6: duplicate("t[0]@4"), 9: duplicate("t[0]@4")}
 
 
 def test_a_debit_from_before_stands() -> None:
     """What the ledger has is older than any candidate."""
     known = {Identity("ws", UUID(int=1)): Original("t[0]@2", DATA)}
 
-    assert settle([candidate(4), candidate(5, changed(actor="eve"))], known) == {
+    assert decide([candidate(4), candidate(5, changed(actor="eve"))], known) == {
         4: duplicate("t[0]@2"),
         5: conflict("actor", "t[0]@2"),
     }
@@ -196,21 +196,21 @@ def test_a_debit_from_before_stands() -> None:
 )
 def test_a_conflict_names_its_field(field: str, value: object) -> None:
     """Each field that we know makes a conflict, and is named."""
-    assert settle([candidate(1), candidate(2, changed(**{field: value}))], {}) == {2: conflict(field, "t[0]@1")}
+    assert decide([candidate(1), candidate(2, changed(**{field: value}))], {}) == {2: conflict(field, "t[0]@1")}
 
 
 def test_a_conflict_names_all_its_fields() -> None:
     """Several fields are named in the order of the event."""
     other = changed(ran_at=7, column_id="c", outcome="error")
 
-    assert settle([candidate(1), candidate(2, other)], {}) == {2: conflict("column_id, outcome, ran_at", "t[0]@1")}
+    assert decide([candidate(1), candidate(2, other)], {}) == {2: conflict("column_id, outcome, ran_at", "t[0]@1")}
 
 
 def test_a_conflict_changes_nothing() -> None:
     """After a conflict the first event still stands: a copy of it is a duplicate, a copy of the other conflicts."""
     other = changed(outcome="error")
 
-    verdicts = settle([candidate(1), candidate(2, other), candidate(3), candidate(4, other)], {})
+    verdicts = decide([candidate(1), candidate(2, other), candidate(3), candidate(4, other)], {})
 
     assert verdicts == {2: conflict("outcome", "t[0]@1"), 3: duplicate("t[0]@1"), 4: conflict("outcome", "t[0]@1")}
 
@@ -219,7 +219,7 @@ def test_a_dead_letter_occupies_no_run_id() -> None:
     """An event with an unknown action leaves its id free; once a debit has it, such an event conflicts."""
     unknown = changed(action="find_yeti")
 
-    verdicts = settle(
+    verdicts = decide(
         [
             candidate(1, unknown, is_debit=False),
             candidate(2, unknown, is_debit=False),
@@ -236,7 +236,7 @@ def test_identities_are_apart() -> None:
     """The same id in another workspace is another run, and so is another id."""
     elsewhere = Candidate(3, Identity("ws_2", UUID(int=1)), Original("t[0]@3", DATA), is_debit=True)
 
-    assert settle([candidate(1), candidate(2, run=2), elsewhere], {}) == {}
+    assert decide([candidate(1), candidate(2, run=2), elsewhere], {}) == {}
 
 
 @settings(STEADY, max_examples=200)
@@ -257,7 +257,7 @@ def test_settling_by_the_obvious_book(found: list[tuple[int, str, bool]], before
         elif is_debit:
             book[run] = row_id
 
-    verdicts = settle(
+    verdicts = decide(
         [
             candidate(row, changed(row_id=row_id), run=run, is_debit=is_debit)
             for row, (run, row_id, is_debit) in enumerate(found)
@@ -297,12 +297,12 @@ def test_the_keys_are_those_of_the_ledger(engine: Client) -> None:
         parameters={"runs": [str(run) for run in made]},
     )
 
-    assert [key for (key,) in found.result_rows] == run_keys(b"".join(run.bytes for run in made)).tolist()
+    assert [key for (key,) in found.result_rows] == id_keys(b"".join(run.bytes for run in made)).tolist()
 
 
 def test_the_keys_of_one_millisecond_are_apart() -> None:
     """UUIDv7s of one moment share their first half; their keys do not collide."""
-    assert len(set(run_keys(b"".join(uuid7().bytes for _ in range(10_000))).tolist())) == 10_000
+    assert len(set(id_keys(b"".join(uuid7().bytes for _ in range(10_000))).tolist())) == 10_000
 
 
 # The road.
@@ -396,7 +396,7 @@ def test_runs_whose_keys_collide_are_apart() -> None:
         *road.reasons(Record(2, event(run_id=low, workspace_id="ws_2"), b"ws_2"), Record(3, event(run_id=high))),
     ]
 
-    assert run_keys(UUID(low).bytes + UUID(high).bytes).tolist() == [0, 0]
+    assert id_keys(UUID(low).bytes + UUID(high).bytes).tolist() == [0, 0]
     assert reasons == ["charged", "charged", "charged", "duplicate"]
 
 
@@ -505,7 +505,7 @@ def test_a_long_stream_in_random_pieces(seed: int) -> None:
 
 
 def test_the_ledger_gives_back_what_a_copy_must_match(client: Client) -> None:
-    """Debits that went through the ledger's table settle copies as those on their way do, whatever their names hold."""
+    """Debits that went through the ledger's table decide copies as those on their way do, whatever their names hold."""
     names = ["ws", "", "a'b", "back\\slash", "nul\0", "tab\t%(x)s", "語🧪", "{x:String}", "q" * 128]
     made: list[dict[str, Any]] = [
         {"run": run, "workspace_id": name or "w", "row_id": name or "r", "actor": name, "ran_ms": AUGUST_MS + run}

@@ -26,15 +26,13 @@ from streams.intake import (
     AGE_MS_MAX,
     FEW,
     FUTURE_MS_MAX,
-    Refusal,
     Runs,
-    headers_text,
     name_field,
-    partition_of,
     read_chunk,
 )
 from streams.limits import Facts, Grant
 from streams.periods import PlanChange
+from streams.records import Refusal, headers_text, partition_of
 from streams.rows import Take, drawn, join_takes, ledger_rows, source_of
 from streams.topics import CELL_RUNS
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples

@@ -12,6 +12,7 @@ from creditstream.api import not_ready_because
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
+from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
 from streams.assignment import Place, examine
 from streams.follower import Heard, answer
@@ -79,6 +80,23 @@ def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     assert not_ready_because(meter) == ["ledger: no space left"]
     meter._on_trouble("notes", "")
     assert not_ready_because(meter) == []
+
+
+@ON_CHDB
+@pytest.mark.parametrize(("linger_ms", "needed"), [(1_000, 38_400), (60_000, 38_400), (50, 76_800)])
+def test_a_worker_refuses_a_token_window_that_is_too_small(
+    client: Client, tmp_path: Path, linger_ms: int, needed: int
+) -> None:
+    """Eight partitions of two topics, ten inserts a second of each, or as many as the linger allows, for 240 s."""
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=8, linger_ms=linger_ms))
+    meter._clients = {"writer": client}
+    resize = "ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = "
+    client.command(f"{resize}{needed - 1}")
+    with pytest.raises(Problem) as refused:
+        meter._require_token_window()
+    assert refused.value.fix == f"{resize}{needed}."
+    client.command(f"{resize}{needed}")
+    meter._require_token_window()
 
 
 @ON_CHDB

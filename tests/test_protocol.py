@@ -34,8 +34,9 @@ from sinks.ledger import (
 )
 from sinks.queries import find_runs
 from streams.batches import OpenBatch
-from streams.intake import read_chunk, run_keys
+from streams.intake import read_chunk
 from streams.rating import RatingTable
+from streams.records import id_keys
 from streams.rows import rate_take
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown, write
@@ -528,7 +529,7 @@ def test_f13_duplicates_are_found_across_topic_ids(client: Client, ledger: Ledge
     keys = recent_run_keys(client, new, since=AUGUST_MS / 1000)
     found = find_runs(client, [("workspace-0", old_run), ("workspace-1", old_run), ("workspace-1", unknown_run)])
 
-    assert sorted(keys) == sorted(run_keys(b"".join(run_id(CHAIN, run).bytes for run in range(10))))
+    assert sorted(keys) == sorted(id_keys(b"".join(run_id(CHAIN, run).bytes for run in range(10))))
     assert [(identity, position) for identity, position, _ in found] == [(("workspace-0", old_run), "cell-runs[3]@3")]
 
 

@@ -23,13 +23,13 @@ PURE = (
     "schemas/account.py", "schemas/limits.py",
     "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "streams/periods.py",
     "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/facts.py",
-    "streams/messages.py",
+    "streams/messages.py", "streams/records.py",
     "sinks/columns.py", "sinks/explain.py",
     "creditstream/webhooks/deliveries.py", "creditstream/webhooks/schedule.py", "creditstream/webhooks/messages.py",
 )  # fmt: skip
 WITHOUT_SINKS = (
-    "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/periods.py", "streams/limits.py",
-    "streams/balances.py",
+    "streams/records.py", "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/periods.py",
+    "streams/limits.py", "streams/balances.py",
 )  # fmt: skip
 IMPURE_MODULES = {"asyncio", "faust", "threading", "time", "random", "secrets", "os", "socket", "subprocess", "logging"}
 IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", "open", "print", "input"}

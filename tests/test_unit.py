@@ -1,6 +1,7 @@
 """A unit: copies that meet on their way to the ledger, the moments around its assignment, what it does at its end."""
 
 import asyncio
+from itertools import pairwise
 from typing import Any, Final
 
 import pytest
@@ -9,8 +10,9 @@ from clickhouse_connect.driver.client import Client
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
-from sinks.ledger import ForeignMark, Incident
+from sinks.ledger import Batch, ForeignMark, Incident
 from streams import unit as unit_module
+from streams.batches import INSERT_EVERY_S
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
 from tests.ledger_rows import assert_books_close
@@ -135,6 +137,33 @@ async def test_used_is_told_once_a_second_however_fast_batches_go(
     await bench.kill(task)
     assert told <= (1, 1)
     assert bench.states[state_key("ws_1", Pool.ENRICHMENT)].used == str(5 * BATCH_ROWS)
+
+
+async def test_inserts_of_a_chain_are_no_faster_than_the_ledger_remembers_their_tokens(client: Client) -> None:
+    """However small batches are, and however many account events come one by one: the check at the start counts so."""
+    begun: dict[str, list[float]] = {}
+
+    async def note(function: Any, *args: Any) -> Any:
+        if args and isinstance(args[0], Batch):
+            begun.setdefault(args[0].chain.topic, []).append(asyncio.get_running_loop().time())
+        return await asyncio.to_thread(function, *args)
+
+    story = Story()
+    for hour in range(4):
+        story.plan("4", at(f"Jan 15 0{hour}:00"))
+    bench = await Bench.open(client, in_writer=note, batch_rows=1, linger_s=0.5)
+    task = bench.start()
+    for number, record in enumerate(rated(story.steps)):
+        bench.deliver([kafka_record(record)], of_account=True)
+        bench.deliver(chunk(number, range(number, number + 1)))
+        await bench.wait(task, lambda number=number: bench.unit.read == (number, number))  # type: ignore[misc]
+    bench.unit.drain()
+    await bench.wait(task, lambda: bench.acknowledged == 8)
+    await bench.kill(task)
+    assert len(begun[CHAINS[0].topic]) == 4
+    assert len(begun) == 2
+    for instants in begun.values():
+        assert all(later - earlier >= INSERT_EVERY_S for earlier, later in pairwise(instants))
 
 
 async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:

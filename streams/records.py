@@ -1,0 +1,64 @@
+"""What one Kafka record is to both topics: its shape, where it belongs, its id as a key, what its headers say. Pure."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from aiokafka.partitioner import murmur2
+
+from schemas.ledger import REDRIVE_HEADER, Reason
+
+
+class Record(Protocol):
+    """What the transport delivers of one Kafka record; ``timestamp`` is the broker's append time, Unix ms."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class Refusal(NamedTuple):
+    """Why one record is a dead letter: ``detail`` names the field or the fact."""
+
+    reason: Reason
+    detail: str
+
+
+def bytes_of(records: Sequence[Record]) -> int:
+    """What Kafka holds of their keys, values and headers, bytes."""
+    plain = sum([len(record.value or b"") + len(record.key or b"") for record in records])
+    return plain + sum([len(name) + len(value or b"") for record in records for name, value in record.headers or ()])
+
+
+def partition_of(workspace_id: str, partitions: int) -> int:
+    """Where Kafka's default partitioner puts a workspace (murmur2 of the key, sign bit cleared)."""
+    return int(murmur2(workspace_id.encode()) & 0x7FFF_FFFF) % partitions
+
+
+def id_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
+    """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.filter_keys.key_of` says it in SQL.
+
+    Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
+    """
+    halves = np.frombuffer(run_ids, ">u8").reshape(-1, 2)
+    keys: npt.NDArray[np.uint64] = (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
+    return keys
+
+
+def redrive_of(headers: Sequence[tuple[str, bytes]]) -> str:
+    """The position of the dead letter that this record is the redrive of; empty for all others."""
+    return next(
+        ((value or b"").decode(errors="replace")[:200] for name, value in headers if name == REDRIVE_HEADER), ""
+    )
+
+
+def headers_text(headers: Sequence[tuple[str, bytes]]) -> str:
+    """Kafka headers as JSON, values as text with escapes, for a dead letter's ``raw_headers``."""
+    if not headers:
+        return ""
+    pairs: list[Any] = [[name, (value or b"").decode(errors="backslashreplace")] for name, value in headers]
+    return msgspec.json.encode(pairs).decode()
