@@ -1,7 +1,7 @@
 """Dead letters sent again: once the catalogue knows the action, a plan list the plan, or the run's time has come.
 
-A redrive is the letter's own bytes under the key of its workspace, with a header that names the letter's position; the
-ledger row that it becomes closes the letter (charge rules: "When is a dead letter closed?").
+A redrive is the letter's own bytes under the key of its workspace, with a header that names the letter; the ledger row
+that it becomes closes it (charge rules: "When is a dead letter closed?").
 """
 
 from collections.abc import Sequence
@@ -60,5 +60,5 @@ def _why_not(letter: ParkedEvent, ours: set[str]) -> str:
 def _record(settings: Settings, letter: ParkedEvent) -> Outgoing:
     """Keyed by what the event itself says: a misrouted one lies under another key."""
     decode = decode_account_event if letter.topic == account_events_topic(settings) else decode_run
-    header = REDRIVE_HEADER, letter.position.encode()
+    header = REDRIVE_HEADER, letter.letter.encode()
     return Outgoing(letter.topic, decode(letter.value).workspace_id, letter.value, [header])

@@ -165,8 +165,11 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParkedEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A dead letter as it is sent again: ``value`` byte for byte. ``closed_by`` as of `DeadLetter`."""
+    """A dead letter as it is sent again: ``value`` byte for byte. ``letter`` is its name in a redrive, topic id and
+    position. ``closed_by`` as of `DeadLetter`.
+    """
 
+    letter: str
     position: str
     topic: str
     reason: str

@@ -1,8 +1,8 @@
 """Dead letters: events that could not be metered, whether they were sent again, and what may be.
 
-A letter is closed by a later row of its topic that says it is its redrive (charge rules: "When is a dead letter
-closed?"). Later, and of its topic: a topic that is made again counts its offsets afresh, and who may write runs closes
-no letter of billing's.
+A letter is closed by a row of its topic that says it is its redrive (charge rules: "When is a dead letter closed?").
+Such a row names it by topic id and position, since a topic that is made again counts its offsets afresh. Of its topic:
+who may write runs closes no letter of billing's.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,17 @@ from schemas.problem import UnknownId
 from sinks.ledger import POSITION, Chain
 
 _LETTERS: Final = f"""
-SELECT letters.*, if(closing.at >= letters.recorded_at, closing.position, '') AS closed_by
-FROM (SELECT *, {POSITION} AS position FROM ledger WHERE kind = 'dead_letter' AND {{condition}}) AS letters
+SELECT letters.*, closing.position AS closed_by
+FROM
+(
+    SELECT *, {POSITION} AS position, concat(topic_id, '/', position) AS letter
+    FROM ledger WHERE kind = 'dead_letter' AND {{condition}}
+) AS letters
 LEFT JOIN
 (
-    SELECT topic, redrive_of, max(recorded_at) AS at, argMax({POSITION}, recorded_at) AS position
+    SELECT topic, redrive_of, argMax({POSITION}, recorded_at) AS position
     FROM ledger WHERE redrive_of != '' AND {{closing}} GROUP BY topic, redrive_of
-) AS closing ON letters.topic = closing.topic AND letters.position = closing.redrive_of
+) AS closing ON letters.topic = closing.topic AND letters.letter = closing.redrive_of
 """
 _RAW: Final[dict[str, str | dict[str, str]]] = {"raw": "bytes", "raw_key": "bytes"}
 
@@ -83,7 +87,7 @@ def _at(client: Client, position: Position) -> dict[str, Any]:
 
 
 def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, bytes, bytes]]:
-    """(position, key, value) of open letters of a chain's topic and partition, of whatever topic id, that are reversals
+    """(letter, key, value) of open letters of a chain's topic and partition, of whatever topic id, that are reversals
     whose run is there by now; the oldest first.
     """
     rows = _letters(
@@ -96,7 +100,7 @@ def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, byte
         {"topic": chain.topic, "partition": chain.partition, "limit": limit},
         closing="topic = {topic:String} AND kind != 'run'",
     )
-    return [(row["position"], _bytes(row["raw_key"]), _bytes(row["raw"])) for row in rows]
+    return [(row["letter"], _bytes(row["raw_key"]), _bytes(row["raw"])) for row in rows]
 
 
 def _shown(row: dict[str, Any]) -> DeadLetter:
@@ -117,6 +121,7 @@ def _shown(row: dict[str, Any]) -> DeadLetter:
 
 def _parked(row: dict[str, Any]) -> ParkedEvent:
     return ParkedEvent(
+        letter=row["letter"],
         position=row["position"],
         topic=row["topic"],
         reason=row["reason"],

@@ -122,12 +122,12 @@ class Loader:
     async def redrive(self, unit: Unit) -> None:
         """Send reversals again that were set aside because their run had not arrived, and now has."""
         chain = unit.event_chain
-        for position, key, value in await self._look_up_aside(dead_letters.redrivable, chain, REDRIVEN_AT_ONCE):
-            if position in unit.redriven:
+        for letter, key, value in await self._look_up_aside(dead_letters.redrivable, chain, REDRIVEN_AT_ONCE):
+            if letter in unit.redriven:
                 continue  # it is on its way, behind a backlog
-            unit.redriven.add(position)
-            self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, position.encode())])
-            log.info("redriven", position=position)
+            unit.redriven.add(letter)
+            self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, letter.encode())])
+            log.info("redriven", letter=letter)
 
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         return await self._patiently(functools.partial(self._ask, question, *args))

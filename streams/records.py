@@ -50,7 +50,7 @@ def id_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
 
 
 def redrive_of(headers: Sequence[tuple[str, bytes]]) -> str:
-    """The position of the dead letter that this record is the redrive of; empty for all others."""
+    """The dead letter that this record is the redrive of, as `ParkedEvent.letter`; empty for all others."""
     return next(
         ((value or b"").decode(errors="replace")[:200] for name, value in headers if name == REDRIVE_HEADER), ""
     )

@@ -150,7 +150,7 @@ class Unit:
         self._draining = self._is_tick_due = self._is_settling = False
         self._closing = threading.Event()
         self.redriven: set[str] = set()
-        """Positions of dead letters that were sent again during this life."""
+        """Dead letters that were sent again during this life."""
         self.looks_back_ms = FOREVER_MS
         """Up to when (Unix ms) it is being found out what time alone has told: accounts are loaded as of then."""
         self.is_seeding = False

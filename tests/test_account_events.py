@@ -327,7 +327,7 @@ async def test_the_ledger_is_asked_for_known_events_only(client: Client) -> None
 
 @ON_CHDB
 async def test_a_reversal_that_waited_for_its_run_is_redriven_and_closed(client: Client) -> None:
-    """Nothing is sent while the run is not there; then once, with the letter's position; then the letter is closed."""
+    """Nothing is sent while the run is not there; then once, with the letter's name; then the letter is closed."""
     when = to_milliseconds(NOW)
     letter = account_record(0, reversal(1), NOW)
     bench = await Bench.open(client)
@@ -350,7 +350,7 @@ async def test_a_reversal_that_waited_for_its_run_is_redriven_and_closed(client:
         "WHERE topic = 'account-events' ORDER BY kafka_offset"
     ).result_rows
     assert [row[:4] for row in rows] == [
-        (0, "dead_letter", "unknown_run", ""), (1, "reversal", "reversed", "account-events[0]@0")
+        (0, "dead_letter", "unknown_run", ""), (1, "reversal", "reversed", "topic-2/account-events[0]@0")
     ]  # fmt: skip
     assert rows[1][4] == -1
 

@@ -51,7 +51,10 @@ def test_a_letter_is_closed_by_its_redrive(client: Client) -> None:
     write(
         client,
         runs,
-        [priced(2, AUGUST_MS + 2, "cell-runs[0]@1", run=2), unpriced(3, 1, AUGUST_MS + 3, "cell-runs[0]@0")],
+        [
+            priced(2, AUGUST_MS + 2, "topic-1/cell-runs[0]@1", run=2),
+            unpriced(3, 1, AUGUST_MS + 3, "topic-1/cell-runs[0]@0"),
+        ],
     )
     assert is_open(client) == ["cell-runs[0]@3"]
     assert {letter.position: letter.closed_by for letter in dead_letters(client, "", 100)} == {
@@ -63,21 +66,29 @@ def test_a_letter_is_closed_by_its_redrive(client: Client) -> None:
         parked_event(client, Position("cell-runs", 0, 2))
 
 
-def test_a_redrive_closes_no_letter_of_a_topic_that_was_made_after_it(client: Client) -> None:
-    """Its offsets begin afresh, so its letters have positions that were closed before."""
+def test_a_redrive_closes_no_letter_at_the_same_place_of_another_topic_of_that_name(client: Client) -> None:
+    """A topic that is made again counts its offsets afresh: two letters have one position, each closed by its own."""
     runs = Road(chain=RUNS)
-    write(client, runs, [unpriced(0), priced(1, AUGUST_MS + 1, "cell-runs[0]@0")])
+    write(client, runs, [unpriced(0), priced(1, AUGUST_MS + 1, "topic-1/cell-runs[0]@0")])
     write(client, Road(chain=RUNS_AGAIN), [unpriced(0, run=2, at_ms=AUGUST_MS + 2)])
     assert is_open(client) == ["cell-runs[0]@0"]
     (letter,) = parked_events(client, [Reason.UNKNOWN_ACTION], 100)
     assert str(run_id(2)).encode() in letter.value
+
+    write(client, runs, [unpriced(2, run=3, at_ms=AUGUST_MS + 3)])
+    write(client, Road(chain=RUNS_AGAIN), [unpriced(2, run=4, at_ms=AUGUST_MS + 4)])
+    write(client, runs, [priced(3, AUGUST_MS + 5, "topic-1/cell-runs[0]@2", run=3)])
+    assert is_open(client) == ["cell-runs[0]@0", "cell-runs[0]@2"]
+    assert [letter.letter for letter in parked_events(client, [Reason.UNKNOWN_ACTION], 100)] == [
+        "topic-3/cell-runs[0]@0", "topic-3/cell-runs[0]@2",
+    ]  # fmt: skip
 
 
 def test_who_writes_runs_closes_no_letter_of_billings(client: Client) -> None:
     """The header is the sender's word: it counts within its own topic."""
     runs = Road(chain=RUNS)
     write(client, Road(chain=EVENTS), [unpriced(0)])
-    write(client, runs, [priced(0, AUGUST_MS + 1, "account-events[0]@0")])
+    write(client, runs, [priced(0, AUGUST_MS + 1, "topic-2/account-events[0]@0")])
     assert is_open(client) == ["account-events[0]@0"]
 
 
@@ -102,5 +113,5 @@ def test_a_reversal_of_an_earlier_topic_is_sent_again_too(client: Client) -> Non
         "run_id, raw, raw_key, batch_month, mark_read_at) SELECT 'account-events', 'an earlier one', 0, 0, now64(3), "
         "'dead_letter', 'unknown_run', workspace_id, run_id, 'bytes', 'ws_1', batch_month, now64(3) FROM ledger"
     )
-    assert redrivable(client, EVENTS, 10) == [("account-events[0]@0", b"ws_1", b"bytes")]
+    assert redrivable(client, EVENTS, 10) == [("an earlier one/account-events[0]@0", b"ws_1", b"bytes")]
     assert redrivable(client, Chain("account-events", "topic-2", 1), 10) == []

@@ -37,8 +37,8 @@ async def test_a_parked_run_is_redriven_a_month_later(client: Client, tmp_path: 
     first.deliver([Record(0, value, timestamp=to_milliseconds(ran + SECOND))])
     await first.until(lambda: first.acknowledged == 2)
     second = await Bench.open(client, rating=catalogues[1], committed=first.committed)
-    position = f"{second.chains[0]}@0"
-    again = Record(1, value, timestamp=to_milliseconds(redriven), headers=[(REDRIVE_HEADER, position.encode())])
+    letter = f"{second.chains[0].topic_id}/{second.chains[0]}@0"
+    again = Record(1, value, timestamp=to_milliseconds(redriven), headers=[(REDRIVE_HEADER, letter.encode())])
     second.deliver([again])
     await second.until(lambda: second.acknowledged == 1)
 
@@ -48,7 +48,7 @@ async def test_a_parked_run_is_redriven_a_month_later(client: Client, tmp_path: 
     ).result_rows
     assert rows == [
         ("dead_letter", "unknown_action", Decimal(0), (ran + timedelta(seconds=1)).date(), ""),
-        ("run", "charged", Decimal(3), date(2026, 1, 20), position),
+        ("run", "charged", Decimal(3), date(2026, 1, 20), letter),
     ]
     assert client.query("SELECT count() FROM late_runs WHERE action = 'new_vendor'").result_rows == [(1,)]
     assert second.alerts == [], "a closed period never alerts"
