@@ -325,6 +325,21 @@ async def test_the_ledger_is_asked_for_known_events_only(client: Client) -> None
     assert bench.kinds() == {"plan": 3, "duplicate": 1}
 
 
+async def test_runs_are_reversed_by_the_thousand(client: Client) -> None:
+    """As after an outage of a vendor: one chunk, each run once, whatever else it says; what is unknown is set aside."""
+    when, many = to_milliseconds(NOW), 3_000
+    runs = [Record(n, event(run=n, ran_ms=when), timestamp=when) for n in range(many)]
+    twice = [account_record(n, reversal(n, run=n % many), NOW) for n in range(2 * many)]
+    unknown = [account_record(2 * many + n, reversal(2 * many + n, run=many + n), NOW) for n in range(2)]
+    bench = await Bench.open(client, batch_rows=10_000)
+    await take(bench, (False, runs), (True, twice + unknown))
+    assert bench.kinds() == {"run": many, "reversal": many, "duplicate": many, "dead_letter": 2}
+    assert bench.unit.balances["ws_1"].enrichment.used == 0
+    assert client.query("SELECT sum(credits), uniqExact(run_id) FROM ledger WHERE kind = 'reversal'").result_rows == [
+        (-many, many)
+    ]
+
+
 @ON_CHDB
 async def test_a_reversal_that_waited_for_its_run_is_redriven_and_closed(client: Client) -> None:
     """Nothing is sent while the run is not there; then once, with the letter's name; then the letter is closed."""

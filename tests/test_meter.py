@@ -202,3 +202,14 @@ async def test_f7_a_log_is_not_behind_a_mark_that_moves_meanwhile(client: Client
         for mark, chain, log in zip(place.marks, place.chains, place.logs, strict=True)
     )
     meter.units.clear()
+
+
+@ON_CHDB
+async def test_who_has_an_incident_is_not_asked_for_plans(client: Client, tmp_path: Path) -> None:
+    """What its unit has folded may never get into the ledger: periods are looked up there."""
+    bench = await settled(client)
+    meter = meter_of(bench, tmp_path)
+    assert [change.allowance for change in meter.plans_of("ws_1") or ()] == [10_000]
+    assert meter.plans_of("ws_2") is None
+    bench.unit.incident = Problem("the chain has a hole", "an offset has no row", "Look.")
+    assert meter.plans_of("ws_1") is None
