@@ -40,6 +40,9 @@ from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, c
 
 NUMBERS: Final = itertools.count(1)
 JOIN_S_MAX: Final = 60.0
+ANSWER_S_MAX: Final = 15.0
+"""For another's stale states to be heard and answered, on a busy machine."""
+WAKES_MAX: Final = 3
 REDRIVEN_S_MAX: Final = 120.0
 OVER_HTTP: Final = pytest.mark.parametrize("database_url", ["http"], indirect=True)
 BACKLOG: Final = 14_000
@@ -247,21 +250,13 @@ def test_f18_a_paused_owner_that_wakes_leaves_no_stale_state(
     ):
         paused.create_topic()
         paused.bill(traffic.first_plans())
-        paused.start()
         other.start()
-        for worker in (paused, other):
-            worker.wait_until(lambda status: len(status.units) == 2, "sharing", JOIN_S_MAX)
-        paused.produce(traffic.cell_runs(2000))
-        paused.wait_until_told()
-        feed_until_stopped(paused, traffic)
-
-        other.wait_until(lambda status: len(status.units) == 4, "the only owner", JOIN_S_MAX)
-        other.bill(traffic.account_events(40))
-        other.produce(traffic.cell_runs(2000))
-        other.wait_until_told()
-        paused.signal(signal.SIGCONT)
-        assert paused.wait() == EXIT_RESTART
-        wait_for_log(other, "stale_states_answered")
+        for _ in range(WAKES_MAX):
+            pause_and_wake(paused, other, traffic)
+            if has_logged(other, "stale_states_answered"):
+                break
+        else:
+            pytest.fail("the woken owner never said anything stale")
 
         other.produce(traffic.cell_runs(500))
         other.wait_until_told()
@@ -269,6 +264,25 @@ def test_f18_a_paused_owner_that_wakes_leaves_no_stale_state(
         assert other.stop() == 0
 
     assert_told(other, Reference(client.query(ROWS).result_rows))
+
+
+def pause_and_wake(paused: WorkerProcess, other: WorkerProcess, traffic: Traffic) -> None:
+    """One takes half of the partitions and stands still until the other has them; when it wakes it ends. It may end
+    before it has told what it knew.
+    """
+    paused.start()
+    for worker in (paused, other):
+        worker.wait_until(lambda status: len(status.units) == 2, "sharing", JOIN_S_MAX)
+    paused.produce(traffic.cell_runs(2000))
+    paused.wait_until_told()
+    feed_until_stopped(paused, traffic)
+
+    other.wait_until(lambda status: len(status.units) == 4, "the only owner", JOIN_S_MAX)
+    other.bill(traffic.account_events(40))
+    other.produce(traffic.cell_runs(2000))
+    other.wait_until_told()
+    paused.signal(signal.SIGCONT)
+    assert paused.wait() == EXIT_RESTART
 
 
 def feed_until_stopped(worker: WorkerProcess, traffic: Traffic) -> None:
@@ -279,12 +293,14 @@ def feed_until_stopped(worker: WorkerProcess, traffic: Traffic) -> None:
     worker.signal(signal.SIGSTOP)
 
 
-def wait_for_log(worker: WorkerProcess, event: str) -> None:
-    """Until the log says so."""
-    deadline = time.monotonic() + WAIT_S_MAX
+def has_logged(worker: WorkerProcess, event: str) -> bool:
+    """Whether the log says so, now or soon."""
+    deadline = time.monotonic() + ANSWER_S_MAX
     while not worker.log_events(event):
-        assert time.monotonic() < deadline, f"no {event} in the log"
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
+    return True
 
 
 @OVER_HTTP
