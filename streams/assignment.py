@@ -113,7 +113,9 @@ class Loader:
             raise Unreachable(f"{unit.chain} is not recovered", f"after {RECOVERY_S_MAX} s", "See the log.") from error
         # Of topics that were made anew nothing has been told either.
         is_seeded = start.is_seeded or not marks[0].rows + marks[1].rows
-        unit.is_seeding = is_seeded and bool(await self._look_up(*self._workspaces_of(unit, 1, accounts.EPOCH)))
+        unit.settling.is_seeding = is_seeded and bool(
+            await self._look_up(*self._workspaces_of(unit, 1, accounts.EPOCH))
+        )
         unit.looks_back_ms = balances.now_ms or FOREVER_MS
         self._background(self._look_back(unit, balances.now_ms))
         self._background(self._load_events(filters.events, chains[1]))
@@ -211,7 +213,7 @@ class Loader:
         for part in recovery.in_parts(names):
             told = await self._told_by_time(part, from_ms, started_ms)
             unit.chores.append(_telling(part, told))
-        if unit.is_seeding:
+        if unit.settling.is_seeding:
             seeded = await self._look_up_aside(*self._workspaces_of(unit, SEEDED_MAX, accounts.EPOCH))
             unit.chores += [_seeding(part) for part in recovery.in_parts(seeded)]
         unit.chores.append(_looked_back)
@@ -235,7 +237,7 @@ class Loader:
 
 async def _looked_back(unit: Unit) -> None:
     unit.looks_back_ms = FOREVER_MS
-    unit.is_seeding = False
+    unit.settling.is_seeding = False
 
 
 def _telling(names: Sequence[str], told: Sequence[tuple[Notice, Source | None]]) -> Callable[[Unit], Awaitable[None]]:

@@ -198,8 +198,8 @@ class Meter:
                 for chain, mark, found in zip(place.chains, place.marks, place.logs, strict=True)
             }
             resume |= begin
-            if unit.is_seeding:
-                unit.commit_begin = functools.partial(self.commit, begin)
+            if unit.settling.is_seeding:
+                unit.settling.commit_begin = functools.partial(self.commit, begin)
             elif not unit.incident:
                 commit |= begin
         self._follow(states_from)

@@ -9,7 +9,7 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 5. rows into the open batch
 6. insert, when the batch is full or has lingered (`sinks.ledger`, protocol P1)
 7. read the mark back
-8. states whose ``used`` moved are handed over, too; the producer is flushed
+8. states whose ``used`` moved are handed over, too; the producer is flushed (`streams.settling`)
 9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
 Account events go the same way, an insert of their own behind the runs that were folded before them: they are rated
@@ -26,8 +26,7 @@ import asyncio
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from operator import le
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -56,11 +55,10 @@ from streams.rows import (
     rate_take,
     source_of,
 )  # fmt: skip
+from streams.settling import Settling, Written
 from streams.voice import Voice
 
 TAKE_ROWS_MAX: Final = 10_000
-STATES_EVERY_S: Final = 1.0
-"""States whose ``used`` moved are told once in this time; a chunk is acknowledged once they rest on it."""
 TICK_S: Final = 0.25
 """How often a unit looks at the clock."""
 NOT_AT_END: Final = (0, 0)
@@ -107,13 +105,6 @@ class Filters(msgspec.Struct, frozen=True):
         return self.runs.is_complete and self.events.is_complete
 
 
-class Written(NamedTuple):
-    """Chunks whose rows are in the ledger, and the last offsets of both chains that were folded with them."""
-
-    folded: tuple[int, int]
-    events: list[Event]
-
-
 class Unit:
     """One assigned partition, from its first chunk to the last mark."""
 
@@ -142,21 +133,13 @@ class Unit:
         self._inbox = Inbox(self._sealed.full)
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
-        self._written: list[Written] = []
-        self._is_to_settle = asyncio.Event()
-        self._told_at = 0.0
-        self._told = self.folded
-        """Up to which offsets the states on the topic are complete, once they are flushed."""
-        self._draining = self._is_tick_due = self._is_settling = False
+        self.settling: Final = Settling(balances, voice, lambda: self.folded)
+        self._draining = self._is_tick_due = False
         self._closing = threading.Event()
         self.redriven: set[str] = set()
         """Dead letters that were sent again during this life."""
         self.looks_back_ms = FOREVER_MS
         """Up to when (Unix ms) it is being found out what time alone has told: accounts are loaded as of then."""
-        self.is_seeding = False
-        """Whether the states of all workspaces are being told. A commit would say that they were, so none comes yet."""
-        self.commit_begin: Callable[[], Any] | None = None
-        """Awaited once they are, before anything is acknowledged: commits where its group begins."""
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0
@@ -192,6 +175,7 @@ class Unit:
     def drain(self) -> None:
         """Write what is there at once: the worker stops, or the partition moves."""
         self._draining = True
+        self.settling.hurry()
         self._inbox.nudge()
 
     async def run(self) -> None:
@@ -200,7 +184,7 @@ class Unit:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._meter())
                 tasks.create_task(self._write())
-                tasks.create_task(self._settle())
+                tasks.create_task(self.settling.run())
                 tasks.create_task(self._tick())
         except* Incident as group:
             incident = group.exceptions[0]
@@ -389,15 +373,13 @@ class Unit:
                 await self._write_runs(batch)
             if batch.followed_by:  # in the order of the fold: a replay folds in the ledger's order
                 await self._write_account_events(batch.followed_by)
-            self._written.append(Written((self.mark.last, self.event_mark.last), batch.events))
-            if self._is_time_to_settle(batch):
-                self._is_to_settle.set()
+            self._settle(batch)
             self._sealed.task_done()
             await asyncio.sleep(next_at - clock())
 
-    def _is_time_to_settle(self, batch: OpenBatch) -> bool:
-        at_once = batch.followed_by or batch.is_full(self._lanes.batching) or self._draining
-        return bool(at_once) or self._are_states_due
+    def _settle(self, batch: OpenBatch) -> None:
+        at_once = bool(batch.followed_by) or batch.is_full(self._lanes.batching) or self._draining
+        self.settling.add(Written((self.mark.last, self.event_mark.last), batch.events), at_once=at_once)
 
     async def _write_runs(self, batch: OpenBatch) -> None:
         self.mark = await self._append(batch.close(self.chain), self.mark)
@@ -422,58 +404,15 @@ class Unit:
         if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
             log.warning("dead_letters", chain=str(chain), mark=self.folded, **letters)
 
-    async def _settle(self) -> None:
-        """Steps 8 and 9, for every chunk whose rows are in the ledger. Neither the sequence nor the writer waits for
-        it: what it has not acknowledged counts as in flight, which is bounded.
-        """
-        while True:
-            await self._is_to_settle.wait()
-            self._is_to_settle.clear()
-            if self._draining or self._is_time_to_tell():
-                self._tell_moved()
-            told, is_seeding = self._told, self.is_seeding
-            self._is_settling = True
-            await self.voice.flush()
-            self._is_settling = False
-            if not is_seeding:
-                await self._acknowledge(told)
-
-    async def _acknowledge(self, told: tuple[int, int]) -> None:
-        """What is in the ledger and was folded before the states were told."""
-        if self.commit_begin:
-            await self.commit_begin()
-            self.commit_begin = None
-        while self._written and all(map(le, self._written[0].folded, told)):
-            for event in self._written.pop(0).events:
-                await event.acknowledge()
-
-    @property
-    def _are_states_due(self) -> bool:
-        return asyncio.get_running_loop().time() - self._told_at >= STATES_EVERY_S
-
-    def _is_time_to_tell(self) -> bool:
-        """A workspace's ``used`` is told once a second, however fast batches go."""
-        return not self.balances.moved or self._are_states_due
-
-    def _tell_moved(self) -> None:
-        self._told_at = asyncio.get_running_loop().time()
-        self.voice.tell_moved(self.balances, self.folded)
-        self._told = self.folded
-
     async def _tick(self) -> None:
-        """The clock's part: what waits for time alone, states that moved, and chunks that wait for them."""
+        """The clock's part: what waits for time alone, and what settling leaves to it."""
         while True:
             await asyncio.sleep(TICK_S)
             self.voice.refresh()
             if not self._is_tick_due:
                 self._is_tick_due = True
                 self._inbox.nudge()
-            waits = self._written or self.balances.moved or self.voice.has_unflushed or self.commit_begin
-            if waits and self._are_states_due:
-                if self._is_settling:
-                    self._tell_moved()  # states do not wait for a database that does not take alerts
-                else:
-                    self._is_to_settle.set()
+            self.settling.tick()
 
     async def _do_a_chore(self) -> None:
         self._chores_due -= 1

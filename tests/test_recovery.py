@@ -158,9 +158,9 @@ async def test_states_are_told_when_all_topics_were_made_again(client: Client) -
     chains = Chain(CELL_RUNS, "topic-3", 0), Chain(ACCOUNT_EVENTS, "topic-4", 0)
     asked = asyncio.Event()
     killed = await Bench.open(client, chains=chains, on_look_aside=asked.wait)
-    assert killed.unit.is_seeding, "a commit would say that they were told, and after a crash nobody would be"
+    assert killed.unit.settling.is_seeding, "a commit would say that they were told, and after a crash nobody would be"
     bench = await live(client, (None, None), chains=chains)
-    assert not bench.unit.is_seeding
+    assert not bench.unit.settling.is_seeding
     assert str(bench.states[b"enrichment/ws_1"].state) == "exhausted"
     assert all(alert.seeded for alert in bench.alerts)
 

@@ -11,7 +11,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import Batch, ForeignMark, Incident
-from streams import unit as unit_module
+from streams import settling
 from streams.batches import INSERT_EVERY_S
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
@@ -122,7 +122,7 @@ async def test_used_is_told_once_a_second_however_fast_batches_go(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk is acknowledged once the states rest on it, so the commit never passes what has been told."""
-    monkeypatch.setattr(unit_module, "STATES_EVERY_S", 2 * SOON_S)
+    monkeypatch.setattr(settling, "STATES_EVERY_S", 2 * SOON_S)
     bench = await Bench.open(client)
     task = bench.start()
     await bench.wait(task, lambda: not bench.unit.chores)
