@@ -56,6 +56,8 @@ class CellRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     actor: Annotated[Label | None, Meta(description="who started it, where somebody did")] = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ran_at, datetime):
+            raise TypeError(f"`ran_at` is no datetime but {self.ran_at!r}: write datetime.now(UTC), say")
         if self.ran_at.utcoffset() is None:
             raise ValueError("`ran_at` has no offset from UTC: write datetime.now(UTC), say")
         if self.ran_at < EARLIEST_RAN_AT:

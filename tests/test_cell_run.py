@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import time as dt_time
 from typing import Any, Final
 from uuid import UUID
 
@@ -128,6 +129,15 @@ def test_a_run_without_an_offset_is_refused_where_it_is_made() -> None:
     known = decoded(ran_at="2026-11-22T11:59:58Z")
     with pytest.raises(ValueError, match="`ran_at` has no offset from UTC"):
         msgspec.structs.replace(known, ran_at=known.ran_at.replace(tzinfo=None))
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, None, "2026-11-22T11:59:58Z", date(2026, 11, 22), dt_time(11, tzinfo=UTC)], ids=repr
+)
+def test_a_run_whose_time_is_none_is_refused_where_it_is_made(wrong: object) -> None:
+    """In a sentence that names the field, what it got and what to write."""
+    with pytest.raises(TypeError, match=r"`ran_at` is no datetime but .*: write datetime\.now\(UTC\), say"):
+        msgspec.structs.replace(decoded(), ran_at=wrong)
 
 
 @pytest.mark.parametrize("text", ["2019-12-31T23:59:59.999Z", "2020-01-01T00:59:59+01:00", "0001-01-01T00:00:00+14:00"])

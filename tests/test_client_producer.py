@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from enum import StrEnum
 from functools import reduce
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -120,7 +122,13 @@ def test_threads_may_share_it(settings: Settings) -> None:
         ({"outcome": "maybe"}, "field `outcome`: Invalid enum value 'maybe'"),
         ({"run_id": "no-uuid"}, "field `run_id`: Invalid UUID"),
         ({"actor": "\ud800"}, "surrogates not allowed"),
-        ({"row_id": reduce(lambda inner, _: [inner], range(10_000), [])}, "maximum recursion depth exceeded"),
+        (
+            {"row_id": reduce(lambda inner, _: [inner], range(10_000), [])},
+            "field `row_id`: Expected `str`, got `array`",
+        ),
+        ({"row_id": object()}, "field `row_id`: Expected `str`, got `object`"),
+        ({"row_id": b"row_1"}, "field `row_id`: Expected `str`, got `bytes`"),
+        ({"workspace_id": UUID(int=1)}, "field `workspace_id`: Expected `str`, got `uuid`"),
     ],
 )
 def test_a_run_that_would_be_a_dead_letter_is_refused_at_once(
@@ -131,6 +139,23 @@ def test_a_run_that_would_be_a_dead_letter_is_refused_at_once(
         with pytest.raises(InvalidRun, match=message):
             producer.record(a_run(1, **fields))
         assert (producer.counts().refused, producer.counts().accepted) == (1, 0)
+
+
+def test_what_is_no_run_is_refused_too(settings: Settings) -> None:
+    """Also where it would look like one in Kafka: an author who hands over a dict learns it in a sentence."""
+    with CellRunProducer(settings) as producer:
+        with pytest.raises(InvalidRun, match=r"it is no CellRun but \{'run_id'"):
+            producer.record(msgspec.to_builtins(a_run(1)))
+        assert (producer.counts().refused, producer.counts().accepted) == (1, 0)
+
+
+def test_names_that_are_members_of_an_enum_are_text(settings: Settings) -> None:
+    """An author may keep actions and workspaces in a StrEnum."""
+    name = StrEnum("Names", {"WS": "ws_1"})
+    with CellRunProducer(settings) as producer:
+        producer.record(a_run(1, name["WS"], action=name["WS"]))
+        assert producer.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": [1]}
 
 
 def test_no_valid_run_is_too_large() -> None:

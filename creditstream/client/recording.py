@@ -50,10 +50,14 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 def valid_value(run: CellRun) -> bytes:
     """The run as its Kafka value. InvalidRun, naming the field, for what the meter would not accept.
 
-    The meter's own decoder decides. No run that it accepts is too large (`MAX_EVENT_BYTES`). Whether one is too old or
+    The meter's own decoder decides, and before it the types: JSON makes a text of bytes or a UUID, too, which would be
+    another one than the Kafka key. No run that it accepts is too large (`MAX_EVENT_BYTES`). Whether one is too old or
     lies in the future is for the broker's clock to say.
     """
     try:
+        if not isinstance(run, CellRun):
+            raise TypeError(f"it is no CellRun but {run!r:.80}")
+        msgspec.convert(msgspec.structs.asdict(run), CellRun)
         value = encode_run(run)
         decode_run(value)
     except (TypeError, ValueError, RecursionError) as error:
