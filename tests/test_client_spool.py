@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from creditstream import home
 from creditstream.client import spool as spools
 from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
 from schemas.codec import encode_run
@@ -489,6 +490,86 @@ def test_the_spool_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     dead.close()
     assert [adopt(heir) for heir in heirs] == [1, 0]
     assert numbers(heirs[0].read(10)) == values(2)
+
+
+@pytest.mark.parametrize("moment", ["holds", "has_left", "leaves_before_the_lock"])
+def test_an_heir_that_is_quicker_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Whenever an heir finds a directory that its maker has not locked yet: the run is taken all the same, and nobody
+    adopts what lives.
+    """
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    where, name = (home, "_try_lock") if moment == "leaves_before_the_lock" else (spools, "lock_file")
+    plain = getattr(where, name)
+
+    def comes_late(*args: object) -> object:
+        monkeypatch.setattr(where, name, plain)  # once
+        found = heir.find_orphans()
+        if moment != "holds":
+            heir.adopt(found)
+        return plain(*args)
+
+    monkeypatch.setattr(where, name, comes_late)
+    spool, another = Spool(tmp_path, CELL_RUNS, BYTES_MAX), Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    spool.append(values(1)[0])
+    assert getattr(where, name) is plain
+    assert (adopt(another), adopt(heir)) == (0, 0)
+    assert numbers(spool.read(10)) == values(1)
+
+
+KILLED_AT_EACH_STEP = """
+import os, signal, sys
+from pathlib import Path
+from creditstream.client.spool import Spool
+from schemas.codec import decode_run, encode_run
+from tests.client_kafka import a_run
+root = Path(sys.argv[1])
+
+def record(number):
+    spool = Spool(root, "cell-runs", 10**9)
+    spool.append(encode_run(a_run(number)))
+    return spool
+
+def die_at(step):
+    events = iter(range(1, step))
+    def die(*_):
+        if next(events, None) is None:
+            signal.raise_signal(signal.SIGKILL)  # of which no hook is told
+    one = record(1)
+    sys.addaudithook(die)
+    two = record(2)
+    os._exit(0)
+
+for step in range(1, 100):
+    child = os.fork()
+    if not child:
+        die_at(step)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    heir = Spool(root, "cell-runs", 10**9)
+    heir.adopt(heir.find_orphans())
+    found = []
+    while entries := heir.read(10):
+        found += [decode_run(entry.value).run_id.int % 2**64 for entry in entries]
+        for entry in entries:
+            heir.acknowledge(entry)
+    heir.close()
+    print(ended, *found, *os.listdir(root), sep=",")
+    if ended == 0:
+        break
+"""
+
+
+def test_wherever_a_process_is_killed_the_next_one_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Killed at any call while it makes a directory or a segment: what it had recorded is adopted, and no draft stays
+    on disk for ever.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EACH_STEP, str(tmp_path)], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.stderr == ""
+    *killed, whole = done.stdout.splitlines()
+    assert len(killed) > 5
+    assert set(killed) == {"-9,1"}
+    assert whole == "0,1,2"
 
 
 def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,7 @@ class Spool:
             if not directory.is_dir() or not self._may_adopt(directory.name):
                 continue
             try:
-                lock = lock_file(directory / "lock", 0)
+                lock = _lock(directory)
             except OSError:
                 continue  # another user's
             if lock is not None:
@@ -426,19 +426,35 @@ _NAME: Final = re.compile(r"[0-9]{20}-[0-9]+-(?P<topic>.+)")
 
 
 def _new_directory(root: Path, topic: str) -> _Directory:
-    """A directory that is locked before it has the name under which others look for it."""
-    name = f"{time.time_ns():020d}-{os.getpid()}-{topic}"
-    draft = root / f".{name}"
-    try:
-        lock = lock_file(draft / "lock", 0)
-    except OSError:  # a full disk, or no descriptor left
-        with suppress(OSError):
-            (draft / "lock").unlink(missing_ok=True)
-            draft.rmdir()
-        raise
-    assert lock is not None, "nobody else knows this name"
-    draft.rename(root / name)
-    return _Directory(root / name, lock)
+    """A directory of its own, locked. An heir that finds it before that takes it for a dead process's: then another."""
+    while True:
+        path = root / f"{time.time_ns():020d}-{os.getpid()}-{topic}"
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(path)
+        except FileNotFoundError:
+            continue
+        except OSError:  # a full disk, or no descriptor left
+            with suppress(OSError):
+                (path / "lock").unlink(missing_ok=True)
+                path.rmdir()
+            raise
+        if lock is not None:
+            return _Directory(path, lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """The lock of a directory; None while another process has it, or when that one has removed it in the meantime: who
+    waited for a file that is gone has locked nothing.
+    """
+    path = directory / "lock"
+    lock = lock_file(path, 0)
+    if lock is not None:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        os.close(lock)
+    return None
 
 
 def _leave(directory: _Directory) -> None:
