@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from schemas.problem import Problem
-from streams.settings import Settings, variable
+from streams.settings import Settings, read_settings, variable
 
 HOLD_WAIT_S = 1.0
 """How long `Home.hold` tries: longer than any `Home.worker` needs the lock to see who has it."""
@@ -116,6 +116,20 @@ class Home(msgspec.Struct, frozen=True):
         if not self.worker():
             holder, fix = f"{holder}: a worker that starts, or another command", "Try again in a few seconds"
         return Problem(f"the home {self.path} is in use", holder, f"{fix}, or choose another directory with --home.")
+
+
+def settings_of(home: str | Path | None = None) -> Settings:
+    """The settings on this home; Kafka is that of `whose_kafka`. Problem when a variable is out of its bounds."""
+    place = Home.at(home)
+    owner = whose_kafka(place)
+    return read_settings(home=str(place.path), kafka_bootstrap=owner.kafka_bootstrap if owner else None)
+
+
+def whose_kafka(place: Home) -> Endpoints | None:
+    """The process in the home (``creditstream worker`` or ``demo``) whose Kafka is meant, for commands and for clients:
+    none when CREDITSTREAM_KAFKA_BOOTSTRAP names one, which wins.
+    """
+    return None if variable("kafka_bootstrap") in os.environ else place.worker()
 
 
 def take_lock(path: Path, wait_s: float) -> int | None:

@@ -12,9 +12,8 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from creditstream.client import Because, Gate
-from creditstream.client.place import found_settings
 from creditstream.client.states import StateMirror
-from creditstream.home import Endpoints, Home
+from creditstream.home import Endpoints, Home, settings_of
 from schemas.ledger import Pool
 from schemas.limits import state_key
 from schemas.problem import Problem, Unreachable
@@ -254,13 +253,13 @@ def test_kafka_is_found_by_environment_or_home(tmp_path: Path, monkeypatch: pyte
     for name in ("CREDITSTREAM_KAFKA_BOOTSTRAP", "CREDITSTREAM_TOPIC_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CREDITSTREAM_HOME", str(tmp_path))
-    assert found_settings().kafka_bootstrap == "127.0.0.1:9092"
+    assert settings_of().kafka_bootstrap == "127.0.0.1:9092"
     home = Home.at(None)
     with home.hold():
         import os
 
         home.publish(Endpoints("127.0.0.1:5", "http://127.0.0.1:6", os.getpid()))
-        assert found_settings().kafka_bootstrap == "127.0.0.1:5"
+        assert settings_of().kafka_bootstrap == "127.0.0.1:5"
         monkeypatch.setenv("CREDITSTREAM_KAFKA_BOOTSTRAP", "kafka:9")
-        assert found_settings().kafka_bootstrap == "kafka:9"
-    assert found_settings().topic_prefix + CELL_RUNS == "cell-runs"
+        assert settings_of().kafka_bootstrap == "kafka:9"
+    assert settings_of().topic_prefix + CELL_RUNS == "cell-runs"

@@ -17,12 +17,12 @@ from creditstream.cli.options import (
     format_option,
     kafka_settings_of,
     record_format_option,
-    settings_of,
     show_record,
     show_rows,
     source_options,
 )
 from creditstream.cli.terminal import say
+from creditstream.home import settings_of
 from schemas.account import AccountEvent
 from schemas.answers import PlanRow
 from schemas.problem import UnknownId

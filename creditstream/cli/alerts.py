@@ -17,12 +17,12 @@ from creditstream.cli.options import (
     format_option,
     home_option,
     kafka_settings_of,
-    settings_of,
     show_rows,
     source_options,
     utc,
 )
 from creditstream.cli.terminal import say
+from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, PublishedAlert
 from schemas.cell_run import from_milliseconds
 from schemas.limits import AlertKind

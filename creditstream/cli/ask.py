@@ -11,13 +11,13 @@ from creditstream.cli.options import (
     format_option,
     grouped,
     record_format_option,
-    settings_of,
     show_record,
     show_rows,
     source_options,
     utc,
 )
 from creditstream.cli.terminal import say
+from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, By, Explanation, RunRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS

@@ -8,13 +8,13 @@ from creditstream.cli.options import (
     home_option,
     kafka_settings_of,
     record_format_option,
-    settings_of,
     show_record,
     show_rows,
     source_options,
     utc,
 )
 from creditstream.cli.terminal import say
+from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, DeadLetter
 from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Position, Reason
 

@@ -8,14 +8,12 @@ from creditstream.cli.options import (
     format_option,
     home_option,
     kafka_settings_of,
-    settings_of,
     show_record,
     show_rows,
     source_options,
-    whose_kafka,
 )
 from creditstream.cli.terminal import say
-from creditstream.home import Home
+from creditstream.home import Home, settings_of, whose_kafka
 from schemas.problem import Difference
 from streams.settings import Origin, origins, read_settings, unknown_variables, variable
 

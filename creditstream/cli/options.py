@@ -13,11 +13,11 @@ import orjson
 import rich_click as click
 
 from creditstream.cli.terminal import printable, say, write
-from creditstream.home import Endpoints, Home
+from creditstream.home import Home, settings_of
 from schemas import account
 from schemas.credits import group_credits, parse_credits
 from schemas.problem import Unreachable
-from streams.settings import Settings, read_settings, variable
+from streams.settings import Settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,18 +56,6 @@ def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
     return click.option(
         "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="How to print it."
     )
-
-
-def settings_of(home: str | None = None) -> Settings:
-    """The settings on this home; Kafka is that of `whose_kafka`."""
-    place = Home.at(home)
-    owner = whose_kafka(place)
-    return read_settings(home=str(place.path), kafka_bootstrap=owner.kafka_bootstrap if owner else None)
-
-
-def whose_kafka(place: Home) -> Endpoints | None:
-    """The process in the home whose Kafka is meant: none when the variable names one, which wins, as for a client."""
-    return None if variable("kafka_bootstrap") in os.environ else place.worker()
 
 
 def kafka_settings_of(home: str | None = None) -> Settings:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import rich_click as click
 
-from creditstream.cli.options import format_option, record_format_option, settings_of, show_record, show_rows
+from creditstream.cli.options import format_option, record_format_option, show_record, show_rows
 from creditstream.cli.terminal import say
 from creditstream.clock import now_ms
+from creditstream.home import settings_of
 from schemas.answers import Price
 from schemas.catalogue import Catalogue, read_version
 from schemas.prices import price_of, prices

@@ -20,9 +20,10 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
 from creditstream.client.forking import abandon, survive_forks
-from creditstream.client.place import KafkaOptions, connection, found_settings, partitions
+from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.states import StateMirror
 from creditstream.client.trouble import Trouble
+from creditstream.home import settings_of
 from schemas.catalogue import Catalogue
 from schemas.problem import Unreachable
 from streams.settings import Settings
@@ -62,7 +63,7 @@ class Gate(GateRules):
 
     ``on_unknown`` ("allow" or "deny") decides for a workspace without a plan or without a state, ``on_stale`` while
     the gate is not up to date: before it is ready, and ``stale_after_s`` after it last was. Without ``settings`` Kafka
-    is looked for (`found_settings`); without a ``catalogue`` the settings' one is loaded. Problem when that fails.
+    is looked for (`settings_of`); without a ``catalogue`` the settings' one is loaded. Problem when that fails.
 
     A forked child answers ``stale`` until its own follower, started by the first such answer, has caught up.
     """
@@ -78,7 +79,7 @@ class Gate(GateRules):
         kafka: KafkaOptions | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        settings = settings or found_settings()
+        settings = settings or settings_of()
         super().__init__(
             catalogue or Catalogue.load(Path(settings.catalogue_dir)),
             on_unknown=on_unknown,

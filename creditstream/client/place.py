@@ -1,34 +1,20 @@
-"""Where a client finds Kafka, without being told: the environment, else a worker that runs in the home here."""
+"""How a client connects to Kafka, and what it asks there before it begins."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-import msgspec
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
-from creditstream.home import Home
 from schemas.problem import Problem
 from streams.connection import librdkafka
-from streams.settings import Settings, read_settings, variable
+from streams.settings import Settings
 
 KafkaOptions = Mapping[str, str | int]
 """librdkafka's properties, for clusters that need more than the settings can say: ``ssl.key.location``, say."""
 
 RECONNECT_MS_MAX: Final = 1000
 PROBE_S_MAX: Final = 1.0
-
-
-def found_settings() -> Settings:
-    """The settings of the environment. Without CREDITSTREAM_KAFKA_BOOTSTRAP, the Kafka of the process that holds the
-    home (``creditstream worker`` or ``demo``) is taken, where there is one. Problem when a variable is out of bounds.
-    """
-    settings = read_settings()
-    if variable("kafka_bootstrap") in os.environ:
-        return settings
-    worker = Home.at(settings.home).worker()
-    return msgspec.structs.replace(settings, kafka_bootstrap=worker.kafka_bootstrap) if worker else settings
 
 
 def connection(settings: Settings, ours: Mapping[str, Any], theirs: KafkaOptions | None) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from confluent_kafka import KafkaException, Producer
 
 from creditstream.client.forking import abandon, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
-from creditstream.client.place import KafkaOptions, connection, found_settings, partitions
+from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_value
 from creditstream.client.spool import Spool, prepare_root
-from creditstream.home import Home
+from creditstream.home import Home, settings_of
 from creditstream.producing import PRODUCER_CONFIG
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.problem import Problem, Unreachable
@@ -89,7 +89,7 @@ class CellRunProducer:
             raise ValueError("write_ahead needs a spool")
         if min(spool_mb_max, memory_s_max) < 1:
             raise ValueError("spool_mb_max and memory_s_max are 1 or more")
-        self._settings: Final = settings or found_settings()
+        self._settings: Final = settings or settings_of()
         self._config: Final = connection(self._settings, _OURS, {"batch.size": BATCH_BYTES, **(kafka or {})})
         self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
         self._bytes_max: Final = spool_mb_max * MB
