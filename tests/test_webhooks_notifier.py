@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
+from structlog.testing import capture_logs
 
 from creditstream.producing import open_producer
 from creditstream.webhooks import notifier as notifier_module
@@ -27,6 +28,7 @@ from creditstream.webhooks.resending import deliveries, example_alert, resend
 from creditstream.webhooks.schedule import DELAYS_S, Answer
 from creditstream.webhooks.sending import send
 from creditstream.webhooks.signing import new_secret, parse_secret
+from schemas.cell_run import from_milliseconds
 from schemas.limits import LimitAlert
 from schemas.problem import Problem, UnknownId
 from schemas.webhook import Delivery, DeliveryState
@@ -333,6 +335,40 @@ def test_too_much_that_waits_holds_back_alerts_and_loses_none(
         receiver.behave = lambda _: 204
         stage.clock.advance(DELAYS_S[1])
         turn_until(lambda: notifier.counts["delivered"] == 3, notifier)
+
+
+def test_each_minute_the_log_says_what_waits_and_what_became_of_the_rest(
+    stage: Stage, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The age of the oldest alert that waits, and the counts, also when nothing has happened since, and when the clock
+    was set back by a day.
+    """
+    receiver.behave = lambda _: Reply(500, ("retry-after", "86400"))
+    old, new = (some_alert(at=from_milliseconds(stage.clock.ms - age_s * 1000)) for age_s in (7200, 3600))
+    stage.alert(old, new)
+    with stage.notifier(endpoint(receiver)) as notifier, capture_logs() as lines:
+
+        def said() -> list[dict[str, int]]:
+            return [
+                {name: value for name, value in line.items() if isinstance(value, int)}
+                for line in lines
+                if line["event"] == "deliveries"
+            ]
+
+        turn_until(lambda: notifier.counts["failed_attempts"] == 2, notifier)
+        stage.clock.advance(60)
+        turn_until(said, notifier)
+        monkeypatch.setattr(notifier_module, "WAITING_MAX", 1)
+        turn_quietly(notifier)
+        stage.clock.advance(60)
+        turn_until(lambda: len(said()) == 2, notifier)
+        stage.clock.advance(-24 * 3600)
+        turn_until(lambda: len(said()) == 3, notifier)
+
+    quiet = {"partitions": 2, "in_flight": 0, "delivered": 0, "failed_attempts": 2}
+    assert said()[0] == {**quiet, "waiting": 2, "oldest_s": 7260, "given_up": 0, "gave_way": 0}
+    assert said()[1] == {**quiet, "waiting": 1, "oldest_s": 3720, "given_up": 1, "gave_way": 1}
+    assert said()[2] == {**said()[1], "oldest_s": 0}
 
 
 def test_an_endpoint_over_its_share_gives_way_and_holds_up_nobody(

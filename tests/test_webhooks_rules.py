@@ -352,6 +352,16 @@ def test_a_slow_endpoint_is_waited_for_once() -> None:
     assert found.is_crowded(share, NOW_MS + 101_000)
 
 
+def test_a_clock_that_is_set_back_lengthens_no_wait() -> None:
+    """Patience with a full endpoint begins anew, and ends after its time."""
+    share, found = 2, owned(waiting("slow"), waiting("slow"))
+    hour = 3600 * 1000
+
+    assert found.is_crowded(share, NOW_MS)
+    assert found.is_crowded(share, NOW_MS - hour)
+    assert not found.is_crowded(share, NOW_MS - hour + deliveries.PATIENCE_MS)
+
+
 def test_a_partition_that_came_back_is_sent_once() -> None:
     """What waited before the partition was lost is out of date: only what was loaded afterwards counts."""
     delivery = waiting()

@@ -100,6 +100,12 @@ class Deliveries:
         """Deliveries that are not over, those in flight included."""
         return sum(self._waiting_for(endpoint) for endpoint in self._endpoints())
 
+    def each_waiting(self) -> Iterator[Delivery]:
+        """What is not over, in no order."""
+        for owned in self._partitions.values():
+            for waiting in owned.waiting.values():
+                yield from waiting.values()
+
     def _waiting_for(self, endpoint: str) -> int:
         return sum(len(owned.waiting.get(endpoint, ())) for owned in self._partitions.values())
 
@@ -159,7 +165,8 @@ class Deliveries:
         for endpoint in self._endpoints() | self._full_since_ms.keys():
             waiting = self._waiting_for(endpoint)
             if waiting >= share:
-                self._full_since_ms.setdefault(endpoint, now_ms)
+                # The lesser: after a clock was set back the patience begins anew, and does not last until then.
+                self._full_since_ms[endpoint] = min(self._full_since_ms.get(endpoint, now_ms), now_ms)
             elif waiting <= share // 2:
                 self._full_since_ms.pop(endpoint, None)
         return any(

@@ -24,6 +24,7 @@ from creditstream.webhooks.endpoints import Endpoint
 from creditstream.webhooks.outbox import Outbox, decode_alert
 from creditstream.webhooks.schedule import Answer, after, give_up
 from creditstream.webhooks.sending import send
+from schemas.cell_run import to_milliseconds
 from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
 from streams.connection import librdkafka
@@ -75,8 +76,10 @@ class Notifier:
     """
 
     def __init__(self, settings: Settings, endpoints: Mapping[str, Endpoint], world: World | None = None) -> None:
-        self.counts: Final[Counter[str]] = Counter()
-        """Attempts that failed, deliveries that were delivered or given up, since the start."""
+        self.counts: Final[Counter[str]] = Counter(delivered=0, failed_attempts=0, given_up=0, gave_way=0)
+        """Since the start: deliveries that were delivered, attempts that failed, deliveries that were given up,
+        those of them that gave way to newer ones.
+        """
         self._world: Final = world or World()
         self._endpoints = endpoints
         self._gone: set[str] = set()
@@ -86,7 +89,6 @@ class Notifier:
         self._to_own: set[int] = set()
         self._is_crowded = False
         self._tidied_at_ms = 0
-        self._told: Counter[str] = Counter()
         self._alerts_topic: Final = settings.topic_prefix + LIMIT_ALERTS
         self._outbox: Final = Outbox(settings, settings.topic_prefix + WEBHOOK_DELIVERIES)
         self._consumer: Final = Consumer(_consumer_config(settings))
@@ -123,7 +125,7 @@ class Notifier:
     def stop(self) -> None:
         """Wait for what is in flight, `LAND_S_MAX` at the most, and record it."""
         self._land()
-        log.info("notifier_stopped", waiting=self.waiting, in_flight=self._deliveries.in_flight, **self.counts)
+        log.info("notifier_stopped", **self._numbers(self._world.now_ms()))
 
     def close(self) -> None:
         """Leave the group. Records nothing."""
@@ -282,19 +284,32 @@ class Notifier:
         why = f"gave way to newer ones: {share:,} wait for it"
         giving_way = self._deliveries.giving_way(share, now_ms)
         self._write([(partition, give_up(each, why, now_ms), Answer(0, why)) for partition, each in giving_way])
+        self.counts["gave_way"] += len(giving_way)
 
     def _tidy(self) -> None:
-        """Now and then: forget what is old, and tell how it goes when something has happened."""
+        """Each minute: forget what is old, and tell how it goes, whether something has happened or not: silence means
+        that this loop stands still.
+        """
         now_ms = self._world.now_ms()
-        if now_ms - self._tidied_at_ms < TIDY_EVERY_MS:
+        if 0 <= now_ms - self._tidied_at_ms < TIDY_EVERY_MS:  # less than 0: the clock was set back
             return
         self._tidied_at_ms = now_ms
         for partition, key in self._deliveries.forget_old(now_ms):
             self._outbox.put(partition, key, None)
         self._outbox.flush()
-        if self.counts != self._told:
-            self._told = self.counts.copy()
-            log.info("deliveries", waiting=self.waiting, in_flight=self._deliveries.in_flight, **self.counts)
+        log.info("deliveries", **self._numbers(now_ms))
+
+    def _numbers(self, now_ms: int) -> dict[str, int]:
+        """What an operator asks for. ``oldest_s``: since what the oldest waiting alert tells of; 0: none waits."""
+        alerts = (decode_alert(delivery.alert) for delivery in self._deliveries.each_waiting())
+        oldest_ms = min((to_milliseconds(alert.at) for alert in alerts if alert), default=now_ms)
+        return {
+            "partitions": len(self.partitions),
+            "waiting": self.waiting,
+            "in_flight": self._deliveries.in_flight,
+            "oldest_s": max(0, now_ms - oldest_ms) // 1000,
+            **self.counts,
+        }
 
     def _land(self) -> None:
         deadline = time.monotonic() + LAND_S_MAX
