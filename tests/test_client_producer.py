@@ -482,6 +482,78 @@ def test_a_producer_that_cannot_be_made_holds_no_orphans(settings: Settings) -> 
         assert producer.counts().adopted == 1
 
 
+TOO_FEW_DESCRIPTORS = """
+import resource
+from pathlib import Path
+from creditstream.client.spool import Spool
+from schemas.codec import encode_run
+from schemas.problem import Problem
+
+def open_spool():
+    return Spool(Path(settings.home) / "spool", settings.topic_prefix + "cell-runs", 10**6)
+
+dead = open_spool()
+dead.append(encode_run(a_run(0)))
+dead.close()
+used = len(os.listdir("/proc/self/fd")) - 1
+for more in range(4):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, 4096))
+    try:
+        CellRunProducer(settings).close(0)
+        said = "made"
+    except Problem as problem:
+        said = problem.why
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+    heir = open_spool()
+    print(said, heir.adopt(heir.find_orphans()), sep=": ")
+    heir.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its descriptors in /proc")
+def test_a_failed_adoption_gives_its_locks_up(settings: Settings, door: Door) -> None:
+    """Wherever the descriptors end while orphans are taken over: a Problem says so, and others can adopt them."""
+    done = run_program(TOO_FEW_DESCRIPTORS, behind(door, settings))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["Too many open files: 1"] * 2
+    assert {line.rpartition(": ")[2] for line in done.stdout.splitlines()} == {"1"}
+
+
+CLOSES_ON_A_FULL_DISK = """
+import resource
+from pathlib import Path
+from creditstream.client.spool import Spool
+from schemas.codec import encode_run
+from schemas.problem import Unreachable
+producer = CellRunProducer(settings, memory_s_max=1000)
+dead = Spool(Path(settings.home) / "spool", settings.topic_prefix + "cell-runs", 10**6)
+dead.append(encode_run(a_run(0)))
+dead.close()
+for number in range(1, 31):
+    producer.record(a_run(number))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    producer.close(0)
+except Unreachable as problem:
+    print(problem)
+"""
+
+
+def test_who_closes_over_a_full_disk_hears_what_is_lost(settings: Settings, door: Door) -> None:
+    """How many runs, why, and what to do; what lay on disk before is safe, and nothing half written stays there."""
+    done = run_program(CLOSES_ON_A_FULL_DISK, behind(door, settings))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "30 accepted runs are lost: the spool cannot be written: File too large. "
+        "Record them again, under the same run ids.\n"
+    )
+    with CellRunProducer(settings) as heir:
+        assert heir.counts().adopted == 1
+        assert heir.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": [0]}
+
+
 def test_without_a_spool_a_loss_is_told(settings: Settings, door: Door) -> None:
     """Whoever chose no spool hears at the end how many runs were lost."""
     producer = CellRunProducer(behind(door, settings), on_full="raise", memory_s_max=1)

@@ -362,6 +362,26 @@ def test_a_clock_that_is_set_back_lengthens_no_wait() -> None:
     assert not found.is_crowded(share, NOW_MS - hour + deliveries.PATIENCE_MS)
 
 
+def test_a_lost_partition_leaves_nothing_in_the_queues() -> None:
+    """What was due there is not sent; what is in flight of it takes its places until it has landed, and counts no more;
+    the endpoint's deliveries of another partition follow in their order.
+    """
+    lost, kept = [waiting(at_ms=number) for number in range(8)], [waiting(at_ms=number) for number in range(3)]
+    found = owned(*lost)
+    found.own(1, kept)
+    in_flight = found.take_due(1)
+    assert {attempt.partition for attempt in in_flight} == {0, 1}
+    found.disown(0)
+
+    assert (found.partitions, found.waiting, found.in_flight) == ({1}, 3, IN_FLIGHT_MAX)
+    assert found.take_due(100) == []
+    assert [found.landed(attempt) for attempt in in_flight] == [attempt.partition == 1 for attempt in in_flight]
+    assert [attempt.delivery for attempt in found.take_due(100)] == kept[2:]
+    assert (found.take_due(100), found.is_crowded(3, NOW_MS)) == ([], True)
+    found.disown(1)
+    assert (found.waiting, found.take_due(100), found.is_crowded(3, NOW_MS)) == (0, [], False)
+
+
 def test_a_partition_that_came_back_is_sent_once() -> None:
     """What waited before the partition was lost is out of date: only what was loaded afterwards counts."""
     delivery = waiting()

@@ -104,7 +104,7 @@ class CellRunProducer:
                 prepare_root(self._directory)
                 self._adopt()
             self._start()
-        except Problem:
+        except BaseException:
             if self._spool:
                 self._spool.close()  # what was adopted is left to others
             raise

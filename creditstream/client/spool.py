@@ -458,9 +458,9 @@ def _lock(directory: Path) -> int | None:
 
 
 def _leave(directory: _Directory) -> None:
-    """Remove it where it is empty; give up its lock."""
-    if not any(directory.path.glob("*.ndjson")):
-        with suppress(OSError):
+    """Remove it where it is empty; give up its lock, whatever the disk says."""
+    with suppress(OSError):
+        if not any(directory.path.glob("*.ndjson")):
             (directory.path / "lock").unlink(missing_ok=True)
             directory.path.rmdir()
     os.close(directory.lock)
