@@ -572,6 +572,45 @@ def test_wherever_a_process_is_killed_the_next_one_leaves_nothing_behind(tmp_pat
     assert whole == "0,1,2"
 
 
+FORKS_WHILE_IT_LEAVES = """
+import os, sys
+from pathlib import Path
+from creditstream.client.spool import Spool
+root, count = Path(sys.argv[1]), 0
+for number in range(2):
+    (root / f"{number:020d}-1-cell-runs").mkdir()
+spool, plain = Spool(root, "cell-runs", 10**9), os.rmdir
+
+def fork_at_the_second(path, **place):
+    global count
+    count += 1
+    if count == 2:
+        other = os.open("/dev/null", os.O_RDONLY)  # it has the number that the first lock had
+        if not (child := os.fork()):
+            spool.after_fork()
+            os.fstat(other)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    plain(path, **place)
+
+os.rmdir = fork_at_the_second
+spool.adopt(spool.find_orphans())
+print(*os.listdir(root))
+"""
+
+
+def test_a_fork_while_directories_are_left_closes_nothing_of_others(tmp_path: Path) -> None:
+    """The child gives up the locks that are still held, and no file that has the number of one that was."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS_WHILE_IT_LEAVES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert (done.stdout, done.stderr) == ("0\n\n", "")
+
+
 def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One fsync covers all that was written before it; what Kafka already has needs none."""
     synced: list[int] = []

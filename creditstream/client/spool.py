@@ -319,8 +319,8 @@ class Spool:
         for segment in self._segments:
             segment.close(synced=True)
         for directory in self._directories():
-            _leave(directory)
-        self._segments, self._adopted, self._own, self._tail = [], [], None, None
+            self._leave(directory)
+        self._segments, self._tail = [], None
 
     def after_fork(self) -> None:
         """In the child: all of this is the parent's. A lock that the child kept open would outlive the parent."""
@@ -387,8 +387,7 @@ class Spool:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileNotFoundError:  # somebody has removed it: the next append makes another one
-            os.close(self._own.lock)
-            self._own = None
+            self._forget(self._own)
             raise
         try:
             for directory in (self._own.path, self._root):
@@ -416,10 +415,23 @@ class Spool:
                     segment.path.unlink()
         self._segments = kept
         used = {path.parent for path in (*self._aside, *(segment.path for segment in kept))}
-        for directory in self._adopted:
-            if directory.path not in used:
-                _leave(directory)
-        self._adopted = [directory for directory in self._adopted if directory.path in used]
+        for directory in [each for each in self._adopted if each.path not in used]:
+            self._leave(directory)
+
+    def _leave(self, directory: _Directory) -> None:
+        """Remove it where it is empty; give up its lock, whatever the disk says."""
+        with suppress(OSError):
+            if not any(directory.path.glob("*.ndjson")):
+                (directory.path / "lock").unlink(missing_ok=True)
+                directory.path.rmdir()
+        self._forget(directory)
+
+    def _forget(self, directory: _Directory) -> None:
+        if self._is_own(directory.path):
+            self._own = None
+        else:
+            self._adopted.remove(directory)
+        os.close(directory.lock)  # last: a child that is forked before must not close what has this number by then
 
 
 _NAME: Final = re.compile(r"[0-9]{20}-[0-9]+-(?P<topic>.+)")
@@ -432,7 +444,7 @@ def _new_directory(root: Path, topic: str) -> _Directory:
         path.mkdir(parents=True, exist_ok=True)
         try:
             lock = _lock(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # it has gone, or just then
             continue
         except OSError:  # a full disk, or no descriptor left
             with suppress(OSError):
@@ -444,9 +456,7 @@ def _new_directory(root: Path, topic: str) -> _Directory:
 
 
 def _lock(directory: Path) -> int | None:
-    """The lock of a directory; None while another process has it, or when that one has removed it in the meantime: who
-    waited for a file that is gone has locked nothing.
-    """
+    """The lock of a directory; None while another has it, or has removed it: a file that is gone locks nothing."""
     path = directory / "lock"
     lock = lock_file(path, 0)
     if lock is not None:
@@ -455,15 +465,6 @@ def _lock(directory: Path) -> int | None:
                 return lock
         os.close(lock)
     return None
-
-
-def _leave(directory: _Directory) -> None:
-    """Remove it where it is empty; give up its lock, whatever the disk says."""
-    with suppress(OSError):
-        if not any(directory.path.glob("*.ndjson")):
-            (directory.path / "lock").unlink(missing_ok=True)
-            directory.path.rmdir()
-    os.close(directory.lock)
 
 
 def _found(path: Path) -> Segment:
