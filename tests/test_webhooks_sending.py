@@ -4,6 +4,7 @@ import base64
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -93,6 +94,35 @@ def test_2xx_is_success(receiver: WebhookReceiver, status: int) -> None:
 def test_an_answer_that_breaks_off_in_its_body_is_an_answer(receiver: WebhookReceiver) -> None:
     """The receiver has said 200; that its connection died afterwards does not make the alert sent again."""
     assert attempt(receiver, HALF_BODY).is_success
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", "204 No Content"),
+        (b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 2 + b"HTTP/1.1 200 OK\r\n\r\n", "200 OK"),
+        (b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 500 No\r\n\r\n", "500 Internal Server Error"),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\n", "the receiver closed the connection without an answer"),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "101 Switching Protocols"),
+    ],
+    ids=["100", "103", "102", "nothing_more", "101"],
+)
+def test_an_answer_that_is_only_announced_is_waited_for(raw: bytes, said: str) -> None:
+    """What a proxy says before the answer (1xx) is none: an alert that was taken is not sent again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(raw)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        answer = send(endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/", SECRET), ALERT, NOW_S)
+        thread.join()
+    assert answer.said == said
+    assert answer.is_success == said.startswith("20")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def _post(
     try:
         connection.request("POST", address.path, body, headers)
         # The status is the answer: a body that breaks off, or never ends, changes nothing.
-        answer = _read(connection.getresponse())
+        answer = _read(_final(connection.getresponse()))
         # Headers that never end are cut by `abort`, and look complete.
         return answer if not connection.is_aborted else _failure(TimeoutError(), True, answer_s_max)
     except (OSError, http.client.HTTPException) as error:
@@ -165,6 +165,14 @@ def is_public(ip: str) -> bool:
         if address.is_site_local:
             return False
     return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def _final(response: http.client.HTTPResponse) -> http.client.HTTPResponse:
+    """The answer behind those that only announce it (103, say): http.client passes over 100 alone."""
+    while HTTPStatus.SWITCHING_PROTOCOLS < response.status < HTTPStatus.OK and not response.will_close:
+        response.headers = None  # type: ignore[assignment]  # then it reads the next one
+        response.begin()
+    return response
 
 
 def _read(response: http.client.HTTPResponse) -> Answer:
