@@ -10,6 +10,7 @@ from confluent_kafka import KafkaError, Producer
 
 from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
+from creditstream.client.segment import Segment
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
 from streams.topics import CELL_RUNS
@@ -118,7 +119,7 @@ def test_what_dead_processes_left_holds_up_no_run(
     reads, accepted = threading.Event(), threading.Event()
     meanwhile: list[bool] = []
 
-    def found_slowly(path: Path) -> spools.Segment:
+    def found_slowly(path: Path) -> Segment:
         reads.set()
         meanwhile.append(accepted.wait(5))
         return found(path)

@@ -323,6 +323,35 @@ def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, doo
     assert first_copies(settings) == {"ws_1": list(range(100)), "ws_2": list(range(1000, 1050))}
 
 
+SIGNALLED_AT_ITS_START = """
+producer = CellRunProducer(settings)
+child = os.fork()
+if not child:
+    signal.alarm(20)  # its end, should it wait for ever
+    plain = producer._open
+
+    def interrupted():
+        producer._open = plain
+        producer.record(a_run(2))
+        return plain()
+
+    producer._open = interrupted
+    producer.record(a_run(1))
+    producer.close()
+    os._exit(0)
+sys.exit(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_handler_that_records_while_a_child_starts_waits_for_nobody(settings: Settings) -> None:
+    """A signal that comes while the first run of a forked child opens its connection: both runs arrive."""
+    done = run_program(SIGNALLED_AT_ITS_START, settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {workspace_id: sorted(numbers) for workspace_id, numbers in first_copies(settings).items()} == {
+        "ws_1": [1, 2]
+    }
+
+
 LEAVES_A_CHILD = """
 producer = CellRunProducer(settings, write_ahead=True)
 for number in range(10):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -368,6 +369,40 @@ def test_who_closes_in_a_handler_waits_for_nobody(tmp_path: Path, monkeypatch: p
         ticket.segment.sync(ticket.length)
     heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     assert (adopt(heir), read_all(heir)) == (1, [one])
+
+
+@pytest.mark.parametrize("does", ["records", "closes"])
+def test_a_handler_within_a_sync_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """A handler that records needs a sync of its own in the middle of one; one that closes leaves the file to that."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    one, two = values(1, 2)
+    ticket = spool.append(one)
+    fsync = os.fsync
+    done: list[str] = []
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        if does == "records":
+            late = spool.append(two)
+            late.segment.sync(late.length)
+        else:
+            spool.close()
+        done.append(does)
+        fsync(descriptor)
+
+    def work() -> None:
+        ticket.segment.sync(ticket.length)
+        done.append("synced")
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    thread = threading.Thread(target=work, daemon=True)  # the frames of a signal are those of one thread, of any
+    thread.start()
+    thread.join(10)
+    assert done == [does, "synced"]
+    spool.close()
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    adopt(heir)
+    assert read_all(heir) == ([one, two] if does == "records" else [one])
 
 
 def test_a_sync_that_failed_once_fails_for_all_that_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

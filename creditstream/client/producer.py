@@ -217,13 +217,18 @@ class CellRunProducer:
             ) from error
 
     def _start(self) -> None:
-        with self._starting:
+        # Never waited for: whoever holds it starts the thread, maybe in the frame that a handler of a signal stopped.
+        if not self._starting.acquire(blocking=False):
+            return
+        try:
             if self._thread is None:
                 # The first is not asked for an answer: the first run must not wait for one either.
                 self._outbox.producer = self._open()
                 thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
                 thread.start()
                 self._thread = thread
+        finally:
+            self._starting.release()
 
     def _open(self) -> Producer:
         try:
