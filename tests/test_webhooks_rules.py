@@ -97,6 +97,7 @@ def test_an_endpoint_file(tmp_path: Path) -> None:
         ('url = "ftp://a.example"\nsecret = "env:SECRET"', "field `url`: a URL starts with https://"),
         ('url = "https://me:pw@a.example"\nsecret = "env:SECRET"', "field `url`: a URL has a host"),
         ('url = "https://a.example:99999"\nsecret = "env:SECRET"', "field `url`: Port out of range"),
+        ('url = "https://a.example:0"\nsecret = "env:SECRET"', "field `url`: nobody listens on port 0"),
         ('url = "https://a.example/a b"\nsecret = "env:SECRET"', "field `url`: the path has characters"),
         ('url = "https://a.example"\nsecret = "env:SECRET"\nformat = "slack"', "a Slack message is not signed"),
         ('url = "https://a.example"\nkinds = ["crosed"]', "field `kinds[0]`: Invalid enum value 'crosed'"),

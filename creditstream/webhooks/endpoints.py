@@ -41,6 +41,8 @@ class Address(NamedTuple):
             raise ValueError("plain http is only for a private network: allow_private")
         if not parts.hostname or parts.username is not None or parts.fragment:
             raise ValueError("a URL has a host, and neither user, password nor fragment")
+        if parts.port == 0:
+            raise ValueError("nobody listens on port 0")
         try:
             host = parts.hostname.encode("idna").decode()
         except UnicodeError as error:
