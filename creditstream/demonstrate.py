@@ -3,7 +3,6 @@
 import os
 import time
 from datetime import UTC, datetime, timedelta
-from shlex import quote
 from typing import Final, Self
 from uuid import UUID
 
@@ -12,7 +11,7 @@ from rich.live import Live
 
 from creditstream.asking import WorkerAnswers
 from creditstream.child import child_worker
-from creditstream.cli.terminal import program, say
+from creditstream.cli.terminal import say, suggested
 from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
 from creditstream.demo_view import Facts, alert_line, live_view
@@ -49,7 +48,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
                 _play(console, answers, scene)
                 books = _close(console, answers, settings)
             example = answers.example_run(Reason.CHARGED)
-    _report(console, books, scene, example, home)
+    _report(console, books, scene, example)
 
 
 class _Scene:
@@ -131,7 +130,7 @@ def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reco
     return reconcile(answers, settings)
 
 
-def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None, home: str | None) -> None:
+def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None) -> None:
     produced = scene.enrichments.produced + scene.worker.allowed
     _tell_of_the_gate(console, scene)
     behind = f", {books.behind:,} not metered yet" if books.behind else ""
@@ -150,10 +149,9 @@ def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUI
     words = [f"explain {example}", *words] if example else words
     if os.environ.get(variable("ledger_url")):
         say("", f"{variable('ledger_url')} names another ledger than the demo's: unset it for what follows.")
-    option = f" --home {quote(home)}" if home else ""
     say("", "The books close, and Kafka and the worker have ended. Try next:", "")
-    say(*(f"  {program()} {each}{option}" for each in words))
-    say("", f"`creditstream worker --embedded{option}` starts them again: `send`, `plan set` and `grant` need them.")
+    say(*(f"  {suggested(each)}" for each in words))
+    say("", "`creditstream worker --embedded` starts them again: `send`, `plan set` and `grant` need them.")
 
 
 def _tell_of_the_gate(console: Console, scene: _Scene) -> None:

@@ -474,9 +474,9 @@ def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path:
     (tmp_path / "kafka").mkdir()
 
     for words in (("send", "-"), ("grant", WORKSPACE, "5"), ("reconcile",), ("alerts", "deliveries"), ("worker",)):
-        done = creditstream(*words, settings={"home": str(tmp_path)}, stdin=encode_run(EMAIL).decode())
+        done = creditstream(*words, "--home", str(tmp_path), stdin=encode_run(EMAIL).decode())
 
-        called = f"`{shlex.quote(sys.executable)} -m creditstream worker --embedded --home {tmp_path}`"
+        called = f"`{shlex.quote(sys.executable)} -m creditstream worker --home {tmp_path} --embedded`"
         assert f"Kafka does not run: that in {tmp_path} ends with its worker. {called} starts it again; for" in line_of(
             done, 5
         )
@@ -493,6 +493,46 @@ def test_commands_are_named_as_the_program_was_called(tmp_path: Path) -> None:
 
     assert f"`{program} demo`" in said(program, "/usr/bin:/bin")
     assert "`creditstream demo`" in said(program, f"{program.parent}:/usr/bin:/bin")
+
+
+def test_a_command_that_is_suggested_asks_the_same_home(settings: dict[str, str | int]) -> None:
+    """It is typed as it was printed, in a shell that knows of no home; a command without the option is left alone."""
+    home = str(settings["home"])
+    elsewhere = {name: value for name, value in settings.items() if name != "home"}
+
+    text = creditstream("usage", WORKSPACE, "--home", home, settings=elsewhere)
+    (next_step,) = re.findall("^More: `(.*)`$", text.out, re.MULTILINE)
+    more = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT, env=environment())
+
+    assert str(EMAIL.run_id) in more.stdout, more
+    refused = creditstream("estimate", WORKSPACE, "nobody_priced_this", "--home", home, settings=elsewhere)
+    assert line_of(refused, 4).endswith("-m creditstream rules list`.")
+
+
+def test_a_command_that_is_suggested_asks_the_same_worker(
+    worker: WorkerProcess, settings: dict[str, str | int]
+) -> None:
+    """Whoever names a worker by its address goes on to ask that one."""
+    text = creditstream("usage", WORKSPACE, "--url", worker.home.worker().api_url)  # type: ignore[union-attr]
+    (next_step,) = re.findall("^More: `(.*)`$", text.out, re.MULTILINE)
+    more = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT, env=environment())
+
+    assert str(EMAIL.run_id) in more.stdout, more
+
+
+def test_the_default_home_is_not_repeated(tmp_path: Path) -> None:
+    """However it is spelled, nor that of the environment, which the next command has, too; another one is."""
+
+    def said(home: Path | str, **known: str) -> str:
+        words = [sys.executable, "-m", "creditstream", "top", "--home", home]
+        inherited = environment() | {"PYTHONPATH": str(ROOT)} | known
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=inherited).stderr
+
+    for home in (".creditstream", tmp_path / ".creditstream"):
+        assert "creditstream demo` or" in said(home)
+    assert "creditstream demo` or" in said("my home", CREDITSTREAM_HOME="my home")
+    assert "creditstream demo --home 'my home'` or" in said("my home")
+    assert "creditstream worker --home 'my home' --embedded`" in said("my home")
 
 
 def test_a_home_without_a_ledger_is_one_line(tmp_path: Path) -> None:

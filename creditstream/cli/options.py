@@ -12,7 +12,7 @@ import msgspec
 import orjson
 import rich_click as click
 
-from creditstream.cli.terminal import printable, say, write
+from creditstream.cli.terminal import keep, printable, say, write
 from creditstream.home import Home, settings_of
 from schemas import account
 from schemas.credits import group_credits, parse_credits
@@ -32,14 +32,27 @@ def home_option(command: F) -> F:
         type=click.Path(file_okay=False),
         metavar="DIR",
         envvar=variable("home"),
+        callback=_keep_home,
         help=f"Directory of all embedded state [{variable('home')}].",
     )(command)
 
 
+def _keep_home(_: click.Context, __: click.Parameter, home: str | None) -> str | None:
+    keep("home", f"--home {shlex.quote(home)}" if home and Home.at(home) != Home.at(None) else "")
+    return home
+
+
 def source_options(command: F) -> F:
     """``--home`` and ``--url``: whom to ask."""
-    url = click.option("--url", type=Url(), default="", help="A worker's read API, when it is not the home's.")
+    url = click.option(
+        "--url", type=Url(), default="", callback=_keep_url, help="A worker's read API, when it is not the home's."
+    )
     return home_option(url(command))
+
+
+def _keep_url(_: click.Context, __: click.Parameter, url: str) -> str:
+    keep("url", f"--url {shlex.quote(url)}" if url else "")
+    return url
 
 
 def format_option(command: F) -> F:
@@ -62,9 +75,7 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
     place = Home.at(home)
     if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
-        option = f" --home {shlex.quote(home)}" if home else ""
-        another = f"for another one, set {variable('kafka_bootstrap')}"
-        fix = f"`creditstream worker --embedded{option}` starts it again; {another}."
+        fix = f"`creditstream worker --embedded` starts it again; for another one, set {variable('kafka_bootstrap')}."
         raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
     return settings_of(home)
 

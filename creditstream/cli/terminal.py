@@ -4,14 +4,18 @@ Ids and details come from events, so anybody may have written them. JSON and CSV
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 from schemas.problem import Problem
 
 NAME: Final = "creditstream"
+
+_kept: Final[dict[str, str]] = {}
+"""Parameter → its option, as the command that runs was given it: without it, a suggested one would ask elsewhere."""
 
 
 def program() -> str:
@@ -24,9 +28,26 @@ def program() -> str:
     return NAME if found and called.exists() and called.samefile(found) else shlex.quote(sys.argv[0])
 
 
+def keep(parameter: str, option: str) -> None:
+    """Commands that are suggested from now on have this option, where they take it; empty: not any more."""
+    _kept[parameter] = option
+
+
+def suggested(words: str) -> str:
+    """A command of this program, ``usage ws_1 --by day``, so that it can be typed as it stands."""
+    from creditstream.cli.commands import cli  # needs this module
+
+    command: Any = cli
+    named, rest = program(), words.split(" ")
+    while rest and (below := getattr(command, "commands", {}).get(rest[0])):
+        command, named, rest = below, f"{named} {rest[0]}", rest[1:]
+    options = [_kept[parameter.name] for parameter in command.params if _kept.get(parameter.name)]
+    return " ".join([named, *options, *rest])
+
+
 def as_called(text: str) -> str:
     """A text whose commands in backticks, `creditstream ...`, can be typed as they stand."""
-    return text.replace(f"`{NAME} ", f"`{program()} ")
+    return re.sub(f"`{NAME} ([^`]*)", lambda found: f"`{suggested(found[1])}", text)
 
 
 def printable(text: str) -> str:
