@@ -2,13 +2,19 @@
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from importlib.metadata import files
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # it has no stubs here
+from clickhouse_connect.driver.httputil import check_env_proxy
 from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # likewise
 
 from streams.settings import read_settings, unknown_variables
@@ -36,6 +42,14 @@ def image_environment() -> dict[str, str]:
 
 def last_stage() -> str:
     return DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+
+
+def image_health_check() -> list[str]:
+    """The command by which the image is looked at, which the worker's service inherits."""
+    found = re.search(r"^HEALTHCHECK .*? CMD (\[.*\])$", last_stage(), re.MULTILINE)
+    assert found is not None
+    command: list[str] = json.loads(found[1])
+    return command
 
 
 def pins(lock: str) -> set[tuple[str, str]]:
@@ -85,9 +99,37 @@ def test_the_published_port_and_the_health_check_are_those_of_the_api() -> None:
     settings = read_settings(image_environment())
     assert settings.api_host == "0.0.0.0", "a published port does not reach the container's loopback"
     assert SERVICES["worker"]["ports"][0].endswith(f":{settings.api_port}")
-    address = f"http://127.0.0.1:{settings.api_port}/readyz"
-    assert address in SERVICES["worker"]["healthcheck"]["test"][-1]
-    assert address in last_stage()
+    assert f"http://127.0.0.1:{settings.api_port}/readyz" in image_health_check()[-1]
+
+
+def test_no_health_check_goes_over_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker hands its client's proxies to every container; nobody outside knows these names."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    answering = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    answering.timeout = 10
+    answered = Thread(target=answering.handle_request)
+    answered.start()
+    command, option, program = image_health_check()
+    here = program.replace(":8620/readyz", f":{answering.server_port}/")
+    done = subprocess.run([command.replace("python", sys.executable), option, here], capture_output=True, text=True)
+    answered.join()
+    answering.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "--no-proxy" in SERVICES["clickhouse"]["healthcheck"]["test"]
+
+
+def test_the_ledger_is_asked_over_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its client's own rule, in each spelling in which a container is told."""
+    given = environment("worker")
+    server = urlsplit(given["CREDITSTREAM_LEDGER_URL"])
+    for proxy, spared in (("http_proxy", "no_proxy"), ("HTTP_PROXY", "NO_PROXY")):
+        for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(proxy, "http://proxy.example:3128")
+        monkeypatch.setenv(spared, given[spared])
+        assert check_env_proxy(server.scheme, str(server.hostname), server.port or 0) is None
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -114,12 +156,13 @@ def test_every_service_is_watched_or_runs_once(service: str) -> None:
         for name, dependency in other.get("depends_on", {}).items()
         if dependency["condition"] == "service_completed_successfully"
     }
-    if SERVICES[service]["healthcheck"] == {"disable": True} and service not in awaited:
+    checked = SERVICES[service].get("healthcheck", {"test": image_health_check()} if service in OURS else {})
+    if checked == {"disable": True} and service not in awaited:
         assert SERVICES[service]["restart"] == "on-failure", "what answers nobody ends when it cannot go on"
     elif service in awaited:
         assert SERVICES[service]["restart"] == "no"
     else:
-        assert "start_period" in SERVICES[service]["healthcheck"]
+        assert "test" in checked
 
 
 def test_the_worker_waits_for_what_it_needs() -> None:
@@ -176,7 +219,6 @@ def test_the_image_runs_unprivileged_without_a_compiler() -> None:
     assert users
     assert users[-1] not in ("root", "0")
     assert not re.search(r"gcc|apt-get", last_stage())
-    assert "HEALTHCHECK" in last_stage()
 
 
 def test_the_build_sees_every_file_it_copies() -> None:
