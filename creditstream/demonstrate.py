@@ -11,7 +11,7 @@ from rich.live import Live
 
 from creditstream.asking import WorkerAnswers
 from creditstream.child import child_worker
-from creditstream.cli.terminal import say, suggested
+from creditstream.cli.terminal import say, suggested, write
 from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
 from creditstream.demo_view import Facts, alert_line, live_view
@@ -21,7 +21,7 @@ from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
-from streams.settings import Settings, read_settings, variable
+from streams.settings import DEBUG_VARIABLE, PREFIX, Settings, read_settings, variable
 from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
 CATCH_UP_S_MAX: Final = 60.0
@@ -142,16 +142,24 @@ def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUI
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     if not books.closes or books.behind:
         raise Problem("the books do not close", books.sentence, "Keep the home as it is and look at the offsets above.")
+    _say_what_next(scene.trial, example)
+
+
+def _say_what_next(trial: str, example: UUID | None) -> None:
+    """Commands that ask the demo's own ledger: it did without the environment's settings, and so must they."""
     words = [
-        f"balance {scene.trial}", f"statement {scene.trial}", f"check {scene.trial} find_work_email --cells 500",
+        f"balance {trial}", f"statement {trial}", f"check {trial} find_work_email --cells 500",
         "alerts list", "usage ws_0001 --by column", "runs ws_0001 --limit 5", "dead-letters list",
     ]  # fmt: skip
     words = [f"explain {example}", *words] if example else words
-    if os.environ.get(variable("ledger_url")):
-        say("", f"{variable('ledger_url')} names another ledger than the demo's: unset it for what follows.")
-    say("", "The books close, and Kafka and the worker have ended. Try next:", "")
-    say(*(f"  {suggested(each)}" for each in words))
-    say("", "`creditstream worker --embedded` starts them again: `send`, `plan set` and `grant` need them.")
+    kept = variable("home"), DEBUG_VARIABLE
+    unset = "".join(f"-u {name} " for name in sorted(os.environ) if name.startswith(PREFIX) and name not in kept)
+    apart, why = (f"env {unset}", ", without the environment's settings, as the demo") if unset else ("", "")
+    starts = f"{apart}{suggested('worker --embedded')}"
+    say("", f"The books close, and Kafka and the worker have ended. Try next{why}:", "")
+    say(*(f"  {apart}{suggested(each)}" for each in words))
+    # Not by `say`, which would make of it what it is already.
+    write(f"\n`{starts}` starts them again: `send`, `plan set` and `grant` need them.\n")
 
 
 def _tell_of_the_gate(console: Console, scene: _Scene) -> None:
