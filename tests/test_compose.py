@@ -102,6 +102,17 @@ def test_the_published_port_and_the_health_check_are_those_of_the_api() -> None:
     assert f"http://127.0.0.1:{settings.api_port}/readyz" in image_health_check()[-1]
 
 
+def test_the_docs_name_the_files_that_the_notifier_reads() -> None:
+    """As the compose file mounts and loads them, and the profile that starts it."""
+    told = (ROOT / "docs" / "limits.md").read_text()
+    notifier = SERVICES["notifier"]
+    here, there, _ = notifier["volumes"][0].split(":")
+    endpoints = Path(environment("notifier")["CREDITSTREAM_WEBHOOK_ENDPOINTS"]).relative_to(there)
+    assert f"`{Path(here) / endpoints}`" in told
+    assert f"`{notifier['env_file'][0]['path']}`" in told
+    assert f"docker compose --profile {notifier['profiles'][0]} up" in told
+
+
 def test_no_health_check_goes_over_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker hands its client's proxies to every container; nobody outside knows these names."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
