@@ -31,6 +31,9 @@ class Expected(NamedTuple):
     pool: str
     credits: Decimal
 
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.reason} {self.credits:f} {self.pool}"
+
 
 class ReferenceRater:
     """Feed it one partition's records in Kafka's order; it remembers every run of the partition by a digest."""

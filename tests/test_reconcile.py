@@ -1,0 +1,126 @@
+"""What `reconcile` must not overlook: a copy that is none, and a row that says something else than its event."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any, Final
+
+import msgspec
+import pytest
+
+from creditstream.asking import WorkerAnswers
+from creditstream.reconcile import Reconciliation, reconcile
+from creditstream.reference import ReferenceRater
+from schemas.answers import LedgerRow
+from schemas.catalogue import EXAMPLE_CATALOGUES
+from schemas.cell_run import CellRun, Outcome
+from schemas.codec import encode_run
+from tests.worker_process import WorkerProcess, cell_run, event_of
+
+NOW: Final = datetime(2026, 11, 20, 12, tzinfo=UTC)
+RUN: Final = cell_run(action="find_work_email", ran_at=NOW, triggered_by="manual", actor="ada")
+OTHERWISE: Final[dict[str, object]] = {
+    "table_id": "tbl_2",
+    "column_id": "col_2",
+    "row_id": "row_2",
+    "action": "enrich_person",
+    "outcome": Outcome.NO_DATA,
+    "ran_at": NOW + timedelta(milliseconds=1),
+    "own_api_key": True,
+    "triggered_by": "api",
+    "actor": None,
+}
+"""Another value for every field but the two that are the identity."""
+
+
+def verdicts(*values: bytes) -> list[str]:
+    """The reasons that the reference rater gives to records of one workspace."""
+    rater = ReferenceRater(EXAMPLE_CATALOGUES, 0, 1)
+    recorded_ms = int(NOW.timestamp()) * 1000
+    return [rater.expect(RUN.workspace_id.encode(), value, recorded_ms).reason for value in values]
+
+
+def with_field(field: str) -> CellRun:
+    return msgspec.structs.replace(RUN, **{field: OTHERWISE[field]})
+
+
+def test_every_field_of_a_run_is_told_apart() -> None:
+    """A new field gets a value here, or copies that differ in it would pass unnoticed."""
+    assert set(OTHERWISE) | {"run_id", "workspace_id"} == set(CellRun.__struct_fields__)
+
+
+@pytest.mark.parametrize("field", OTHERWISE)
+def test_a_copy_that_differs_in_one_field_is_a_conflict(field: str) -> None:
+    """Whatever the field, in either order: the first stands."""
+    first, second = encode_run(RUN), encode_run(with_field(field))
+    assert verdicts(first, second, first)[1:] == ["conflicting_duplicate", "duplicate"]
+    assert verdicts(second, first, second)[1:] == ["conflicting_duplicate", "duplicate"]
+
+
+def test_a_copy_that_says_the_same_is_a_duplicate() -> None:
+    """However it says it: in another order, in another zone, below a millisecond, with fields that nobody knows, with
+    what may be left out.
+    """
+    plain = msgspec.to_builtins(msgspec.json.decode(encode_run(RUN)))
+    abroad = msgspec.structs.replace(RUN, ran_at=NOW.astimezone(timezone(timedelta(hours=5, minutes=30))))
+    finer = msgspec.structs.replace(RUN, ran_at=NOW + timedelta(microseconds=999))
+    copies = [
+        encode_run(RUN),
+        msgspec.json.encode(dict(reversed(plain.items()))),
+        encode_run(abroad),
+        encode_run(finer),
+        msgspec.json.encode(plain | {"mood": "good", "own_api_key": False}),
+    ]
+    assert verdicts(*copies) == ["charged", *["duplicate"] * 4]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator[WorkerProcess]:
+    """A worker that has metered two runs of one workspace, a copy, and a broken event."""
+    with WorkerProcess(tmp_path_factory.mktemp("reconcile"), kafka, "reconcile-") as process:
+        process.create_topic()
+        run = msgspec.structs.replace(RUN, ran_at=datetime.now(UTC))
+        broken = event_of(run)._replace(value=b"{")
+        process.produce([event_of(run), event_of(run), event_of(cell_run()), broken])
+        process.start().wait_until_metered()
+        yield process
+
+
+def books_of(worker: WorkerProcess, **changed: Any) -> Reconciliation:
+    """The books when the ledger's first row said something else."""
+
+    class Ledger(WorkerAnswers):
+        def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
+            rows = super().ledger_rows(topic_id, partition, after, limit)
+            return [msgspec.structs.replace(row, **changed) if row.offset == 0 else row for row in rows]
+
+    home = worker.home.worker()
+    assert home is not None
+    return reconcile(Ledger(home.api_url), worker.configured)
+
+
+def test_books_that_agree_close(worker: WorkerProcess) -> None:
+    """Copies and dead letters among them."""
+    books = books_of(worker)
+    assert (books.closes, books.events, books.rows, books.different) == (True, 4, 4, 0)
+    assert [book.examples for book in books.partitions if book.examples] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("kind", "duplicate", "duplicate/charged 2 enrichment of ws_0001"),
+        ("reason", "charged_no_data", "run/charged_no_data 2 enrichment of ws_0001"),
+        ("pool", "premium", "run/charged 2 premium of ws_0001"),
+        ("credits", 1999, "run/charged 1.999 enrichment of ws_0001"),
+        ("workspace_id", "ws_0002", "run/charged 2 enrichment of ws_0002"),
+    ],
+)
+def test_one_row_that_differs_in_one_field_is_reported(
+    worker: WorkerProcess, field: str, value: object, told: str
+) -> None:
+    """With its place, what the ledger says, and what the reference rater expects; the others are as they were."""
+    books = books_of(worker, **{field: value})
+    assert (books.closes, books.missing, books.doubled, books.different) == (False, 0, 0, 1)
+    ((example,),) = [book.examples for book in books.partitions if book.examples]
+    assert example.startswith("reconcile-cell-runs[")
+    assert example.endswith(f"]@0: ledger {told}, expected run/charged 2 enrichment of ws_0001")
