@@ -340,6 +340,28 @@ def test_rules() -> None:
     assert (own_key["price"], own_key["credits"]) == ("2", "0")
 
 
+def test_a_table_is_never_folded() -> None:
+    """What is too wide for a terminal is a line for each field, and can be copied; a pipe has no width."""
+    words = [sys.executable, "-m", "creditstream", "rules", "list"]
+
+    def shown(**screen: str) -> list[str]:
+        there = environment() | screen
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=there)
+        assert done.returncode == 0, done
+        return done.stdout.splitlines()
+
+    (piped,) = [line for line in shown(COLUMNS="40") if "find_and_enrich_person_google" in line]
+    assert "Find & Enrich Person from Google Search" in piped
+    narrow = shown(COLUMNS="80", FORCE_COLOR="1")
+    start = narrow.index("action           find_and_enrich_person_google")
+    assert narrow[start : start + 3] == [
+        "action           find_and_enrich_person_google",
+        "name             Find & Enrich Person from Google Search",
+        "category         enrichment",
+    ]
+    assert len(shown(COLUMNS="200", FORCE_COLOR="1")) == len(shown())
+
+
 def test_rules_check(tmp_path: Path) -> None:
     """A good file is counted; in a bad one file, action and field are named, in one line."""
     example = ROOT / "schemas" / "catalogues" / "2026-07.toml"

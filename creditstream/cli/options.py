@@ -21,9 +21,6 @@ from streams.settings import Settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-WIDTH_ELSEWHERE = 200
-"""Of a table that is not printed on a terminal, in characters."""
-
 
 def home_option(command: F) -> F:
     """``--home``: which installation."""
@@ -106,6 +103,8 @@ def _json(value: Any) -> str:
     return orjson.dumps(msgspec.to_builtins(value), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
 
+WIDTH_MAX = 100_000
+"""Of a table, in characters: more than any has."""
 AMOUNTS = frozenset({
     "credits", "credits_reference", "used", "allowance", "remaining", "overage",
     "opening", "granted", "debited", "reversed", "expired", "closing",
@@ -114,6 +113,9 @@ AMOUNTS = frozenset({
 
 
 def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None:
+    """A line for each row; on a terminal that is too narrow for it, a line for each field that says something: what is
+    folded can neither be read nor copied.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -121,11 +123,19 @@ def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column in AMOUNTS or all(_is_count(getattr(row, column)) for row in rows)
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(_read(column, getattr(row, column)))) for column in columns))
+        table.add_column(column, justify="right" if right else "left")
+    cells = [[printable(_read(column, getattr(row, column))) for column in columns] for row in rows]
+    for row in cells:
+        table.add_row(*map(Text, row))
     screen, text = Console(), io.StringIO()
-    width = screen.width if screen.is_terminal else WIDTH_ELSEWHERE
+    width = Console(file=text, width=WIDTH_MAX).measure(table).maximum
+    if screen.is_terminal and width > screen.width:
+        names = max(map(len, columns))
+        fields = (
+            [f"{name:<{names}}  {said}\n" for name, said in zip(columns, row, strict=True) if said] for row in cells
+        )
+        write("\n".join(map("".join, fields)))
+        return
     Console(file=text, force_terminal=screen.is_terminal, width=width).print(table)
     write(text.getvalue())
 
