@@ -38,10 +38,14 @@ class Home(msgspec.Struct, frozen=True):
     def at(cls, path: str | Path | None) -> "Home":
         """The home at `path`; without one at $CREDITSTREAM_HOME, else at `.creditstream` here.
 
-        Symbolic links are resolved, so that one directory is one home however it is spelled.
+        Symbolic links are resolved, so that one directory is one home however it is spelled. Problem where it begins
+        with a user whom nobody knows.
         """
         chosen = path or os.environ.get(variable("home")) or Settings().home
-        return cls(Path(chosen).expanduser().resolve())
+        try:
+            return cls(Path(chosen).expanduser().resolve())
+        except RuntimeError as error:
+            raise Problem(f"{chosen} is no directory", str(error), "Choose another one with --home.") from error
 
     @property
     def kafka(self) -> Path:

@@ -446,6 +446,7 @@ def test_wrong_usage_is_exit_code_2() -> None:
         ("usage", WORKSPACE, "--colour"),
         ("usage", WORKSPACE, "--from", "2026-02-01", "--to", "2026-01-01"),
         ("dead-letters", "show", "nowhere"),
+        ("explain", "nothing"),
         ("demo", "--for", "soon"),
         ("usage", WORKSPACE, "--url", "notaurl"),
         ("usage", WORKSPACE, "--url", "http://[::1"),
@@ -466,6 +467,20 @@ def test_a_home_that_is_a_file_is_no_riddle() -> None:
     home = {"home": __file__}
     assert creditstream("balance", WORKSPACE, settings=home).code == 2
     assert creditstream("rules", "show", "find_work_email", settings=home).code == 0
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    """Of a user who does not exist."""
+    assert "~nobody-here/x is no directory" in line_of(creditstream("top", "--home", "~nobody-here/x"), 1)
+
+
+def test_help_begins_with_where_to_start() -> None:
+    """Commands stand in groups, however the program is called."""
+    program = Path(sys.executable).with_name("creditstream")
+    for called in ([program], [sys.executable, "-m", "creditstream"]):
+        help_text = subprocess.run([*called, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+        groups = re.findall("^╭─ ([A-Z][a-z ]+?) ─", help_text, re.MULTILINE)
+        assert groups == ["Options", "Start here", "Ask", "Before it runs", "Be told", "Bill", "Send", "Operate"]
 
 
 def test_help_that_nobody_reads_ends_quietly() -> None:

@@ -21,7 +21,6 @@ from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, By, Explanation, RunRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS
-from schemas.problem import Problem
 from sinks.explain import credits_text
 
 _DAY = click.DateTime(formats=["%Y-%m-%d"])
@@ -96,23 +95,17 @@ def runs(
 
 
 @click.command()
-@click.argument("run_id")
+@click.argument("run_id", type=click.UUID)
 @click.option("--workspace", metavar="ID", default="", help="Whose run it is, where several have used the id.")
 @source_options
 @record_format_option
-def explain(run_id: str, workspace: str, home: str, url: str, form: str) -> None:
+def explain(run_id: UUID, workspace: str, home: str, url: str, form: str) -> None:
     """Why a run cost what it cost, in one sentence, and the evidence.
 
     Example: `creditstream explain 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22`
     """
-    try:
-        wanted = UUID(run_id)
-    except ValueError as error:
-        raise Problem(
-            f"{run_id!r} is no run id", "a run id is a UUID", "`creditstream runs WORKSPACE` lists them."
-        ) from error
     with ask(settings_of(home), url) as answers:
-        explanation = answers.explanation(wanted, workspace)
+        explanation = answers.explanation(run_id, workspace)
     if form == "json":
         show_record(explanation)
     else:

@@ -43,8 +43,10 @@ for command in (
 def run() -> int:
     """Run what was typed; the exit code. Problem and KeyboardInterrupt are for the caller."""
     _name_as_called(cli)
+    called, groups = program(), click.rich_click.COMMAND_GROUPS
+    groups[called] = groups[NAME]
     try:
-        return cli.main(standalone_mode=False, prog_name=program()) or 0
+        return cli.main(standalone_mode=False, prog_name=called) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
