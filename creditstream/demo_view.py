@@ -38,12 +38,12 @@ def live_view(facts: Facts, listener: Listener, worker: TrialWorker, trial: str)
     numbers = (
         (f"{facts.rate:,.0f}", "events/s"),
         (f"{facts.debits:,}", "debits"),
-        (f"{facts.waiting:,}", "on their way"),
+        (f"{facts.waiting:,}", "waiting"),
         (f"{facts.duplicates:,}", "duplicates"),
         (f"{facts.letters:,}", "dead letters"),
         (f"{listener.alerts:,}", "alerts"),
     )
-    head = Text.assemble(*(part for number, name in numbers for part in ((number, "bold"), f" {name}   ")))
+    head = Text.assemble(*(part for number, name in numbers for part in ((number, "bold"), f" {name}  ")))
     bar = Table.grid()
     bar.add_row(ProgressBar(total=facts.seconds, completed=facts.elapsed, width=60))
     return Group(
@@ -78,14 +78,12 @@ def ranked(states: Sequence[LimitState], trial: str) -> list[LimitState]:
 
 def _gate_line(worker: TrialWorker, trial: str) -> Text:
     if worker.freed_at:
-        what = Text("upgraded: its gate lets it run again", "green")
+        what = Text("upgraded: its gate says yes again", "green")
     elif worker.stopped_at:
         what = Text("stopped by its gate: out of credits", "red")
     else:
         what = Text("its gate says yes", "green")
-    return Text.assemble(
-        (f"{trial}: ", "bold"), what, f"   {worker.allowed:,} runs allowed, {worker.refused:,} refused"
-    )
+    return Text.assemble((f"{trial}: ", "bold"), what, f"   {worker.allowed:,} allowed, {worker.refused:,} refused")
 
 
 def alert_line(told: Told) -> str:
@@ -97,6 +95,6 @@ def alert_line(told: Told) -> str:
     used, allowance = group_credits(parse_credits(alert.used)), group_credits(parse_credits(alert.allowance))
     pool = "" if alert.pool == "enrichment" else f" {alert.pool}"
     return (
-        f"{told.came_at:%H:%M:%S}  {alert.kind:<14} {printable(alert.workspace_id):<11} {lines or '-':<10} "
+        f"{told.came_at:%H:%M:%S}  {alert.kind:<9}  {printable(alert.workspace_id):<12}  {lines or '-':<5}  "
         f"{used} of {allowance}{pool} credits  (+{told.after_ms:,} ms)"
     )
