@@ -234,10 +234,11 @@ class WorkerAnswers:
         # A worker's API is to be reached from inside only: not over a proxy that leads out.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
-                return msgspec.json.decode(answer.read(), type=kind)
-        except urllib.error.HTTPError as error:
-            raise _problem_of(error) from error
+            try:
+                with opener.open(f"{self._url}{path}?{query}", timeout=ANSWER_TIMEOUT_S) as answer:
+                    return msgspec.json.decode(answer.read(), type=kind)
+            except urllib.error.HTTPError as error:
+                raise _problem_of(error) from error
         except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error

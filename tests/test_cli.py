@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 from uuid import uuid4
 
@@ -28,6 +30,7 @@ from schemas.answers import SpendCheck
 from schemas.cell_run import Outcome
 from schemas.codec import encode_run
 from schemas.problem import Problem
+from tests.clickhouse_server import ClickHouseServer
 from tests.worker_process import (
     ROOT,
     WAIT_S_MAX,
@@ -392,6 +395,13 @@ def test_migrate(tmp_path: Path) -> None:
     assert (second.code, second.out) == (0, "nothing to do\n")
 
 
+def test_a_server_that_refuses_a_migration_is_one_line(http_server: ClickHouseServer, tmp_path: Path) -> None:
+    """As one that fails a question: what the server says, and no defect of ours."""
+    refused: dict[str, str | int] = {"ledger_url": f"{http_server.url}/no%60name", "home": str(tmp_path)}
+    line = line_of(creditstream("migrate", settings=refused), 5)
+    assert line.startswith("creditstream: the ledger failed: ")
+
+
 def test_config() -> None:
     """Every setting with value and origin; secrets are hidden, typing errors shown."""
     rows = read_json(
@@ -438,6 +448,23 @@ def test_what_does_not_answer_is_exit_code_5(tmp_path: Path) -> None:
     assert "does not answer" in line_of(creditstream("explain", str(uuid4()), "--url", nobody), 5)
     elsewhere: dict[str, str | int] = {"ledger_url": f"{nobody}/creditstream", "home": str(tmp_path)}
     assert "does not answer" in line_of(creditstream("usage", WORKSPACE, settings=elsewhere), 5)
+
+
+def test_a_refusal_that_breaks_off_is_exit_code_5() -> None:
+    """A worker that ends in the middle of its answer does not answer, also where that would have been a no."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            asked, _ = server.accept()
+            with asked:
+                asked.recv(65_536)
+                asked.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{")
+
+        refusing = Thread(target=refuse)
+        refusing.start()
+        done = creditstream("balance", WORKSPACE, "--url", f"http://127.0.0.1:{server.getsockname()[1]}")
+        refusing.join()
+    assert "does not answer" in line_of(done, 5)
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

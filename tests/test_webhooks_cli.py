@@ -233,7 +233,7 @@ def test_what_a_test_alert_says_of_a_receiver(receiver: WebhookReceiver, tmp_pat
     assert json.loads(receiver.received[0].body)["text"].startswith("TEST: ")
     unset = run(tmp_path, "alerts", "test", receiver.url, "--allow-private", "--secret-env", "NOT_SET")
     assert (unset.code, len(receiver.received)) == (1, 1)
-    assert "the secret in NOT_SET cannot be used" in unset.err
+    assert "the secret in NOT_SET cannot be used: it is not set. Set" in unset.err
 
 
 def test_an_alert_is_resent_by_hand(settings: Settings, receiver: WebhookReceiver, tmp_path: Path) -> None:

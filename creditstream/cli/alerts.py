@@ -107,11 +107,12 @@ def _secret(variable: str | None) -> str:
         fresh = new_secret()
         say(f"secret, made up: {fresh}", err=True)
         return fresh
+    secret = os.environ.get(variable, "").strip()
     try:
-        secret = os.environ.get(variable, "").strip()
         parse_secret(secret)
     except ValueError as error:
-        raise Problem(f"the secret in {variable} cannot be used", str(error), "Set it to whsec_<base64>.") from error
+        why = str(error) if secret else "it is not set"
+        raise Problem(f"the secret in {variable} cannot be used", why, "Set it to whsec_<base64>.") from error
     return secret
 
 

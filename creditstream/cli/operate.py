@@ -1,9 +1,11 @@
 """For whoever runs it: topics, migrations, settings, and the proof that the books close."""
 
+from contextlib import nullcontext
+
 import msgspec
 import rich_click as click
 
-from creditstream.asking import ask
+from creditstream.asking import ask, ledger_failed
 from creditstream.cli.options import (
     format_option,
     home_option,
@@ -74,20 +76,21 @@ def topics(home: str, check: bool) -> None:
 @home_option
 def migrate(home: str) -> None:
     """Bring the ledger's tables and views up to date."""
-    from sinks.clickhouse import connect
+    from sinks.clickhouse import DatabaseError, connect
     from sinks.migrate import create_database
     from sinks.migrate import migrate as apply
 
     settings = settings_of(home)
-    if settings.ledger_url:
-        create_database(settings.ledger_url, settings.ledger_password)
-        applied = apply(connect(settings.ledger_url, settings.ledger_password))
-    else:
-        place = Home.at(settings.home)
-        with place.hold():
-            client = connect(f"chdb://{place.ledger}")
+    place = Home.at(settings.home)
+    url = settings.ledger_url or f"chdb://{place.ledger}"
+    try:
+        if settings.ledger_url:
+            create_database(url, settings.ledger_password)
+        hold = nullcontext() if settings.ledger_url else place.hold()
+        with hold, connect(url, settings.ledger_password) as client:
             applied = apply(client)
-            client.close()
+    except DatabaseError as error:
+        raise ledger_failed(error) from error
     for migration in applied:
         say(f"applied {migration.number:04d} {migration.name}")
     if not applied:
