@@ -300,7 +300,8 @@ def seen_by_sql(client: Client, workspace_id: str, pool: str, when: datetime) ->
     """The view ``balances`` as of an instant."""
     ((used, allowance, state, start, end, plan),) = client.query(
         "SELECT used, allowance, state, period_start, period_end, plan "
-        "FROM balances_as_of(as_of = {when:DateTime64(3)}) WHERE workspace_id = {name:String} AND pool = {pool:String}",
+        "FROM balances_as_of(as_of = {when:DateTime64(3, 'UTC')}) "
+        "WHERE workspace_id = {name:String} AND pool = {pool:String}",
         parameters={"when": when, "name": workspace_id, "pool": pool},
     ).result_rows
     return Seen(used, allowance, state, (start, end) if start else None, plan)

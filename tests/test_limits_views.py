@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple, cast
 from uuid import UUID
@@ -161,7 +161,7 @@ def test_billing_periods_are_those_of_the_pure_functions(client: Client, pasts: 
         found = defaultdict(list)
         rows = client.query(
             "SELECT workspace_id, period_start, period_end, allowance, plan "
-            "FROM billing_periods_as_of(as_of = {as_of:DateTime64(3)}) ORDER BY workspace_id, period_start",
+            "FROM billing_periods_as_of(as_of = {as_of:DateTime64(3, 'UTC')}) ORDER BY workspace_id, period_start",
             parameters={"as_of": as_of},
         ).result_rows
         for name, *tile in rows:
@@ -179,7 +179,7 @@ def test_balances_are_the_standings_of_the_pure_functions(client: Client, pasts:
     for as_of in AS_OF:
         rows = client.query(
             "SELECT workspace_id, pool, used, allowance, remaining, overage, state, period_start, period_end, plan "
-            "FROM balances_as_of(as_of = {as_of:DateTime64(3)})",
+            "FROM balances_as_of(as_of = {as_of:DateTime64(3, 'UTC')})",
             parameters={"as_of": as_of},
         ).result_rows
         found = {(name, Pool(pool)): tuple(rest) for name, pool, *rest in rows}
@@ -302,6 +302,30 @@ def test_a_late_run_came_when_its_period_had_ended(client: Client) -> None:
         (at("2026-01-03"), date(2026, 1, 1), date(2026, 1, 15)),
         (at("2026-02-14 23:59:59"), date(2026, 1, 15), date(2026, 2, 15)),
     ]
+
+
+def test_a_premium_run_is_never_late(client: Client) -> None:
+    """Its pool has no period; an unmetered run of the same hour has one."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-15 14:00:00"))
+    for row_id, pool in (("premium", Pool.PREMIUM), ("free", Pool.NONE)):
+        rows.run(at("2026-02-10"), recorded_at=at("2026-02-16"), pool=pool, row_id=row_id)
+    rows.write(client)
+    assert client.query("SELECT pool FROM late_runs").result_rows == [("none",)]
+
+
+@pytest.mark.parametrize("zone", ["America/Los_Angeles", "Asia/Tokyo"])
+def test_now_is_now_in_every_time_zone_of_the_server(client: Client, zone: str) -> None:
+    """A plan of an hour ago is in force, one that takes effect in an hour is not."""
+    ((now,),) = client.query("SELECT now64(3, 'UTC')").result_rows
+    hour = timedelta(hours=1)
+    rows = AccountRows()
+    rows.plan(now - hour, "now")
+    rows.plan(now + hour, "soon", restart_period=True, recorded_at=now)
+    rows.write(client)
+    for view in ("balances WHERE pool = 'enrichment'", "billing_periods"):
+        found = client.query(f"SELECT plan FROM {view}", settings={"session_timezone": zone}).result_rows
+        assert found == [("now",)], view
 
 
 def test_an_alert_is_listed_once_however_often_it_was_published(client: Client) -> None:

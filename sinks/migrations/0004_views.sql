@@ -3,7 +3,8 @@
 --
 -- Plans, periods, balances and alerts are as streams/periods.py and streams/limits.py say them in Python: tests hold
 -- both equal. What takes `as_of` goes by what the ledger knows now and has taken effect by then; debits count by their
--- whole day. A run may lie 5 minutes ahead, and with it the last day.
+-- whole day. A run may lie 5 minutes ahead, and with it the last day. A parameter's text bears no time zone: now is
+-- given in that of the parameter, whatever the server's is.
 
 CREATE OR REPLACE VIEW debits
 (
@@ -194,7 +195,7 @@ CREATE OR REPLACE VIEW billing_periods
     plan String COMMENT 'plan in force at the end of its first day; empty before the first plan'
 ) AS
 SELECT workspace_id, period_start, period_end, allowance, toString(plan) AS plan
-FROM billing_periods_as_of(as_of = now64(3))
+FROM billing_periods_as_of(as_of = now64(3, 'UTC'))
 COMMENT 'every billing period of every workspace from its first day up to now; calendar months before the first plan';
 
 -- The days from which periods count are computed in place: nothing else of the accounts is, and no view is planned.
@@ -322,7 +323,7 @@ CREATE OR REPLACE VIEW balances
     plan String COMMENT 'plan in force; empty before the first one'
 ) AS
 SELECT workspace_id, pool, used, allowance, remaining, overage, state, period_start, period_end, toString(plan) AS plan
-FROM balances_as_of(as_of = now64(3))
+FROM balances_as_of(as_of = now64(3, 'UTC'))
 COMMENT 'where each pool of each workspace stands now';
 
 CREATE OR REPLACE VIEW alerts
@@ -389,7 +390,7 @@ CREATE OR REPLACE VIEW late_runs
     action String COMMENT 'what ran',
     ran_at DateTime64(3, 'UTC') COMMENT 'when it ran, in a period that had ended when it came',
     recorded_at DateTime64(3, 'UTC') COMMENT 'when Kafka received it',
-    pool String COMMENT 'balance that it draws: enrichment or premium; none for actions without a price',
+    pool String COMMENT 'balance that it draws: enrichment, or none for actions without a price; premium has no period',
     credits Decimal(18, 3) COMMENT 'what it drew; 0 for a free run',
     period_start Date COMMENT 'first UTC day of the period that it belongs to',
     period_end Date COMMENT 'first UTC day that is no longer in it',
@@ -415,9 +416,9 @@ FROM
                    toString(pool) AS pool, credits,
                    concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position
             FROM ledger
-            WHERE kind = 'run' AND toDate(recorded_at) > day
+            WHERE kind = 'run' AND pool != 'premium' AND toDate(recorded_at) > day
         ) AS runs
-        LEFT JOIN accounts_as_of(as_of = now64(3)) AS accounts ON runs.workspace_id = accounts.workspace_id
+        LEFT JOIN accounts_as_of(as_of = now64(3, 'UTC')) AS accounts ON runs.workspace_id = accounts.workspace_id
     )
 )
 WHERE toDate(recorded_at) >= period_end
