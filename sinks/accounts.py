@@ -1,6 +1,7 @@
 """What the fold of balances asks of the ledger, and the alerts that it writes beside it.
 
-All questions name workspaces, or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the
+All questions name workspaces, in the statement and not as parameters, since a server takes no parameter of more than
+128 KiB; or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the
 ``usage`` projection answers for one partition of a topic without a column for it.
 """
 
@@ -89,15 +90,15 @@ def draws_recorded_by(
         client,
         {"names": list(instants), "instants": list(instants.values()), "since": since},
         "AND toUnixTimestamp64Milli(recorded_at) <= "
-        "transform(toString(workspace_id), {names:Array(String)}, {instants:Array(Int64)}, toInt64(0))",
+        "transform(toString(workspace_id), %(names)s, %(instants)s, toInt64(0))",
     )
 
 
 def _draws(client: Client, parameters: dict[str, Any], condition: str = "") -> list[tuple[str, str, int, Millicredits]]:
     rows: Any = client.query(
         "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
-        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN {{names:Array(String)}} AND {DRAWS} "
-        f"AND (pool = 'premium' OR day >= {{since:Date}}) {condition} GROUP BY workspace_id, pool, number",
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN %(names)s AND {DRAWS} "
+        f"AND (pool = 'premium' OR day >= %(since)s) {condition} GROUP BY workspace_id, pool, number",
         parameters=parameters,
     ).result_rows
     return list(rows)
@@ -269,8 +270,8 @@ def top_columns(client: Client, questions: Sequence[TopQuestion]) -> dict[TopQue
     """The columns that drew most, most first, for each question."""
     found = client.query(
         "SELECT workspace_id, toString(pool), day, table_id, column_id, action, toInt64(sum(credits) * 1000) "
-        "FROM ledger WHERE workspace_id IN {names:Array(String)} AND kind IN ('run', 'reversal') "
-        "AND day >= {since:Date} GROUP BY workspace_id, pool, day, table_id, column_id, action",
+        "FROM ledger WHERE workspace_id IN %(names)s AND kind IN ('run', 'reversal') "
+        "AND day >= %(since)s GROUP BY workspace_id, pool, day, table_id, column_id, action",
         parameters={
             "names": sorted({question.workspace_id for question in questions}),
             "since": min(question.start or EPOCH for question in questions),

@@ -65,6 +65,9 @@ INSERT_WITH_DATA: Final = re.compile(
 READING: Final = re.compile(r"[\s(]*(SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN|CHECK)\b", re.IGNORECASE)
 FORMAT_AT_END: Final = re.compile(r"\bFORMAT\s+(\w+)\s*;?\s*$", re.IGNORECASE)
 
+FIELD_BYTES_MAX: Final = 131_072
+"""ClickHouse's ``http_max_field_value_size``: of a parameter, in the URL or in a form."""
+
 STATUS_BY_CODE: Final = {
     **dict.fromkeys((6, 26, 27, 36, 38, 41, 43, 53, 62, 69, 72, 117, 321), 400),
     **dict.fromkeys((46, 47, 50, 56, 60, 63, 73, 78, 81, 115), 404),
@@ -173,6 +176,8 @@ def parse(url: str, headers: dict[str, str], body: bytes) -> Statement:
     if headers.get("content-type", "").startswith("multipart/form-data"):
         fields |= form_fields(headers["content-type"], body)
         body = b""
+    if any(len(value.encode(errors="surrogateescape")) > FIELD_BYTES_MAX for value in fields.values()):
+        raise EngineError("HTML Form Exception: Field value too long (POCO_EXCEPTION)", 1000)
     query = fields.get("query", "").encode()
     whole = query + b"\n" + body if query and body else query + body
     head = INSERT_WITH_DATA.match(whole)

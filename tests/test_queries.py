@@ -18,10 +18,13 @@ from schemas.answers import By
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Position
 from schemas.problem import UnknownId
-from sinks import dead_letters, queries
+from sinks import accounts, dead_letters, queries
 from sinks.ledger import Batch, Ledger
 from streams.meter import Meter
+from streams.periods import day_of
 from streams.settings import read_settings
+from streams.unit import TAKE_ROWS_MAX
+from tests.account_rows import AccountRows
 from tests.records import Record, Road
 
 VIEWS = ("debits", "usage_by_column", "usage_by_day", "free_runs", "dead_letters", "duplicates")
@@ -116,6 +119,22 @@ def test_usage_sums_to_the_same_whatever_it_is_grouped_by(filled: Client, by: By
     assert (sum(Decimal(row.credits) for row in rows), sum(row.runs for row in rows)) == (credits, runs)
     free = filled.query("SELECT sum(runs) FROM free_runs WHERE workspace_id = 'ws_0001'").result_rows[0][0]
     assert sum(row.free_runs for row in rows) == free
+
+
+def test_a_question_names_as_many_workspaces_as_a_take_may_hold(client: Client) -> None:
+    """More than a server takes as one parameter: under a backlog all of them may have to be loaded at once."""
+    names = [f"{number:0128}" for number in range(TAKE_ROWS_MAX)]
+    rows = AccountRows(names[-1])
+    rows.run(NOW, recorded_at=NOW)
+    rows.write(client)
+    now_ms, since = to_milliseconds(NOW), NOW.date()
+    drawn = [(names[-1], "enrichment", day_of(now_ms), 1_000)]
+    assert accounts.facts_of(client, names) == []
+    assert accounts.draws_of(client, names, since) == drawn
+    assert accounts.draws_recorded_by(client, dict.fromkeys(names, now_ms), since) == drawn
+    assert accounts.draws_recorded_by(client, dict.fromkeys(names, now_ms - 1), since) == []
+    asked = [accounts.TopQuestion(name, "enrichment", None, None) for name in names]
+    assert [len(accounts.top_columns(client, asked)[question]) for question in asked[-2:]] == [0, 1]
 
 
 def test_usage_takes_half_open_ranges_of_days(filled: Client) -> None:
