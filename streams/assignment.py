@@ -17,7 +17,7 @@ from sinks import accounts, dead_letters, filter_keys
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
-from streams.balances import Balances, Notice
+from streams.balances import METERED, Balances, Notice
 from streams.duplicates import KeyFilter
 from streams.facts import openings
 from streams.limits import FOREVER_MS
@@ -211,19 +211,23 @@ class Loader:
         names = await self._look_up_aside(accounts.restless, partition, partitions, since, from_ms)
 
         for part in recovery.in_parts(names):
-            told = await self._told_by_time(part, from_ms, started_ms)
-            unit.chores.append(_telling(part, told))
+            unit.chores.append(_telling(part, *await self._told_by_time(part, from_ms, started_ms)))
         if unit.settling.is_seeding:
             seeded = await self._look_up_aside(*self._workspaces_of(unit, SEEDED_MAX, accounts.EPOCH))
             unit.chores += [_seeding(part) for part in recovery.in_parts(seeded)]
         unit.chores.append(_looked_back)
 
-    async def _told_by_time(self, names: Sequence[str], from_ms: int, to_ms: int) -> list[tuple[Notice, Source | None]]:
-        """What time alone told of these workspaces between two instants: each one's first instant, then the second."""
+    async def _told_by_time(
+        self, names: Sequence[str], from_ms: int, to_ms: int
+    ) -> tuple[list[str], list[tuple[Notice, Source | None]]]:
+        """Whom of these workspaces time alone moved between two instants, and what it told: each one's first instant,
+        then the second.
+        """
         known: dict[str, list[AccountRow]] = {name: [] for name in names}
         for row in await self._look_up_aside(accounts.facts_of, names):
             known[row.workspace_id].append(row)
         left = {name: recovery.instants_of(rows, from_ms, to_ms) for name, rows in known.items()}
+        moved = [name for name, instants in left.items() if instants]
         told: list[tuple[Notice, Source | None]] = []
         while due := {name: instants[0] for name, instants in left.items() if instants}:
             before = {name: instant - 1 for name, instant in due.items()}
@@ -232,7 +236,7 @@ class Loader:
             for name, instant in due.items():
                 told += recovery.told_at(name, known[name], instant, then[name])
                 left[name] = left[name][1:]
-        return told
+        return moved, told
 
 
 async def _looked_back(unit: Unit) -> None:
@@ -240,11 +244,14 @@ async def _looked_back(unit: Unit) -> None:
     unit.settling.is_seeding = False
 
 
-def _telling(names: Sequence[str], told: Sequence[tuple[Notice, Source | None]]) -> Callable[[Unit], Awaitable[None]]:
-    """A chore: load these accounts, then tell."""
+def _telling(
+    names: Sequence[str], moved: Sequence[str], told: Sequence[tuple[Notice, Source | None]]
+) -> Callable[[Unit], Awaitable[None]]:
+    """A chore: load these accounts, then tell, states too: the commit may have passed an instant before its tick."""
 
     async def chore(unit: Unit) -> None:
         await unit.load(names)
+        unit.balances.urgent |= {(name, pool): None for name in moved for pool in METERED}
         unit.voice.tell(unit.balances, unit.folded, told)
 
     return chore

@@ -210,6 +210,32 @@ async def test_an_instant_that_comes_during_the_look_back_is_told(
 
 
 @ON_CHDB
+async def test_what_time_changed_right_before_a_crash_is_a_state_again(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit may pass an instant before the clock has told of it: gates must not refuse what was granted for good."""
+    granted, busy = Story(), Story("ws_2")
+    granted.plan("10", at("Jan 15"))
+    granted.grant("5", at("Jan 18"), at("Jan 16"))
+    busy.runs(1, at("Jan 19"))
+    topics = Topics()
+    monkeypatch.setattr("streams.unit.TICK_S", 60.0)
+    killed = await Bench.open(client, committed=(0, 0))
+    task = killed.start()
+    killed.unit.drain()
+    for told, (of_account, records) in enumerate([*topics.append(granted.steps), *topics.append(busy.steps)]):
+        killed.deliver(records, of_account=of_account)
+        await killed.wait(task, lambda told=told: killed.acknowledged == told + 1)  # type: ignore[misc]
+    await killed.kill(task)
+    assert str(killed.states[b"premium/ws_1"].state) == "exhausted"
+
+    monkeypatch.undo()
+    bench = await live(client, killed.committed)
+    assert [(alert.kind, alert.at) for alert in bench.alerts] == [(AlertKind.RECOVERED, at("Jan 18"))]
+    assert str(bench.states[b"premium/ws_1"].state) == "ok"
+
+
+@ON_CHDB
 async def test_a_recovery_that_takes_too_long_ends_the_process(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker may be quicker: partitions do not wait for ever behind a ledger that hangs."""
     monkeypatch.setattr(assignment, "RECOVERY_S_MAX", 0.2)
