@@ -105,7 +105,7 @@ class Loader:
         if incidents:
             unit.incident = incidents[0]
             return unit
-        start = recovery.starting_point(at, place.committed)
+        start = recovery.starting_point(at, place.committed, (place.logs[0].start, place.logs[1].start))
         try:
             async with asyncio.timeout(RECOVERY_S_MAX):
                 await self._recover(unit, start)

@@ -41,9 +41,16 @@ class Start(NamedTuple):
     is_seeded: bool
 
 
-def starting_point(marks: tuple[int, int], committed: tuple[int | None, int | None]) -> Start:
-    """What Kafka's commits (next offsets, None: none) and the ledger's marks say together."""
-    after = [mark if commit is None else commit - 1 for mark, commit in zip(marks, committed, strict=True)]
+def starting_point(
+    marks: tuple[int, int], committed: tuple[int | None, int | None], log_starts: tuple[int, int]
+) -> Start:
+    """What Kafka's commits (next offsets, None: none) and the ledger's marks say together. Of a chain that has no rows,
+    a commit up to the first offset that Kafka has says where the group began: what lay before was dropped, unread.
+    """
+    after = [
+        mark if commit is None or (mark < 0 and commit <= start) else commit - 1
+        for mark, commit, start in zip(marks, committed, log_starts, strict=True)
+    ]
     is_seeded = any(
         (commit is None and mark >= 0) or last > mark or mark - last > TAIL_ROWS_MAX
         for commit, mark, last in zip(committed, marks, after, strict=True)

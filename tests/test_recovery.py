@@ -42,7 +42,17 @@ NO_DEBITS: Final = pa.table({name: pa.array([], pa.int64()) for name in ("worksp
 )
 def test_where_a_fold_begins(marks: tuple[int, int], committed: tuple[int | None, int | None], start: Start) -> None:
     """At the commit; without one, with one above the mark, or with too much behind it, at the mark, and seeded."""
-    assert starting_point(marks, committed) == start
+    assert starting_point(marks, committed, (0, 0)) == start
+
+
+def test_a_fold_begins_behind_what_kafka_has_dropped() -> None:
+    """A group has committed where it began, and of that chain nothing is in the ledger: of the other one, which goes
+    on, what was not told is told.
+    """
+    assert starting_point((9, -1), (5, 100), (0, 100)) == Start(4, -1, False)
+    assert starting_point((9, -1), (5, 90), (0, 100)) == Start(4, -1, False)
+    assert starting_point((9, -1), (5, 101), (0, 100)).is_seeded
+    assert starting_point((9, 50), (5, 80), (0, 90)).is_seeded
 
 
 def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000, plan: str = "10") -> AccountRow:
