@@ -1,18 +1,23 @@
 """What waits for a unit: chunks of both topics, taken in the order in which the broker received their records."""
 
 import asyncio
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
+from streams.limits import FOREVER_MS
+
 BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""
 GATHER_S: Final = 0.02
 """How long more chunks of a backlog are waited for."""
 HELD_S_MAX: Final = 1.0
-"""How long account events are held back while the writer is behind."""
+"""How long account events are held back while the writer is behind, by our clock; and by the broker's, for a backlog
+of hours passes in a second.
+"""
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -25,7 +30,8 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
 class Inbox:
     """Two queues and one order between them: of what waits, the broker's time decides which topic comes first, and at
-    one instant the runs do. Its length is bounded by what the transport lets be in flight.
+    one instant the runs do. A chunk of a backlog spans hours: it is parted where the other topic comes in between. Its
+    length is bounded by what the transport lets be in flight.
 
     Account events are an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
     that many share one, and the alerts of runs do not wait for it.
@@ -72,7 +78,7 @@ class Inbox:
                         self._arrived.clear()
                         await self._arrived.wait()
                         continue
-                    events.append(self._runs.popleft())
+                    events.append(_up_to(self._last_ms_of_runs(), self._runs))
                     rows += len(events[-1].chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
@@ -84,17 +90,43 @@ class Inbox:
         """All chunks of account events that come before the next cell run; none when a run is next."""
         events: list[Event] = []
         if self._are_account_events_next():
+            last_ms = self._runs[0].chunk[0].timestamp - 1 if self._runs else FOREVER_MS
             while self._account_events and not self._is_run_older():
-                events.append(self._account_events.popleft())
+                events.append(_up_to(last_ms, self._account_events))
             self._held_since = None
         return events
+
+    def _last_ms_of_runs(self) -> int:
+        """Up to when runs are taken before the account events that wait."""
+        if not self._account_events:
+            return FOREVER_MS
+        held_ms = int(HELD_S_MAX * 1000) if self._is_writer_behind() else 0
+        return int(self._account_events[0].chunk[0].timestamp) + held_ms
 
     def _are_account_events_next(self) -> bool:
         if not self._account_events or self._is_run_older():
             return False
         now = asyncio.get_running_loop().time()
         self._held_since = self._held_since or now
-        return not self._is_writer_behind() or now >= self._held_since + HELD_S_MAX
+        is_held = bool(not self._runs or self._runs[0].chunk[0].timestamp <= self._last_ms_of_runs())
+        return not self._is_writer_behind() or not is_held or now >= self._held_since + HELD_S_MAX
 
     def _is_run_older(self) -> bool:
         return bool(self._runs) and self._runs[0].chunk[0].timestamp <= self._account_events[0].chunk[0].timestamp
+
+
+def _up_to(last_ms: int, waiting: deque[Event]) -> Event:
+    """The next chunk, up to an instant. What follows stays next, and its acknowledgement is that of all of it."""
+    event = waiting[0]
+    number = len(event.chunk)
+    if event.chunk[-1].timestamp > last_ms:
+        number = bisect_right(event.chunk, last_ms, key=lambda record: record.timestamp) or 1
+    if number == len(event.chunk):
+        return waiting.popleft()
+    part = event.chunk[:number]
+    del event.chunk[:number]
+    return Event(part, _not_yet, event.of_account)
+
+
+async def _not_yet() -> None:
+    pass

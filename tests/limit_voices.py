@@ -280,6 +280,27 @@ async def by_unit(story: Story, client: Client, number: int, rating: RatingTable
     return Heard(seen, [told_of(alert) for alert in bench.alerts if alert.workspace_id == story.workspace_id])
 
 
+async def by_unit_from_backlog(story: Story, client: Client, number: int) -> list[Told]:
+    """The alerts of a real unit that finds both topics full, in long chunks, and has the time of the last check."""
+    chains = Chain(f"cell-runs-{number}", f"runs-{number}", 0), Chain(f"account-events-{number}", f"events-{number}", 0)
+    bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01)
+    parts = Topics().append(story.steps)
+    delivered = 0
+    for of_account in (False, True):
+        records = [record for of, part in parts if of == of_account for record in part]
+        for first in range(0, len(records), CHUNK):
+            bench.deliver(records[first : first + CHUNK], of_account=of_account)
+            delivered += 1
+    task = bench.start()
+    bench.unit.drain()
+    await bench.wait(task, partial(_is_acknowledged, bench, delivered))
+    when = max(story.steps[-1].recorded, *(check.when for check in story.checks))
+    await _time_comes(bench, task, bench.unit.balances[story.workspace_id], to_milliseconds(when))
+    await bench.unit.voice.flush()
+    await bench.kill(task)
+    return [told_of(alert) for alert in bench.alerts if alert.workspace_id == story.workspace_id]
+
+
 def _is_read(bench: Bench, of_account: bool, offset: int) -> bool:
     """What is not yet read may be overtaken by the other topic."""
     return bench.unit.read[of_account] == offset

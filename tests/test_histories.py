@@ -15,7 +15,7 @@ from sinks.migrate import create_database, migrate
 from tests.account_records import Story
 from tests.ledger_rows import wait_until_grown
 from tests.limit_stories import HISTORIES, RULES
-from tests.limit_voices import Heard, by_fold, by_reference, by_unit
+from tests.limit_voices import Heard, by_fold, by_reference, by_unit, by_unit_from_backlog
 
 NUMBERS: Final = count(1)
 TOLD: Final = HISTORIES | RULES
@@ -34,9 +34,9 @@ def ledger(chdb_dir: Path) -> Iterator[Client]:
 
 
 @cache
-def told(name: str) -> Story:
+def told(name: str, of_whom: str = "ws") -> Story:
     """One story, in the order in which it was recorded."""
-    story = Story(f"ws_{name}")
+    story = Story(f"{of_whom}_{name}")
     TOLD[name](story)
     story.steps.sort(key=lambda step: step.recorded)
     return story
@@ -95,3 +95,15 @@ async def test_a_unit_and_sql_tell_each_story(name: str, ledger: Client) -> None
             parameters={"name": story.workspace_id, "start": start, "end": end},
         ).result_rows
         assert found == [(Decimal(used), Decimal(allowance))], (start, end)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "r06_an_upgrade_at_any_time", "plans_are_ordered_by_their_effect", "a_reversal_once_and_a_line_crossed_again",
+        "restart_period_begins_a_period_on_that_day", "r07_premium_draws_from_grants",
+    ],
+)  # fmt: skip
+async def test_a_backlog_tells_the_same_alerts(name: str, ledger: Client) -> None:
+    """Chunks of hours are folded in the broker's order, whatever else they hold: as live traffic was."""
+    assert await by_unit_from_backlog(told(name, "late"), ledger, next(NUMBERS)) == referred(name).alerts

@@ -41,6 +41,66 @@ async def test_the_brokers_time_decides() -> None:
     assert not box.has_account_events
 
 
+def backlog(*at_ms: int, of_account: bool = False) -> Event:
+    """One chunk of records that the broker received at these instants."""
+    return Event([Record(number, b"", b"", ms) for number, ms in enumerate(at_ms)], lambda: None, of_account)
+
+
+async def everything(box: Inbox) -> list[tuple[bool, list[int]]]:
+    """Whether of account, and when received, of all that is taken, in its order."""
+    taken = []
+    while True:
+        box.nudge()
+        runs, account_events = await box.take_runs(100, None), box.take_account_events()
+        if not runs and not account_events:
+            return taken
+        for events in filter(None, (runs, account_events)):
+            taken += [(events[0].of_account, [record.timestamp for event in events for record in event.chunk])]
+
+
+async def test_chunks_of_a_backlog_are_parted_where_the_other_topic_comes_between() -> None:
+    """A plan of Tuesday is no reason to fold Monday's runs after it, nor Wednesday's before it."""
+    box = Inbox(lambda: False)
+    box.put(backlog(2, 3, 5, 5, 9))
+    box.put(backlog(1, 4, 5, 6, 7, 10, of_account=True))
+    assert await everything(box) == [
+        (True, [1]), (False, [2, 3]), (True, [4]), (False, [5, 5]), (True, [5, 6, 7]), (False, [9]), (True, [10])
+    ]  # fmt: skip
+
+
+async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
+    """A part is acknowledged without effect: Kafka's commit must not pass what is still to be folded."""
+    said: list[str] = []
+
+    async def acknowledge() -> None:
+        said.append("done")
+
+    box = Inbox(lambda: False)
+    box.put(Event([Record(n, b"", b"", ms) for n, ms in enumerate((1, 3))], acknowledge))
+    box.put(backlog(2, of_account=True))
+    parts = []
+    for _ in range(2):
+        box.nudge()
+        parts += await box.take_runs(100, None)
+        box.take_account_events()
+    for part, expected in zip(parts, ([], ["done"]), strict=True):
+        await part.acknowledge()
+        assert said == expected
+
+
+async def test_a_slow_writer_holds_a_backlogs_account_events_by_the_brokers_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hours of a backlog pass in a second of ours."""
+    monkeypatch.setattr(inbox, "HELD_S_MAX", 600.0)
+    box = Inbox(lambda: True)
+    box.put(backlog(5_000, of_account=True))
+    box.put(backlog(5_000, 600_000, 605_000, 605_001))
+    assert await taken_runs(box) == [5_000]
+    assert instants(box.take_account_events()) == [5_000]
+    assert await taken_runs(box) == [605_001]
+
+
 async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs go on, and what has come meanwhile is taken at once; but not for longer than the bound."""
     monkeypatch.setattr(inbox, "HELD_S_MAX", 600.0)
