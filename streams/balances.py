@@ -112,10 +112,11 @@ class Account:
 
     @property
     def waits(self) -> bool:
-        """Whether time alone may have something to tell: it is not `ok`, or something is to take effect, if only in a
-        later period.
+        """Whether time alone may have something to tell: it is not `ok`, something is to take effect, in this period or
+        later, or runs whose clocks were ahead have drawn from the next one.
         """
-        return self.enrichment.state in NOT_OK or self._last_effect_ms >= self.until_ms
+        is_drawn_ahead = any(self._days[max(0, self.period.end - self._first_day) :])
+        return is_drawn_ahead or self.enrichment.state in NOT_OK or self._last_effect_ms >= self.until_ms
 
     @property
     def period(self) -> Period:
@@ -148,8 +149,8 @@ class Account:
                 self._used += credits
 
     def draw_below(self, sums: Sequence[tuple[Pool, Day, Millicredits]]) -> frozenset[Pool] | None:
-        """Add many debits at once, unless together they would reach a line: then None, and nothing is added. Else the
-        pools whose ``used`` has moved.
+        """Add many debits at once, unless together they would reach a line, or one is of a period to come: then None,
+        and nothing is added. Else the pools whose ``used`` has moved.
         """
         start, end = self.period
         used, premium = self._used, self._used_premium
@@ -158,6 +159,8 @@ class Account:
                 premium += credits
             elif start <= day < end:
                 used += credits
+            elif day >= end:
+                return None
         if used >= self._next_lines[0] or premium >= self._next_lines[1]:
             return None
         for pool, day, credits in sums:

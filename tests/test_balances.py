@@ -172,6 +172,23 @@ def test_f19_an_eviction_looks_at_a_bounded_number(monkeypatch: pytest.MonkeyPat
     assert [account.name for account in held] == names[3:] + names[:3]
 
 
+def test_runs_ahead_of_the_broker_move_the_state_when_their_period_begins() -> None:
+    """They drew from it before it began: a gate that goes over the edge by itself would believe it whole."""
+    story = Story("ws_1")
+    story.plan("4", at("Jan 15"))
+    for second in range(4):
+        story.run(at("Feb 15 00:00:01"), recorded=at(f"Feb 14 23:58:0{second}"))
+    life = Life(accounts_max=100)
+    plan, *runs = rated(story.steps)
+    life.take_events([plan])
+    for run in runs:
+        life.take([run])
+    life.balances.urgent.clear()
+    assert life.balances.come(to_milliseconds(at("Feb 15"))) == [], "no record crossed a line of its period"
+    assert ("ws_1", Pool.ENRICHMENT) in life.balances.urgent
+    assert seen_of(life.balances["ws_1"].enrichment)[:3] == (4, 4, "exhausted")
+
+
 def test_an_event_that_lags_behind_the_runs_skips_no_instant() -> None:
     """Received before a period's end and taken in when other runs have passed it: the end is told by time, as ever."""
     warned, other = Story("ws_a"), Story("ws_b")
