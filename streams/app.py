@@ -60,6 +60,7 @@ class MeterApp(faust.App):
         self.meter.hold = self._hold
         self.meter.ends_ms = lambda *of: self._of_both(self.chunks.end_ms, *of)
         self.meter.commit = self._commit_start
+        self.meter.unread = lambda *of: self._of_both(self.chunks.unread, *of)
         self.meter.lags = lambda *of: self._of_both(self.chunks.lag, *of)
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()

@@ -14,6 +14,8 @@ BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""
 GATHER_S: Final = 0.02
 """How long more chunks of a backlog are waited for."""
+SILENCE_S_MAX: Final = 5.0
+"""How long one topic waits for what Kafka has of the other, while nothing of it comes."""
 HELD_S_MAX: Final = 1.0
 """How long account events are held back while the writer is behind, by our clock; and by the broker's, for a backlog
 of hours passes in a second.
@@ -28,19 +30,27 @@ class Event(msgspec.Struct, frozen=True, eq=False):
     of_account: bool = False
 
 
+Behind = tuple[int | None, int | None]
+"""How many offsets Kafka has behind what was read of runs and of account events; None: it has not said."""
+
+
 class Inbox:
     """Two queues and one order between them: of what waits, the broker's time decides which topic comes first, and at
-    one instant the runs do. A chunk of a backlog spans hours: it is parted where the other topic comes in between. Its
-    length is bounded by what the transport lets be in flight.
+    one instant the runs do. What Kafka still has of a topic may be older than what waits of the other: then it is
+    waited for. A chunk of a backlog spans hours: it is parted where the other topic comes in between. Its length is
+    bounded by what the transport lets be in flight.
 
     Account events are an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
     that many share one, and the alerts of runs do not wait for it.
     """
 
-    def __init__(self, is_writer_behind: Callable[[], bool]) -> None:
-        self._is_writer_behind = is_writer_behind
+    def __init__(self, is_writer_behind: Callable[[], bool], unread: Callable[[], Behind] = lambda: (0, 0)) -> None:
+        self._is_writer_behind, self._unread = is_writer_behind, unread
         self._runs: deque[Event] = deque()
         self._account_events: deque[Event] = deque()
+        self._taken_ms = [0, 0]
+        """The broker's time of the last record taken of each topic; runs come first, as in `Behind`."""
+        self._silent_since: list[float | None] = [None, None]
         self._held_since: float | None = None
         self._arrived = asyncio.Event()
         """Something waits, or whoever waits for it is wanted elsewhere."""
@@ -48,12 +58,13 @@ class Inbox:
 
     @property
     def has_account_events(self) -> bool:
-        """Whether any wait, next or not."""
-        return bool(self._account_events)
+        """Whether any wait, next or not, but not for runs that Kafka still has."""
+        return bool(self._account_events) and (bool(self._runs) or self._precede_what_comes())
 
     def put(self, event: Event) -> None:
         """Take over a chunk."""
         (self._account_events if event.of_account else self._runs).append(event)
+        self._silent_since[event.of_account] = None
         self._arrived.set()
 
     def nudge(self) -> None:
@@ -72,13 +83,13 @@ class Inbox:
         try:
             async with asyncio.timeout_at(deadline) as waiting:
                 while rows < rows_max and not self._are_account_events_next():
-                    if not self._runs:
+                    if not self._runs or self._runs[0].chunk[0].timestamp > (last_ms := self._last_ms_of_runs()):
                         if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
                             break
                         self._arrived.clear()
                         await self._arrived.wait()
                         continue
-                    events.append(_up_to(self._last_ms_of_runs(), self._runs))
+                    events.append(self._take(self._runs, last_ms))
                     rows += len(events[-1].chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
@@ -90,29 +101,51 @@ class Inbox:
         """All chunks of account events that come before the next cell run; none when a run is next."""
         events: list[Event] = []
         if self._are_account_events_next():
-            last_ms = self._runs[0].chunk[0].timestamp - 1 if self._runs else FOREVER_MS
-            while self._account_events and not self._is_run_older():
-                events.append(_up_to(last_ms, self._account_events))
+            last_ms = self._last_ms_of_account_events()
+            while self._account_events and self._account_events[0].chunk[0].timestamp <= last_ms:
+                events.append(self._take(self._account_events, last_ms))
             self._held_since = None
         return events
 
+    def _take(self, waiting: deque[Event], last_ms: int) -> Event:
+        event = _up_to(last_ms, waiting)
+        self._taken_ms[event.of_account] = max(self._taken_ms[event.of_account], event.chunk[-1].timestamp)
+        return event
+
     def _last_ms_of_runs(self) -> int:
-        """Up to when runs are taken before the account events that wait."""
+        """Up to when runs are taken before account events."""
         if not self._account_events:
-            return FOREVER_MS
+            return self._known_until_ms(of_account=True)
         held_ms = int(HELD_S_MAX * 1000) if self._is_writer_behind() else 0
         return int(self._account_events[0].chunk[0].timestamp) + held_ms
 
+    def _precede_what_comes(self) -> bool:
+        return bool(self._account_events[0].chunk[0].timestamp <= self._last_ms_of_account_events())
+
+    def _last_ms_of_account_events(self) -> int:
+        """Up to when account events are taken before runs."""
+        return (self._runs[0].chunk[0].timestamp if self._runs else self._known_until_ms(of_account=False)) - 1
+
+    def _known_until_ms(self, *, of_account: bool) -> int:
+        """From when on more may come of a topic of which nothing waits: Kafka's next record is no older than the last;
+        `FOREVER_MS` where it has none, or where nothing has come of it for long.
+        """
+        if self._unread()[of_account] == 0:
+            self._silent_since[of_account] = None
+            return FOREVER_MS
+        now = asyncio.get_running_loop().time()
+        since = self._silent_since[of_account]
+        if since is None:
+            since = self._silent_since[of_account] = now
+        return FOREVER_MS if now >= since + SILENCE_S_MAX else self._taken_ms[of_account]
+
     def _are_account_events_next(self) -> bool:
-        if not self._account_events or self._is_run_older():
+        if not self._account_events or not self._precede_what_comes():
             return False
         now = asyncio.get_running_loop().time()
         self._held_since = self._held_since or now
         is_held = bool(not self._runs or self._runs[0].chunk[0].timestamp <= self._last_ms_of_runs())
         return not self._is_writer_behind() or not is_held or now >= self._held_since + HELD_S_MAX
-
-    def _is_run_older(self) -> bool:
-        return bool(self._runs) and self._runs[0].chunk[0].timestamp <= self._account_events[0].chunk[0].timestamp
 
 
 def _up_to(last_ms: int, waiting: deque[Event]) -> Event:

@@ -36,6 +36,7 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard, answer, foreign_to
+from streams.inbox import Behind
 from streams.patience import patiently
 from streams.periods import PlanChange
 from streams.publisher import Publisher
@@ -85,10 +86,9 @@ class Meter:
         """Until when (Unix ms) Kafka had nothing in a partition of both topics behind these offsets."""
         self.commit: Callable[[Offsets], Awaitable[Any]] = _nowhere
         """Commits where the group begins: what is behind it has been told."""
-        self.lags: Callable[[int, tuple[int, int]], tuple[int | None, int | None]] = lambda partition, last: (
-            None,
-            None,
-        )
+        self.unread: Callable[[int, tuple[int, int]], Behind] = lambda partition, last: (0, 0)
+        """How many offsets Kafka can hand out behind these, in a partition of both topics."""
+        self.lags: Callable[[int, tuple[int, int]], Behind] = lambda partition, last: (None, None)
         """How many offsets Kafka had behind these, in a partition of both topics; None: it has not said."""
         self.is_open = False
         self.assigned = False
@@ -231,6 +231,7 @@ class Meter:
         self.units[chain.partition] = unit
         answer(unit, self._unanswered.pop(chain.partition, {}))
         unit.ends_ms = lambda: self.ends_ms(chain.partition, unit.read)
+        unit.unread = lambda: self.unread(chain.partition, unit.read)
         log.info(
             "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
             behind=place.logs[0].end - unit.mark.next, accounts=len(unit.balances),

@@ -145,16 +145,21 @@ class Consumer(driver.Consumer):
         before, self._answered_ms[tp] = self._answered_ms.get(tp, 0), state.timestamp
         if state.timestamp - before > ANSWERS_APART_MS_MAX:
             return 0
-        return 0 if self._lag(tp, state, last) else state.timestamp - CLOCK_GRACE_MS
+        return 0 if self._behind(tp, state, state.highwater, last) else state.timestamp - CLOCK_GRACE_MS
 
     def lag(self, tp: TP, last: int) -> int | None:
         """How many offsets Kafka had after ``last``, by its latest answer to a fetch; None: it has not answered."""
         state = self._state_of(tp)
-        return None if state is None else self._lag(tp, state, last)
+        return None if state is None else self._behind(tp, state, state.highwater, last)
 
-    def _lag(self, tp: TP, state: Any, last: int) -> int:
+    def unread(self, tp: TP, last: int) -> int | None:
+        """As `lag`, without what Kafka keeps back while a transaction is open."""
+        state = self._state_of(tp)
+        return None if state is None else self._behind(tp, state, min(state.highwater, state.lso), last)
+
+    def _behind(self, tp: TP, state: Any, end: int, last: int) -> int:
         is_idle = not self._records_inflight[tp] and state.has_valid_position
-        behind: int = state.highwater - max(last + 1, state.position if is_idle else 0)
+        behind: int = end - max(last + 1, state.position if is_idle else 0)
         return max(0, behind)
 
     def _state_of(self, tp: TP) -> Any:

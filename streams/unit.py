@@ -15,7 +15,7 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 Account events go the same way, an insert of their own behind the runs that were folded before them: they are rated
 against the ledger and what is on its way there, folded, told, written at once. A reversal is a barrier: everything
 before it is written and read back first, so it sees durable rows only; and so are its own rows before they are folded,
-since after a crash it might see more. Of what waits, the broker's time decides which topic comes first.
+since after a crash it might see more. The broker's time decides which topic comes first (`streams.inbox`).
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
 the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
@@ -40,7 +40,7 @@ from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
 from streams.duplicates import Identity, KeyFilter, Original, decide
 from streams.facts import fold_event
-from streams.inbox import BACKLOG_CHUNK, Event, Inbox
+from streams.inbox import BACKLOG_CHUNK, Behind, Event, Inbox
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.messages import Source
@@ -130,7 +130,7 @@ class Unit:
         """The broker's time of the last record of each chain."""
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
-        self._inbox = Inbox(self._sealed.full)
+        self._inbox = Inbox(self._sealed.full, lambda: self.unread())  # noqa: PLW0108  (it is set later)
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
         self.settling: Final = Settling(balances, voice, lambda: self.folded)
@@ -143,6 +143,8 @@ class Unit:
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0
+        self.unread: Callable[[], Behind] = lambda: (0, 0)
+        """Of each chain, how many offsets Kafka can hand out behind what this unit has read of it."""
         self.ends_ms: Callable[[], tuple[int, int]] = lambda: NOT_AT_END
         """Of each chain, until when (Unix ms) Kafka had nothing behind what this unit has read of it."""
 

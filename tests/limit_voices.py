@@ -280,18 +280,22 @@ async def by_unit(story: Story, client: Client, number: int, rating: RatingTable
     return Heard(seen, [told_of(alert) for alert in bench.alerts if alert.workspace_id == story.workspace_id])
 
 
-async def by_unit_from_backlog(story: Story, client: Client, number: int) -> list[Told]:
-    """The alerts of a real unit that finds both topics full, in long chunks, and has the time of the last check."""
+async def by_unit_from_backlog(story: Story, client: Client, number: int, account_first: bool) -> list[Told]:
+    """The alerts of a real unit that finds both topics full, gets one long before the other, and has the time of the
+    last check.
+    """
     chains = Chain(f"cell-runs-{number}", f"runs-{number}", 0), Chain(f"account-events-{number}", f"events-{number}", 0)
     bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01)
     parts = Topics().append(story.steps)
-    delivered = 0
-    for of_account in (False, True):
-        records = [record for of, part in parts if of == of_account for record in part]
-        for first in range(0, len(records), CHUNK):
-            bench.deliver(records[first : first + CHUNK], of_account=of_account)
-            delivered += 1
+    topics = [[record for of, part in parts if of == of_account for record in part] for of_account in (False, True)]
+    bench.unit.unread = lambda: (len(topics[0]) - 1 - bench.unit.read[0], len(topics[1]) - 1 - bench.unit.read[1])
     task = bench.start()
+    delivered = 0
+    for of_account in (account_first, not account_first):
+        for first in range(0, len(topics[of_account]), CHUNK):
+            bench.deliver(topics[of_account][first : first + CHUNK], of_account=of_account)
+            delivered += 1
+        await asyncio.sleep(0.1)
     bench.unit.drain()
     await bench.wait(task, partial(_is_acknowledged, bench, delivered))
     when = max(story.steps[-1].recorded, *(check.when for check in story.checks))

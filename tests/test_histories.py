@@ -104,6 +104,10 @@ async def test_a_unit_and_sql_tell_each_story(name: str, ledger: Client) -> None
         "restart_period_begins_a_period_on_that_day", "r07_premium_draws_from_grants",
     ],
 )  # fmt: skip
-async def test_a_backlog_tells_the_same_alerts(name: str, ledger: Client) -> None:
-    """Chunks of hours are folded in the broker's order, whatever else they hold: as live traffic was."""
-    assert await by_unit_from_backlog(told(name, "late"), ledger, next(NUMBERS)) == referred(name).alerts
+@pytest.mark.parametrize("account_first", [False, True])
+async def test_a_backlog_tells_the_same_alerts(name: str, account_first: bool, ledger: Client) -> None:
+    """Chunks of hours are folded in the broker's order, whatever else they hold, and whichever topic is fetched first:
+    as live traffic was.
+    """
+    story = told(name, f"late_{account_first}")
+    assert await by_unit_from_backlog(story, ledger, next(NUMBERS), account_first) == referred(name).alerts

@@ -68,6 +68,49 @@ async def test_chunks_of_a_backlog_are_parted_where_the_other_topic_comes_betwee
     ]  # fmt: skip
 
 
+async def test_account_events_wait_for_runs_that_kafka_still_has() -> None:
+    """While a backlog is fetched nothing of it may wait here for a moment: those of the day before come first."""
+    unread = [3, 0]
+    box = Inbox(lambda: False, lambda: (unread[0], unread[1]))
+    box.put(backlog(5, of_account=True))
+    assert await everything(box) == []
+    box.put(backlog(1, 4, 5))
+    assert await everything(box) == [(False, [1, 4, 5])], "another of that instant may follow, and is first"
+    box.put(backlog(5, 6))
+    assert await everything(box) == [(False, [5]), (True, [5]), (False, [6])]
+    box.put(backlog(7, of_account=True))
+    unread[0] = 0
+    assert await everything(box) == [(True, [7])]
+
+
+async def test_runs_wait_for_account_events_that_kafka_still_has() -> None:
+    """Up to the last one that came, they are right without more; what has not been said may be anything."""
+    unread: list[int | None] = [0, None]
+    box = Inbox(lambda: False, lambda: (unread[0], unread[1]))
+    box.put(backlog(3, 4, 8))
+    assert await everything(box) == []
+    unread[1] = 2
+    box.put(backlog(4, of_account=True))
+    assert await everything(box) == [(False, [3, 4]), (True, [4])]
+    unread[1] = 0
+    assert await everything(box) == [(False, [8])]
+
+
+async def test_a_topic_of_which_nothing_comes_holds_up_the_other_for_a_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A partition without a leader, say. As soon as something comes of it, it is waited for again."""
+    monkeypatch.setattr(inbox, "SILENCE_S_MAX", 0.0)
+    box = Inbox(lambda: False, lambda: (1, 1))
+    box.put(backlog(3))
+    assert await everything(box) == [(False, [3])]
+    box.put(backlog(5, of_account=True))
+    assert await everything(box) == [(True, [5])]
+    monkeypatch.setattr(inbox, "SILENCE_S_MAX", 60.0)
+    box.put(backlog(9))
+    assert await everything(box) == []
+
+
 async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
     """A part is acknowledged without effect: Kafka's commit must not pass what is still to be folded."""
     said: list[str] = []
