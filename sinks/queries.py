@@ -7,7 +7,7 @@ theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's)
 from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
@@ -15,7 +15,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.answers import By, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
 from schemas.catalogue import Catalogue, Version
 from schemas.credits import format_credits, millicredits_of
-from schemas.ledger import FREE_REASONS, Kind, Reason
+from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, run_of
 from sinks.ledger import POSITION
@@ -92,25 +92,29 @@ def _refuse_late(client: Client, version: Version) -> None:
 
 # What people ask.
 
+_USED: Final = {*DEBIT_REASONS, Reason.REVERSED}
+
 
 def usage(client: Client, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
     """Credits and runs of one workspace in the UTC days [start, end), most credits first (days: in order).
 
-    What was reversed is taken off the credits, not off the runs. Summed by plain keys of the ``usage`` projection; what
-    is free is split off here, since ``sumIf`` misses it.
+    What was reversed is taken off the credits, not off the runs. Summed by plain keys of the ``usage`` projection. What
+    is free is split off here, since ``sumIf`` misses it, and what is no usage, since its condition would cost a seventh
+    of the answer's time to plan.
     """
     keys = by.keys
     grouped = list(dict.fromkeys([*keys, "pool", "reason"]))
     found = client.query(
         f"SELECT {', '.join(grouped)}, sum(credits), count() FROM ledger "
-        "WHERE workspace_id = {workspace:String} AND kind IN ('run', 'reversal') AND day >= {start:Date} "
-        "AND day < {end:Date} "
+        "WHERE workspace_id = %(workspace)s AND day >= %(start)s AND day < %(end)s "
         f"GROUP BY {', '.join(grouped)}",
         parameters={"workspace": workspace_id, "start": start or date(2020, 1, 1), "end": end or date(2149, 1, 1)},
     )
     sums: dict[tuple[Any, ...], list[Any]] = {}
     for *group, credits, runs in found.result_rows:
         fields = dict(zip(grouped, group, strict=True))
+        if fields["reason"] not in _USED:
+            continue
         total = sums.setdefault((*(fields[key] for key in keys), fields["pool"]), [Decimal(0), 0, 0])
         total[0] += credits
         total[1] += 0 if fields["reason"] == Reason.REVERSED else runs

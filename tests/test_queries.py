@@ -101,7 +101,7 @@ def test_usage_reads_one_workspace_through_the_projection(filled: Client) -> Non
         line
         for (line,) in filled.query(
             "EXPLAIN projections = 1, indexes = 1 SELECT table_id, column_id, pool, reason, sum(credits), count() "
-            "FROM ledger WHERE workspace_id = 'ws_0001' AND kind = 'run' AND day >= '2026-11-01' "
+            "FROM ledger WHERE workspace_id = 'ws_0001' AND day >= '2026-11-01' "
             "GROUP BY table_id, column_id, pool, reason"
         ).result_rows
     )
