@@ -109,5 +109,6 @@ class OpenBatch:
 
 
 def chunk_bytes(chunk: Any) -> int:
-    """Bytes of its records as Kafka held them."""
-    return getattr(chunk, "nbytes", 0) or bytes_of(chunk)
+    """Bytes of its records as Kafka held them. A part of a chunk is counted anew: ``nbytes`` is that of all of it."""
+    is_whole = getattr(chunk, "records", 0) == len(chunk)
+    return chunk.nbytes if is_whole else bytes_of(chunk)

@@ -5,7 +5,10 @@ import asyncio
 import pytest
 
 from streams import inbox
+from streams.batches import chunk_bytes
 from streams.inbox import Event, Inbox
+from streams.records import bytes_of
+from streams.transport import Chunk
 from tests.records import Record
 
 
@@ -129,6 +132,23 @@ async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
     for part, expected in zip(parts, ([], ["done"]), strict=True):
         await part.acknowledge()
         assert said == expected
+
+
+async def test_the_parts_of_a_chunk_weigh_what_it_weighs() -> None:
+    """A batch that is gathered of them is as large as its rows."""
+    chunk = Chunk(Record(n, b"value", b"key", ms) for n, ms in enumerate((1, 3, 5)))
+    chunk.records, chunk.nbytes = len(chunk), bytes_of(chunk)
+    weight = chunk_bytes(chunk)
+    box = Inbox(lambda: False)
+    box.put(Event(chunk, lambda: None))
+    for ms in (2, 4):
+        box.put(backlog(ms, of_account=True))
+    weights = []
+    for _ in range(3):
+        box.nudge()
+        weights += [chunk_bytes(part.chunk) for part in await box.take_runs(100, None)]
+        box.take_account_events()
+    assert weights == [weight // 3] * 3
 
 
 async def test_a_slow_writer_holds_a_backlogs_account_events_by_the_brokers_time(
