@@ -377,7 +377,8 @@ class Unit:
                 await self._write_account_events(batch.followed_by)
             self._settle(batch)
             self._sealed.task_done()
-            await asyncio.sleep(next_at - clock())
+            if batch.takes or batch.followed_by:  # what inserts nothing leaves no token
+                await asyncio.sleep(next_at - clock())
 
     def _settle(self, batch: OpenBatch) -> None:
         at_once = bool(batch.followed_by) or batch.is_full(self._lanes.batching) or self._draining

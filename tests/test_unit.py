@@ -11,7 +11,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import Batch, ForeignMark, Incident
-from streams import settling
+from streams import batches, settling
 from streams.batches import INSERT_EVERY_S
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
@@ -164,6 +164,19 @@ async def test_inserts_of_a_chain_are_no_faster_than_the_ledger_remembers_their_
     assert len(begun) == 2
     for instants in begun.values():
         assert all(later - earlier >= INSERT_EVERY_S for earlier, later in pairwise(instants))
+
+
+async def test_what_inserts_nothing_delays_no_insert(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reversal is a barrier: where nothing is before it to be written, it does not wait for a pace."""
+    monkeypatch.setattr(batches, "INSERT_EVERY_S", 1000.0)
+    story = Story()
+    story.reverse(1, at("Jan 15"))
+    bench = await Bench.open(client, linger_s=1000.0)
+    task = bench.start()
+    bench.deliver([kafka_record(record) for record in rated(story.steps)], of_account=True)
+    await bench.wait(task, lambda: bench.unit.event_mark.last == 0)
+    await bench.kill(task)
+    assert bench.kinds() == {"dead_letter": 1}
 
 
 async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:
