@@ -363,6 +363,19 @@ def test_a_clock_that_is_set_back_lengthens_no_wait() -> None:
     assert not found.is_crowded(share, NOW_MS - hour + deliveries.PATIENCE_MS)
 
 
+def test_a_clock_that_is_set_back_lengthens_no_wait_for_an_endpoint_with_some_room() -> None:
+    """It was full, and a little of it has been delivered since."""
+    share, hour = 2 * deliveries.ROOM + 2, 3600 * 1000
+    found = owned(*(waiting("slow") for _ in range(share)))
+    assert found.is_crowded(share, NOW_MS)
+    (attempt, *_) = found.take_due(NOW_MS)
+    found.put(0, after(attempt.delivery, OK, NOW_MS, 0))
+    found.landed(attempt)
+
+    assert found.is_crowded(share, NOW_MS - hour)
+    assert not found.is_crowded(share, NOW_MS - hour + deliveries.PATIENCE_MS)
+
+
 def test_a_lost_partition_leaves_nothing_in_the_queues() -> None:
     """What was due there is not sent; what is in flight of it takes its places until it has landed, and counts no more;
     the endpoint's deliveries of another partition follow in their order.

@@ -164,11 +164,11 @@ class Deliveries:
         """
         for endpoint in self._endpoints() | self._full_since_ms.keys():
             waiting = self._waiting_for(endpoint)
-            if waiting >= share:
+            if waiting <= share // 2:
+                self._full_since_ms.pop(endpoint, None)
+            elif waiting >= share or endpoint in self._full_since_ms:
                 # The lesser: after a clock was set back the patience begins anew, and does not last until then.
                 self._full_since_ms[endpoint] = min(self._full_since_ms.get(endpoint, now_ms), now_ms)
-            elif waiting <= share // 2:
-                self._full_since_ms.pop(endpoint, None)
         return any(
             now_ms - since < PATIENCE_MS and self._waiting_for(endpoint) + ROOM > share
             for endpoint, since in self._full_since_ms.items()
