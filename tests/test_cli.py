@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from creditstream.api import listen
+from creditstream.cli import terminal
 from creditstream.cli.balance import told
 from creditstream.home import Home
 from schemas.answers import SpendCheck
@@ -582,6 +583,12 @@ def test_a_command_that_is_suggested_asks_the_same_worker(
     more = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT, env=environment())
 
     assert str(EMAIL.run_id) in more.stdout, more
+
+
+def test_a_command_that_has_an_argument_of_that_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`alerts test` takes the URL of a receiver, and no worker's."""
+    monkeypatch.setitem(terminal._kept, "url", "--url http://worker.example")
+    assert terminal.suggested("alerts test URL").endswith("creditstream alerts test URL")
 
 
 def test_the_default_home_is_not_repeated(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def suggested(words: str) -> str:
     named, rest = program(), words.split(" ")
     while rest and (below := getattr(command, "commands", {}).get(rest[0])):
         command, named, rest = below, f"{named} {rest[0]}", rest[1:]
-    options = [_kept[parameter.name] for parameter in command.params if _kept.get(parameter.name)]
+    taken = [each.name for each in command.params if each.param_type_name == "option"]  # `alerts test` has a URL, too
+    options = [_kept[name] for name in taken if _kept.get(name)]
     return " ".join([named, *options, *rest])
 
 
