@@ -527,6 +527,25 @@ def test_the_spool_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     assert numbers(heirs[0].read(10)) == values(2)
 
 
+def test_an_heir_that_cannot_delete_gives_its_locks_up(tmp_path: Path) -> None:
+    """What it found is left to the next one, whatever the disk says."""
+    dead = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    dead.append(values(1)[0])
+    dead.close()
+    (directory,) = tmp_path.iterdir()
+    empty = directory / "0000000000000001.ndjson"
+    empty.touch()
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    found = heir.find_orphans()
+    empty.unlink()
+    empty.mkdir()  # which no unlink removes
+    with pytest.raises(OSError, match="0000000000000001"):
+        heir.adopt(found)
+    heir.close()
+    empty.rmdir()
+    assert adopt(Spool(tmp_path, CELL_RUNS, BYTES_MAX)) == 1
+
+
 @pytest.mark.parametrize("moment", ["holds", "has_left", "leaves_before_the_lock"])
 def test_an_heir_that_is_quicker_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Whenever an heir finds a directory that its maker has not locked yet: the run is taken all the same, and nobody
@@ -594,8 +613,8 @@ for step in range(1, 100):
 
 
 def test_wherever_a_process_is_killed_the_next_one_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Killed at any call while it makes a directory or a segment: what it had recorded is adopted, and no draft stays
-    on disk for ever.
+    """Killed at any call while it makes a directory or a segment: what it had recorded is adopted, and nothing
+    stays on disk for ever.
     """
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT_EACH_STEP, str(tmp_path)], capture_output=True, text=True, timeout=60, cwd=ROOT

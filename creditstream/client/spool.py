@@ -205,7 +205,8 @@ class Spool:
 
     def close(self) -> None:
         """Leave to the next process what is left, and nothing where nothing is."""
-        self._remove_sent()
+        with suppress(OSError):  # what cannot be deleted is left, too: a copy is never charged twice
+            self._remove_sent()
         for segment in self._segments:
             segment.close(synced=True)
         for directory in self._directories():
