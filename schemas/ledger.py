@@ -15,7 +15,7 @@ PARTITION_MAX: Final = 65_535
 
 
 REDRIVE_HEADER: Final = "creditstream-redrive-of"
-"""The Kafka header that names the dead letter (its position) that a record is sent again for."""
+"""The Kafka header of a record that is sent again: its dead letter, as `schemas.answers.ParkedEvent.letter`."""
 
 
 class Position(NamedTuple):

@@ -1,8 +1,8 @@
 """What the fold of balances asks of the ledger, and the alerts that it writes beside it.
 
-All questions name workspaces, in the statement and not as parameters, since a server takes no parameter of more than
-128 KiB; or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the
-``usage`` projection answers for one partition of a topic without a column for it.
+A question names workspaces, in the statement and not as a parameter, since a server takes none of more than 128 KiB;
+or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the ``usage`` projection answers for
+one partition of a topic without a column for it.
 """
 
 from collections import Counter, defaultdict

@@ -37,8 +37,8 @@ Behind = tuple[int | None, int | None]
 class Inbox:
     """Two queues and one order between them: of what waits, the broker's time decides which topic comes first, and at
     one instant the runs do. What Kafka still has of a topic may be older than what waits of the other: then it is
-    waited for. A chunk of a backlog spans hours: it is parted where the other topic comes in between. Its length is
-    bounded by what the transport lets be in flight.
+    waited for. A chunk of a backlog spans hours: it is parted where the other topic comes in between. How much
+    waits is bounded by what the transport lets be in flight.
 
     Account events are an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
     that many share one, and the alerts of runs do not wait for it.

@@ -86,7 +86,7 @@ def test_a_page_is_no_larger_than_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_wait_ends_when_no_row_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names the first place without one: those before it have theirs."""
+    """It names the first offset without one, whoever wrote it: those before it have theirs."""
     monkeypatch.setattr(metering, "WAIT_S_MAX", 0.2)
 
     class Stopped(WorkerAnswers):
