@@ -36,7 +36,8 @@ USER creditstream
 WORKDIR /var/lib/creditstream
 EXPOSE 8620
 
-# An incident makes the worker unready, not dead: nothing may restart it for that. A proxy of the container's leads out.
+# An incident makes the worker unready, not dead: nothing may restart it for that. Whatever proxy the
+# container is given leads out, and is not asked.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s --retries=3 \
     CMD ["python", "-c", \
          "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8620/readyz', timeout=4)"]

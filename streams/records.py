@@ -39,12 +39,12 @@ def partition_of(workspace_id: str, partitions: int) -> int:
     return int(murmur2(workspace_id.encode()) & 0x7FFF_FFFF) % partitions
 
 
-def id_keys(run_ids: bytes) -> npt.NDArray[np.uint64]:
+def id_keys(ids: bytes) -> npt.NDArray[np.uint64]:
     """A filter's keys of joined 16-byte ids: the XOR of both halves, as `sinks.filter_keys.key_of` says it in SQL.
 
     Both halves, because a UUIDv7 begins with the time: its first half alone has 12 random bits.
     """
-    halves = np.frombuffer(run_ids, ">u8").reshape(-1, 2)
+    halves = np.frombuffer(ids, ">u8").reshape(-1, 2)
     keys: npt.NDArray[np.uint64] = (halves[:, 0] ^ halves[:, 1]).astype(np.uint64)
     return keys
 

@@ -244,7 +244,7 @@ def test_identities_are_apart() -> None:
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.booleans()), max_size=12),
     st.dictionaries(st.integers(0, 2), st.sampled_from("abc")),
 )
-def test_settling_by_the_obvious_book(found: list[tuple[int, str, bool]], before: dict[int, str]) -> None:
+def test_deciding_by_the_obvious_book(found: list[tuple[int, str, bool]], before: dict[int, str]) -> None:
     """Whatever comes, the verdicts are those of one book that is asked event by event."""
     known = {
         Identity("ws", UUID(int=run)): Original("before", changed(row_id=row_id)) for run, row_id in before.items()
