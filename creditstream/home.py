@@ -45,7 +45,7 @@ class Home(msgspec.Struct, frozen=True):
         try:
             return cls(Path(chosen).expanduser().resolve())
         except RuntimeError as error:
-            raise Problem(f"{chosen} is no directory", str(error), "Choose another one with --home.") from error
+            raise Problem(f"{chosen} is no directory", str(error), "Choose another home.") from error
 
     @property
     def kafka(self) -> Path:

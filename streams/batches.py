@@ -16,7 +16,7 @@ from streams.rows import Take, join_takes, ledger_rows
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""
 INSERT_EVERY_S: Final = 0.1
-"""How far apart inserts of one chain begin, where the linger is not shorter."""
+"""How far apart batches of a unit are written, where the linger is not shorter."""
 TABLE_ROWS_MIN: Final = 1_000
 """Fewer rows wait for others before they become columns of the ledger."""
 
@@ -29,8 +29,8 @@ class Batching(msgspec.Struct, frozen=True):
 
     @property
     def every_s(self) -> float:
-        """Inserts of one chain begin at least so many seconds apart, however small batches are: each leaves a token,
-        and the ledger's table remembers a number of them.
+        """Batches are written at least so many seconds apart, however small they are: each leaves a token for each of
+        its chains, and the ledger's table remembers a number of them.
         """
         return min(self.linger_s, INSERT_EVERY_S)
 

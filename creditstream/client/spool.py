@@ -350,12 +350,16 @@ def _lock(directory: Path) -> int | None:
     """The lock of a directory; None while another has it, or has removed it: a file that is gone locks nothing."""
     path = directory / "lock"
     lock = lock_file(path, 0)
-    if lock is not None:
+    if lock is None:
+        return None
+    is_there = False
+    try:
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), path.stat()):
-                return lock
-        os.close(lock)
-    return None
+            is_there = os.path.samestat(os.fstat(lock), path.stat())
+    finally:
+        if not is_there:
+            os.close(lock)
+    return lock if is_there else None
 
 
 def _found(path: Path) -> Segment:
