@@ -189,7 +189,12 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
     """
     rows = deliveries(client, run_id, workspace_id) if run_id.int else []  # what could not be read has no run id
     if not rows:
-        raise UnknownId(f"no run {run_id} in the ledger", "no event carried this id", "Is it older than the ledger?")
+        of_whom = f" of {workspace_id}" if workspace_id else ""
+        raise UnknownId(
+            f"no run {run_id}{of_whom} in the ledger",
+            f"no event{of_whom} carried this id",
+            "Is it older than the ledger?",
+        )
     if len(names := sorted({row["workspace_id"] for row in rows if row["kind"] == Kind.RUN})) > 1:
         raise Problem(
             f"run id {run_id} names {len(names)} runs",

@@ -360,7 +360,7 @@ def test_a_run_id_of_two_workspaces_needs_the_workspace(client: Client) -> None:
     assert {name: (one.workspace_id, one.credits) for name, one in found.items()} == {
         "ws_1": ("ws_1", "2"), "ws_2": ("ws_2", "1")
     }  # fmt: skip
-    with pytest.raises(UnknownId, match="no run"):
+    with pytest.raises(UnknownId, match="no event of ws_3 carried this id"):
         explanation(client, run_id(1), EXAMPLES, "ws_3")
 
 
