@@ -23,7 +23,7 @@ LIMIT_ALERTS: Final = "limit-alerts"
 LIMIT_STATES: Final = "limit-states"
 WEBHOOK_DELIVERIES: Final = "webhook-deliveries"
 ANSWER_TIMEOUT_S: Final = 10.0
-VISIBLE_POLL_S: Final = 0.05
+SETTLED_POLL_S: Final = 0.05
 
 _DAY_MS: Final = 24 * 60 * 60 * 1000
 _BROKERS_TIME: Final = {"message.timestamp.type": "LogAppendTime"}
@@ -123,7 +123,7 @@ class Broker:
         # The broker's metadata follows the controller's answer a moment later.
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while self.topic(name) is None and time.monotonic() < deadline:
-            time.sleep(VISIBLE_POLL_S)
+            time.sleep(SETTLED_POLL_S)
 
     def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
         """Start and end of each partition's log."""
@@ -131,8 +131,7 @@ class Broker:
         try:
             ranges = {}
             for partition in partitions:
-                place = TopicPartition(name, partition)
-                start, end = self._call(consumer.get_watermark_offsets, place, timeout=ANSWER_TIMEOUT_S)
+                start, end = self._call(_watermarks, consumer, name, partition)
                 ranges[partition] = LogRange(start, end)
             return ranges
         finally:
@@ -176,6 +175,28 @@ class Broker:
         return Unreachable(f"Kafka at {self.bootstrap} refuses", why, where)
 
 
+def _watermarks(consumer: Consumer, topic: str, partition: int) -> tuple[int, int]:
+    """Start and end of one log. Metadata may lack a partition or its leader right after an outage, and librdkafka keeps
+    what it was told: they are asked for again.
+    """
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        try:
+            return consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=ANSWER_TIMEOUT_S)
+        except KafkaException as error:
+            if error.args[0].code() not in _PASSING or time.monotonic() > deadline:
+                raise
+        time.sleep(SETTLED_POLL_S)
+        consumer.list_topics(topic, timeout=ANSWER_TIMEOUT_S)
+
+
+_PASSING: Final = frozenset(
+    {
+        KafkaError._UNKNOWN_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+    }
+)
 _REFUSALS: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,

@@ -1,0 +1,29 @@
+"""What the broker says of topics."""
+
+import threading
+import time
+from pathlib import Path
+
+from confluent_kafka.admin import AdminClient, NewPartitions
+
+from streams.topics import CELL_RUNS, Broker, LogRange
+from tests.client_kafka import fresh_settings
+
+
+def test_metadata_that_lack_a_partition_are_asked_for_again(kafka: str, tmp_path: Path) -> None:
+    """As they may right after an outage: a partition that comes a second later is found, not called an outage."""
+    settings = fresh_settings(kafka, CELL_RUNS, home=str(tmp_path))
+    topic = settings.topic_prefix + CELL_RUNS
+
+    def grow() -> None:
+        time.sleep(1)
+        admin = AdminClient({"bootstrap.servers": kafka})
+        admin.create_partitions([NewPartitions(topic, settings.partitions + 1)])[topic].result()
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    try:
+        found = Broker(settings).log_ranges(topic, [settings.partitions])
+    finally:
+        growing.join()
+    assert found == {settings.partitions: LogRange(0, 0)}
