@@ -292,6 +292,10 @@ class _Follower(threading.Thread):
             if error.args[0].code() in _NO_TOPIC:
                 raise
             self.trouble.note(error)
-            return None if ends.age_s >= ASK_EVERY_S else ends
+            if ends.age_s < ASK_EVERY_S:
+                return ends
+            with suppress(KafkaException):  # asked again with the next question
+                partitions(admin, self._topic)  # the leader may be another one: librdkafka goes on to ask the old one
+            return None
         # A question stays good however long the way to its answer is, unless the topic has been made anew meanwhile.
         return None if ends.age_s >= REACH_S_MAX else ends
