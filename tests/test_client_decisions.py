@@ -45,6 +45,8 @@ class KafkaWorld:
         self.gates: dict[Policy, GateRules] = {
             policy: Gate(settings, on_unknown=policy, on_stale="deny", stale_after_s=600) for policy in POLICIES
         }
+        for gate in self.gates.values():
+            gate.wait_ready(60)
 
     def publish(self, *records: tuple[bytes, bytes | None]) -> None:
         """Make these states known: return once the gates have them."""

@@ -132,8 +132,11 @@ def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str) -> None:
     """A gate may start before the meter has ever run, says so, and is ready once the topic is there."""
     settings = fresh_settings(kafka)
     with open_gate(settings) as gate:
+        assert gate._follower
+        trouble = gate._follower.trouble
+        wait_until(lambda: "Unknown topic" in trouble.reason, "told that there is no topic")
         with pytest.raises(Unreachable, match=r"Unknown topic or partition \(.*limit-states"):
-            gate.wait_ready(2)
+            gate.wait_ready(0)
         make_topics(settings, LIMIT_STATES)
         gate.wait_ready(60)
 
@@ -166,7 +169,8 @@ def test_a_gate_that_no_longer_hears_is_stale(kafka: str) -> None:
     answer = gate.check("ws_1", "enrich_person")
     assert answer.age_ms is not None
     assert answer.age_ms >= 2000  # whole milliseconds, truncated
-    assert "creditstream-gate" not in {thread.name for thread in threading.enumerate()}
+    assert gate._follower
+    assert not gate._follower.is_alive()
 
 
 def test_a_clock_that_is_set_back_makes_nothing_fresh(kafka: str) -> None:
@@ -231,6 +235,8 @@ def test_a_gate_that_finds_no_thread_tries_again(kafka: str, monkeypatch: pytest
 
     with Gate(settings, on_unknown="deny", on_stale="deny") as gate:
         gate.wait_ready()
+        assert gate._follower
+        gate._follower.stop()  # a child has none
         gate.after_fork()
         with monkeypatch.context() as bounded:
             bounded.setattr(threading.Thread, "start", refuses)

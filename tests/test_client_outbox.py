@@ -1,13 +1,13 @@
 """Which way a run takes, step by step: memory, disk, and what may not overtake what."""
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaError, Producer
 
+from creditstream.client import outbox as outboxes
 from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
 from creditstream.client.segment import Segment
@@ -23,6 +23,24 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
     made = Spool(tmp_path, CELL_RUNS, 10_000_000)
     yield made
     made.close()
+
+
+class Clock:
+    """The outbox's clock; it moves when a test moves it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """On a busy machine a sleep may take any time."""
+    clock = Clock()
+    monkeypatch.setattr(outboxes, "time", clock)
+    return clock
 
 
 def open_outbox(spool: Spool | None, *, write_ahead: bool = False) -> Outbox:
@@ -121,13 +139,13 @@ def test_what_dead_processes_left_holds_up_no_run(
 
     def found_slowly(path: Path) -> Segment:
         reads.set()
-        meanwhile.append(accepted.wait(5))
+        meanwhile.append(accepted.wait(60))
         return found(path)
 
     monkeypatch.setattr(spools, "_found", found_slowly)
     thread = threading.Thread(target=outbox.adopt)
     thread.start()
-    reads.wait(5)
+    assert reads.wait(60)
     put(outbox, 2)
     accepted.set()
     thread.join()
@@ -148,16 +166,17 @@ def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:
     assert [run.value for run in outbox._waiting.values()] == [encode_run(a_run(number)) for number in (1, 2, 3)]
 
 
-def test_a_failure_and_silence_are_noticed(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_and_silence_are_noticed(spool: Spool, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """A failure at once, silence after its time, neither once it is taken back; of troubles in a row one is logged."""
     outbox = open_outbox(spool)
     outbox.producer = nowhere()
     put(outbox, 1)
-    assert not outbox.is_silent(60)
-    time.sleep(0.01)
-    assert outbox.is_silent(0)
+    clock.now_s += 5
+    assert not outbox.is_silent(5)
+    clock.now_s += 0.001
+    assert outbox.is_silent(5)
     outbox.take_back()
-    assert not outbox.is_silent(0)
+    assert not outbox.is_silent(5)
     outbox.trouble.note("no acknowledgement")
     outbox._fail(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
     assert outbox.has_failed
@@ -167,25 +186,26 @@ def test_a_failure_and_silence_are_noticed(spool: Spool, caplog: pytest.LogCaptu
     assert caplog.messages == ["cell runs are waiting: no acknowledgement"]
 
 
-def test_a_slow_link_is_not_silence(spool: Spool) -> None:
+def test_a_slow_link_is_not_silence(spool: Spool, clock: Clock) -> None:
     """However old the oldest run is, with acknowledgements coming there is nothing to send again; without, there is."""
     outbox = open_outbox(spool)
     outbox.producer = nowhere()
     put(outbox, *range(6))
     for acknowledged in (6, 5, 4, 3, 2):
-        time.sleep(0.1)
+        clock.now_s += 4
         outbox._deliver(acknowledged, None, None)  # type: ignore[arg-type]  # what Kafka says of a run is not looked at
-        assert not outbox.is_silent(0.25)
-    time.sleep(0.3)
-    assert outbox.is_silent(0.25)
+        clock.now_s += 4
+        assert not outbox.is_silent(5)
+    clock.now_s += 2
+    assert outbox.is_silent(5)
 
 
-def test_who_waits_long_for_the_next_run_hears_no_silence(spool: Spool) -> None:
+def test_who_waits_long_for_the_next_run_hears_no_silence(spool: Spool, clock: Clock) -> None:
     """Time in which nothing was under way is no time without an acknowledgement."""
     outbox = open_outbox(spool)
     outbox.producer = nowhere()
     put(outbox, 1)
     outbox._deliver(1, None, None)  # type: ignore[arg-type]
-    time.sleep(0.1)
+    clock.now_s += 60
     put(outbox, 2)
-    assert not outbox.is_silent(0.05)
+    assert not outbox.is_silent(5)
