@@ -45,10 +45,10 @@ class Door:
     """An address that refuses connections until `open` is called, and then leads to a broker."""
 
     def __init__(self, leads_to: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._address = free.getsockname()
+        self._server = socket.socket()  # bound, so that nobody else takes the port; who does not listen refuses
+        self._server.bind(("127.0.0.1", 0))
+        self._address = self._server.getsockname()
         self._target = leads_to.split(":")
-        self._server: socket.socket | None = None
 
     @property
     def address(self) -> str:
@@ -57,19 +57,19 @@ class Door:
 
     def open(self) -> None:
         """From now on whoever knocks comes through. The broker then tells its own address."""
-        self._server = socket.create_server(self._address)
-        threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
+        self._server.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def close(self) -> None:
         """Refuse again."""
-        if self._server:
+        with suppress(OSError):  # it was never opened
             self._server.shutdown(socket.SHUT_RDWR)
-            self._server.close()
+        self._server.close()
 
-    def _serve(self, server: socket.socket) -> None:
+    def _serve(self) -> None:
         with suppress(OSError):
             while True:
-                inside, _ = server.accept()
+                inside, _ = self._server.accept()
                 outside = socket.create_connection((self._target[0], int(self._target[1])))
                 for source, sink in ((inside, outside), (outside, inside)):
                     threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
@@ -153,11 +153,13 @@ def recorded(settings: Settings) -> dict[int, list[CellRun]]:
         for partition, found in ranges.items():
             consumer.assign([TopicPartition(topic, partition, found.start)])
             runs[partition] = []
+            deadline = time.monotonic() + WAIT_S_MAX
             while len(runs[partition]) < found.end - found.start:
-                message = consumer.poll(WAIT_S_MAX)
-                assert message is not None
-                assert not message.error()
-                runs[partition].append(decode_run(message.value()))
+                message = consumer.poll(1)
+                if message is not None and not message.error():
+                    runs[partition].append(decode_run(message.value()))
+                else:  # nothing yet, or what a broker says right after an outage
+                    assert time.monotonic() < deadline, message and message.error()
     finally:
         consumer.close()
     return runs

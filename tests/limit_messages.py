@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.limits import LimitAlert, LimitState
 from streams.settings import Settings
@@ -377,9 +377,10 @@ def _values(settings: Settings, topic: str) -> list[bytes]:
         while left:
             assert time.monotonic() < deadline, f"{name} cannot be read to its end"
             for message in consumer.consume(1000, 0.2):
-                if message.error():
-                    left.discard(message.partition())  # the end of the partition
-                else:
+                error = message.error()
+                if error and error.code() == KafkaError._PARTITION_EOF:
+                    left.discard(message.partition())
+                elif not error:
                     values[message.partition()].append(message.value())
     finally:
         consumer.close()

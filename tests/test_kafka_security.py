@@ -4,7 +4,6 @@ for every role, and keep billing's topic from the others.
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,8 +118,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))
     (directory / "server.pem").write_bytes(key_and_certificate(authority.issue_cert("127.0.0.1")))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, _ = embedded._choose_ports([])  # not one that any connection may take before Kafka does
     clients = CLIENTS.format(port=port, keystore=directory / "server.pem")
     home = Home.at(directory / "home")
     with pytest.MonkeyPatch.context() as patch, home.hold():
