@@ -28,6 +28,7 @@ from schemas.codec import encode_run
 from schemas.problem import Problem
 from streams.app import EXIT_RESTART
 from streams.topics import Topic
+from streams.transport import FETCH_WAIT_MS_MAX
 from tests.clickhouse_server import ClickHouseServer
 from tests.client_kafka import wait_until
 from tests.worker_process import (
@@ -303,6 +304,7 @@ def test_f14_a_retention_gap_pauses_one_unit_or_is_stepped_over(worker: WorkerPr
     worker.produce(runs())
     worker.start().wait_until_metered()
     worker.signal(signal.SIGSTOP)
+    time.sleep(20 * FETCH_WAIT_MS_MAX / 1000)  # what it has asked for would be its answer when it wakes
     marks = worker.log_ends()
     worker.produce(runs() + runs())
     gap = 3

@@ -44,9 +44,9 @@ async def test_f17_copies_in_adjacent_batches_while_the_first_insert_is_held(cli
     for number in range(4):
         bench.deliver(chunk(number * BATCH_ROWS, range(BATCH_ROWS)))
     task = asyncio.ensure_future(bench.until(lambda: bench.acknowledged == 4))
-    await asyncio.sleep(0.5)
+    await bench.wait(task, lambda: held == 1 and bench.unit.rows_unwritten > BATCH_ROWS)
+    await asyncio.sleep(0.3)
     assert (held, bench.kinds()) == (1, {})
-    assert bench.unit.rows_unwritten > BATCH_ROWS
     assert not bench.looked_up, "what is on its way needs no look-up"
     release.set()
     await task
@@ -258,6 +258,8 @@ async def test_time_is_told_while_a_backlog_drains(client: Client, are_events_re
         bench.deliver([kafka_record(record)], of_account=record.step.of_account)
     task = bench.start()
     await bench.wait(task, lambda: bench.acknowledged == 12)
+    if are_events_read:
+        await bench.wait(task, lambda: any(alert.cause == Cause.TIME for alert in bench.alerts))
     await asyncio.sleep(2 * TICK_S)
     await bench.unit.voice.flush()
     await bench.kill(task)

@@ -24,8 +24,8 @@ from tests.test_webhooks_notifier import some_alert
 from tests.webhook_receiver import STALL, WebhookReceiver
 from tests.worker_process import ROOT, Finished, environment
 
-WAIT_S_MAX: Final = 30.0
-STOP_S_MAX: Final = 10.0
+WAIT_S_MAX: Final = 60.0
+STOP_S_MAX: Final = 30.0
 PREFIX: Final = "hookscli-"
 SECRET: Final = new_secret()
 
@@ -70,7 +70,8 @@ class Running:
         return self._output.read_text()
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.text.splitlines() if line.startswith("{")]
+        whole, _, _ = self.text.rpartition("\n")  # the last line may still be being written
+        lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == name]
 
     def wait_for(self, condition: Callable[[], object]) -> None:

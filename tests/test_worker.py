@@ -296,7 +296,9 @@ def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
         kafka.start()
         worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
 
+        deadline = time.monotonic() + 2 * START_S_MAX
         while not worker.is_alive or not metered(worker):
+            assert time.monotonic() < deadline
             if not worker.is_alive:
                 assert worker.wait() == EXIT_RESTART
                 worker.start()
