@@ -24,7 +24,7 @@ from creditstream.embedded import EmbeddedKafka, find_java, load_jars
 from creditstream.home import Endpoints, Home
 from schemas.problem import Problem, Unreachable
 
-WAIT_MAX_S = 10.0
+WAIT_MAX_S = 60.0
 SETTLED_S = 0.2
 ROOT = Path(__file__).parent.parent
 

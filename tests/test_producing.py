@@ -20,7 +20,7 @@ def test_a_queue_that_stays_full_holds_up_nobody_for_longer_than_the_bound(monke
     started = time.monotonic()
     with pytest.raises(Unreachable) as unreachable:
         deliver(read_settings({}, kafka_bootstrap=NOWHERE), records, "runs were", "Send them again.")
-    assert 1 <= time.monotonic() - started < 5
+    assert 1 <= time.monotonic() - started < len(records) / 2
     assert str(unreachable.value) == (
         f"50 of 50 runs were not delivered: {NOWHERE}: no answer within 1 s. Send them again."
     )

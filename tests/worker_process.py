@@ -32,7 +32,7 @@ from streams.settings import PREFIX, Settings, read_settings
 from streams.topics import Broker, Topic, account_events_topic, cell_runs_topic, ensure_topics, require_topic
 
 ROOT: Final = Path(__file__).parents[1]
-WAIT_S_MAX: Final = 30.0
+WAIT_S_MAX: Final = 60.0
 POLL_S: Final = 0.02
 LOG_LINES_SHOWN: Final = 15
 COMMAND: Final = ("-m", "creditstream", "worker")
