@@ -178,7 +178,7 @@ def published_alerts(
     limit: int,
     as_of_ms: int | None = None,
 ) -> list[PublishedAlert]:
-    """Alerts that left the meter, newest first. Empty filters: all."""
+    """Alerts that left the meter, newest first; of one time, by their records' offsets. Empty filters: all."""
     conditions = [
         f"{name} = {{{name}:String}}"
         for name, value in (("workspace_id", workspace_id), ("kind", kind), ("position", position))
@@ -188,7 +188,7 @@ def published_alerts(
         conditions.append("at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')")
     found = client.query(
         f"SELECT {', '.join(_ALERT)} FROM alerts WHERE {' AND '.join(conditions) or 'true'} "
-        "ORDER BY at DESC, alert_id LIMIT {limit:UInt32}",
+        "ORDER BY at DESC, toInt64OrZero(splitByChar('@', position)[-1]) DESC, alert_id LIMIT {limit:UInt32}",
         parameters={
             "workspace_id": workspace_id,
             "kind": kind,

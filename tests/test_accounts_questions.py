@@ -336,6 +336,19 @@ def test_explain_shows_the_alert_that_the_run_caused(client: Client) -> None:
     assert accounts.alerts(client, kind="recovered") == accounts.alerts(client, as_of=at("2026-01-20")) == []
 
 
+def test_alerts_of_one_instant_stand_in_the_order_of_their_records(client: Client) -> None:
+    """The broker gives a producer's whole batch one time, so a bulk run crosses its lines at one instant: by offset."""
+    names = ["alert_id", "workspace_id", "kind", "at", "position"]
+    places = [(1, "crossed", 99), (2, "exhausted", 1000), (3, "crossed", 8)]
+    told = [[UUID(int=n), "ws_1", kind, at("2026-01-21"), f"cell-runs[0]@{offset}"] for n, kind, offset in places]
+    by_time = [UUID(int=0), "ws_1", "period_started", at("2026-01-21"), ""]
+    client.insert("published_alerts", [*told, by_time], column_names=names)
+
+    newest_first = ["cell-runs[0]@1000", "cell-runs[0]@99", "cell-runs[0]@8", ""]
+    assert [alert.position for alert in accounts.alerts(client)] == newest_first
+    assert [alert.kind for alert in accounts.alerts(client, limit=1)] == ["exhausted"]
+
+
 def test_explain_tells_of_a_reversal(client: Client) -> None:
     """The sentence says when and how much was given back; copies of the reversal are no copies of the run."""
     rows = AccountRows()
