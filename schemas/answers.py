@@ -113,7 +113,10 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a run cost what it cost: a sentence for a customer, then the evidence."""
+    """Why a run cost what it cost: a sentence for a customer, then the evidence.
+
+    ``ran_at`` of a dead letter is its ``recorded_at``, as in the ledger: when it ran stands in its bytes.
+    """
 
     sentence: str
     run_id: str

@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from creditstream.cli.ask import explained
 from schemas.answers import Delivery
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
@@ -299,6 +300,17 @@ def test_a_lone_dead_letter(reason: Reason) -> None:
 
     assert found.sentence == told(reason, None, detail="so")
     assert (found.credits, found.price, found.action_name, found.rule) == ("0", "", "", "intake")
+
+
+def test_when_a_dead_letter_ran_is_left_to_its_bytes() -> None:
+    """The ledger dates a dead letter by its arrival, which is not when the run ran: of a stale one 366 days before."""
+    lines = explained(explain([letter(2, Reason.STALE_RUN)], 0, EXAMPLES))
+
+    assert "  when       received 2026-08-20 12:00:00 UTC" in lines
+    assert lines[-1] == "More: `creditstream dead-letters show 'cell-runs[3]@2'`"
+    assert "  when       ran 2026-08-20 12:00:00 UTC, received 2026-08-20 12:00:00 UTC" in explained(
+        explain([row()], 1, EXAMPLES)
+    )
 
 
 def test_another_workspace_is_not_told_of() -> None:

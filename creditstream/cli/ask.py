@@ -20,7 +20,7 @@ from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, By, Explanation, RunRow
 from schemas.credits import parse_credits
-from schemas.ledger import DEBIT_REASONS
+from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
 
 _DAY = click.DateTime(formats=["%Y-%m-%d"])
@@ -118,12 +118,13 @@ def explained(run: Explanation) -> list[str]:
     who = ", ".join(
         filter(None, [run.triggered_by and f"triggered by {run.triggered_by}", run.actor and f"by {run.actor}"])
     )
+    is_parked = run.kind == Kind.DEAD_LETTER
     lines = [
         run.sentence,
         "",
         f"  rule       {run.rule}: {run.rule_text}",
         f"  priced by  {version}",
-        f"  when       ran {utc(run.ran_at)}, received {utc(run.recorded_at)}",
+        f"  when       {'' if is_parked else f'ran {utc(run.ran_at)}, '}received {utc(run.recorded_at)}",
         f"  where      workspace {run.workspace_id}, table {run.table_id}, column {run.column_id}, row {run.row_id}",
         *([f"  who        {who}"] if who else []),
         f"  outcome    {run.outcome or '-'}, own API key: {'yes' if run.own_api_key else 'no'}",
@@ -139,7 +140,8 @@ def explained(run: Explanation) -> list[str]:
         f"{utc(delivery.recorded_at)}{f'  ({delivery.detail})' if delivery.detail else ''}"
         for delivery in run.deliveries
     ]
-    return [*lines, "", f"More: `creditstream usage {quote(run.workspace_id)} --by column`"]
+    more = f"dead-letters show {quote(run.position)}" if is_parked else f"usage {quote(run.workspace_id)} --by column"
+    return [*lines, "", f"More: `creditstream {more}`"]
 
 
 def _moved(run: Explanation) -> list[str]:
