@@ -167,6 +167,7 @@ def create_api(meter: Meter) -> Litestar:
 
 
 AsOf = Annotated[datetime | None, QueryParameter(description="what the ledger knew at this instant; now when left out")]
+OnDay = Annotated[datetime | None, QueryParameter(description="on the UTC day of it, by what the ledger knows now")]
 Limit = Annotated[int, QueryParameter(ge=1, le=LIST_MAX)]
 PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
 PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
@@ -288,7 +289,7 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
         )  # fmt: skip
 
     @get("/v1/top")
-    async def top(by: FromQuery[TopBy] = TopBy.USED, limit: Limit = 20, as_of: AsOf = None) -> list[TopRow]:
+    async def top(by: FromQuery[TopBy] = TopBy.USED, limit: Limit = 20, as_of: OnDay = None) -> list[TopRow]:
         """Pools that are closest to their limit, or will be used up soonest."""
         return await meter.ask(spending.top, by, limit, as_of)
 

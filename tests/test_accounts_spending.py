@@ -15,6 +15,7 @@ from litestar.testing import TestClient
 
 from creditstream import accounts, spending
 from creditstream.api import create_api
+from creditstream.cli.commands import cli
 from creditstream.client.testing import MemoryGate
 from schemas.answers import By, Estimate, ShareOfRuns, SpendCheck, TopBy
 from schemas.credits import parse_credits
@@ -205,6 +206,24 @@ def test_top_and_balance_forecast_alike(client: Client) -> None:
         assert found == by_balance
         assert soon == {name: day for name, day in by_balance.items() if day}
     assert list(soon.values()) == sorted(soon.values())
+
+
+@ON_CHDB
+def test_top_of_the_past_goes_by_what_is_known_now_and_says_so(client: Client, tmp_path: Any) -> None:
+    """A run that arrived later counts in it, unlike in a balance; the option and the API do not say otherwise."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-01"))
+    rows.run(at("2026-01-10"), 3, recorded_at=at("2026-01-20"))
+    rows.write(client)
+    (found,) = spending.top(client, as_of=at("2026-01-15"))
+    assert (found.used, accounts.balance(client, "ws_1", at("2026-01-15"))[0].used) == ("3", "0")
+
+    (option,) = [each for each in cli.commands["top"].params if each.name == "as_of"]
+    with served(client, str(tmp_path)) as api:
+        asked = api.get("/schema/openapi.json").json()["paths"]["/v1/top"]["get"]["parameters"]
+    (parameter,) = [each for each in asked if each["name"] == "as_of"]
+    for said in (getattr(option, "help", ""), parameter["description"]):
+        assert "by what the ledger knows now" in said
 
 
 class _Answering(Meter):

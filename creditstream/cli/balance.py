@@ -8,6 +8,7 @@ import rich_click as click
 from creditstream.asking import ask
 from creditstream.cli.options import (
     as_of_option,
+    day_of_option,
     format_option,
     grouped,
     record_format_option,
@@ -222,7 +223,7 @@ def _rests_on(found: Estimate) -> str:
     "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="What to list first."
 )
 @click.option("--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many.")
-@as_of_option
+@day_of_option
 @source_options
 @format_option
 def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: str) -> None:

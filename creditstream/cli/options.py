@@ -216,7 +216,16 @@ class Credits(click.ParamType):
 
 def as_of_option(command: F) -> F:
     """``--as-of``: what the ledger knew at an instant."""
-    return click.option("--as-of", type=Instant(), help="What the ledger knew then, instead of now.")(command)
+    return _as_of("What the ledger knew then, instead of now.")(command)
+
+
+def day_of_option(command: F) -> F:
+    """``--as-of`` of what is asked of all workspaces at once: see `creditstream.spending.top`."""
+    return _as_of("How it stood on that UTC day, by what the ledger knows now.")(command)
+
+
+def _as_of(means: str) -> Callable[[F], F]:
+    return click.option("--as-of", type=Instant(), help=means)
 
 
 def utc(instant: datetime) -> str:
