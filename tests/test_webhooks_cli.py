@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -264,4 +265,5 @@ def test_deliveries_are_listed(settings: Settings, tmp_path: Path) -> None:
     assert (text.code, text.err) == (0, "")
     listed = run(tmp_path, "alerts", "deliveries", "--format", "json", kafka=settings.kafka_bootstrap)
     assert len(json.loads(listed.out)) == len(deliveries(settings))
+    assert all(datetime.fromisoformat(row["when"]).tzinfo for row in json.loads(listed.out))  # as in every answer
     assert "delivered" in text.out

@@ -19,7 +19,6 @@ from creditstream.cli.options import (
     kafka_settings_of,
     show_rows,
     source_options,
-    utc,
 )
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
@@ -45,13 +44,13 @@ ALERT_COLUMNS = (
 
 
 class DeliveryRow(msgspec.Struct, frozen=True):
-    """What became of an alert at an endpoint, as people read it."""
+    """What became of an alert at an endpoint. ``when``: of the next attempt while it waits, else of its end."""
 
     state: str
     endpoint: str
     alert_id: UUID
     attempts: int
-    when: str
+    when: datetime
     said: str
 
 
@@ -183,7 +182,7 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
             each.endpoint,
             each.alert_id,
             each.attempts,
-            utc(from_milliseconds(each.next_at_ms or each.ended_at_ms)),
+            from_milliseconds(each.next_at_ms or each.ended_at_ms),
             each.said,
         )
         for each in found[:limit]
