@@ -534,6 +534,15 @@ def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
     assert "the output cannot be written: No space left on device" in line_of(shell("> /dev/full"), 1)
 
 
+def test_words_that_are_not_utf8_are_wrong_usage(tmp_path: Path) -> None:
+    """A name that no event can carry is told as it was typed, whatever would have choked on it."""
+    odd = os.fsdecode(b"ws_\xff")
+    for words in (("balance", odd, "--url", "http://127.0.0.1:1"), ("plan", "set", odd, "20k")):
+        done = creditstream(*words, settings={"home": str(tmp_path)})
+        assert (done.code, done.out) == (2, ""), done
+        assert done.err.endswith("Error: 'ws_\\udcff' is not UTF-8.\n"), done
+
+
 def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path: Path) -> None:
     """At once, and as it is called here: after the demo nobody has a Kafka of his own."""
     (tmp_path / "kafka").mkdir()

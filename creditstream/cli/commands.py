@@ -1,5 +1,7 @@
 """Every command, and how the command line is run."""
 
+import sys
+
 import rich_click as click
 
 from creditstream import __version__
@@ -50,12 +52,21 @@ def run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except UnicodeEncodeError:  # a word in another encoding, where Python keeps its bytes as surrogates
+        if not (odd := [word for word in sys.argv[1:] if not _is_utf8(word)]):
+            raise
+        click.UsageError(f"{odd[0]!a} is not UTF-8.").show()
+        return click.UsageError.exit_code
     except click.Abort as end:
         raise KeyboardInterrupt from end
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # nobody reads the help any more
             return 0
         raise
+
+
+def _is_utf8(word: str) -> bool:
+    return word.isascii() or word == word.encode(errors="ignore").decode()
 
 
 def _name_as_called(command: click.Command) -> None:
