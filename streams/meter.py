@@ -24,7 +24,7 @@ from clickhouse_connect.driver.client import Client
 from schemas.catalogue import Catalogue
 from schemas.limits import AsOf, LimitAlert, TopColumn
 from schemas.plan import PlanLists
-from schemas.problem import Problem
+from schemas.problem import Problem, Unreachable
 from sinks import accounts, queries
 from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
@@ -91,6 +91,7 @@ class Meter:
         self.lags: Callable[[int, tuple[int, int]], Behind] = lambda partition, last: (None, None)
         """How many offsets Kafka had behind these, in a partition of both topics; None: it has not said."""
         self.is_open = False
+        """Between `open` and `close`."""
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
         self.troubles: dict[Any, str] = {}
@@ -323,11 +324,12 @@ class Meter:
 
     def close(self) -> None:
         """Let go of threads and connections, after `release`."""
+        was_open, self.is_open = self.is_open, False
         if self._follower:
             self._follower.close()
         for pool in self._pools.values():
             pool.shutdown()
-        if self.is_open:
+        if was_open:
             self.publisher.close()
             for client in self._clients.values():
                 client.close()
@@ -336,7 +338,12 @@ class Meter:
         return await _in_thread(self._pools["reader"], function, *args)
 
     async def ask(self, question: Callable[Concatenate[Client, P], T], *args: P.args, **named: P.kwargs) -> T:
-        """Answer people: ``question(client, *args, **named)`` in a thread of its own, which no unit waits for."""
+        """Answer people: ``question(client, *args, **named)`` in a thread of its own, which no unit waits for.
+
+        Unreachable after `close`: the API answers on until it has ended, too.
+        """
+        if not self.is_open:
+            raise Unreachable("the worker is stopping", "it has let go of the ledger", "Ask again in a few seconds.")
         answer: T = await self._ask("answers", lambda client: question(client, *args, **named))
         return answer
 

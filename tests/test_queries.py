@@ -17,7 +17,7 @@ from creditstream.api import create_api
 from schemas.answers import By
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Position
-from schemas.problem import UnknownId
+from schemas.problem import UnknownId, Unreachable
 from sinks import accounts, dead_letters, queries
 from sinks.ledger import Batch, Ledger
 from streams.meter import Meter
@@ -175,3 +175,12 @@ def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> N
         assert api.get("/livez").status_code == 200
         ready = api.get("/readyz")
     assert (ready.status_code, ready.json()) == (503, {"ready": False, "because": ["no assignment yet"]})
+
+
+def test_a_worker_that_stops_says_so(tmp_path: Path) -> None:
+    """Its API outlives its ledger by moments: a question is told to come again, and is no failure of ours."""
+    meter = Meter(read_settings({}, home=str(tmp_path)))
+    meter.close()
+    with TestClient(create_api(meter), raise_server_exceptions=False) as api:
+        found = api.get("/v1/top")
+    assert (found.status_code, found.json()["exit_code"]) == (503, Unreachable.exit_code)
