@@ -75,6 +75,7 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
         return (
             f"{self.events:,} events in Kafka, {self.rows:,} ledger rows, {self.missing:,} missing, "
             f"{self.doubled:,} doubled; {Decimal(self.credits):,f} credits {equal} the reference rater's"
+            + (f"; {self.behind:,} more offsets in Kafka are not metered yet" if self.behind else "")
         )
 
     @property

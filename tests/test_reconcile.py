@@ -105,6 +105,14 @@ def test_books_that_agree_close(worker: WorkerProcess) -> None:
     assert [book.examples for book in books.partitions if book.examples] == []
 
 
+def test_what_is_not_metered_yet_is_told(worker: WorkerProcess) -> None:
+    """A ledger that is behind closes, but does not pass for all that Kafka holds."""
+    books = books_of(worker)
+    assert (books.behind, "not metered yet" in books.sentence) == (0, False)
+    behind = msgspec.structs.replace(books, behind=1200)
+    assert behind.sentence == f"{books.sentence}; 1,200 more offsets in Kafka are not metered yet"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
