@@ -286,7 +286,7 @@ def period_usage(
 def _asked_day(day: date | None, at: Moment) -> Day:
     wanted = at.day if day is None else to_day(day)
     if not _FIRST_DAY <= wanted <= at.day:
-        why = "it lies in the future" if wanted > at.day else "the ledger begins with 2020"
+        why = f"it lies after {to_date(at.day)}" if wanted > at.day else "the ledger begins with 2020"
         raise UnknownId(f"no period holds {day}", why, "Ask for another day.")
     return wanted
 
