@@ -101,9 +101,8 @@ class Home(msgspec.Struct, frozen=True):
     def worker(self) -> Endpoints | None:
         """Where the live process that holds this home answers; None without one, or until it publishes."""
         try:
-            with self._lock_path.open("rb") as lock:
-                if _try_lock(lock.fileno(), fcntl.LOCK_SH):
-                    return None
+            if (holder := self._holder()) is None:
+                return None
             endpoints = msgspec.json.decode(self.endpoints_path.read_bytes(), type=Endpoints)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -111,7 +110,16 @@ class Home(msgspec.Struct, frozen=True):
             raise Problem(
                 f"{self.path} cannot be read", error.strerror or "", "Choose a directory that you may read."
             ) from error
-        return endpoints if endpoints.pid == lock_holder(self._lock_path) else None
+        return endpoints if endpoints.pid == holder else None
+
+    def starting(self) -> int | None:
+        """The pid of another process that holds this home and does not answer: a worker that starts, or a command."""
+        holder = None if self.worker() or not self._lock_path.exists() else self._holder()
+        return None if holder == os.getpid() else holder
+
+    def _holder(self) -> int | None:
+        with self._lock_path.open("rb") as lock:
+            return None if _try_lock(lock.fileno(), fcntl.LOCK_SH) else lock_holder(self._lock_path)
 
     def _held_by_another(self) -> Problem:
         pid = lock_holder(self._lock_path)

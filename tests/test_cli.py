@@ -556,6 +556,17 @@ def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path:
         )
 
 
+def test_a_home_whose_kafka_starts_is_told_of_as_such(tmp_path: Path) -> None:
+    """Whoever was told to start it would find the home in use."""
+    (tmp_path / "kafka").mkdir()
+
+    with Home.at(tmp_path).hold():
+        line = line_of(creditstream("grant", WORKSPACE, "5", "--home", str(tmp_path)), 5)
+
+    assert f"Kafka does not run yet: process {os.getpid()} holds {tmp_path}: a worker that starts, or" in line
+    assert line.endswith("Try again in a few seconds.")
+
+
 def test_commands_are_named_as_the_program_was_called(tmp_path: Path) -> None:
     """By its path where it is not on the PATH, by its name where it is."""
     program = Path(sys.executable).with_name("creditstream")

@@ -72,6 +72,9 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
     place = Home.at(home)
     if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
+        if pid := place.starting():
+            why = f"process {pid} holds {place.path}: a worker that starts, or another command"
+            raise Unreachable("Kafka does not run yet", why, "Try again in a few seconds.")
         fix = f"`creditstream worker --embedded` starts it again; for another one, set {variable('kafka_bootstrap')}."
         raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
     return settings_of(home)
