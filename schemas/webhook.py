@@ -22,7 +22,8 @@ BODY_BYTES_MAX: Final = 20_000
 
 ENDPOINTS_MAX: Final = 100
 
-EndpointName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+ENDPOINT_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+EndpointName = Annotated[str, Meta(pattern=ENDPOINT_NAME_PATTERN)]
 Reference = Annotated[str, Meta(min_length=1, max_length=2048)]
 """Where a secret is: ``env:NAME`` or ``file:PATH``. Never the secret."""
 

@@ -117,6 +117,14 @@ def test_a_refused_file_names_file_endpoint_and_field(tmp_path: Path, entry: str
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["Billing", "-x", "", "a" * 65])
+def test_an_endpoint_whose_name_is_none_is_named(tmp_path: Path, name: str) -> None:
+    """Among several, that one is to be found by the message, and what a name may be."""
+    text = f"[endpoints.good]\nurl = 'env:SLACK'\nformat = 'slack'\n[endpoints.'{name}']\nurl = 'a'"
+    with pytest.raises(EndpointProblem, match=f"endpoint `{name}`: a name is of a to z, 0 to 9, _ and -"):
+        load(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     "text", ["", "endpoints = 3", "[endpoints]\nx = 3", "[endpoints.'Not A Name']\nurl = 'a'", "["]
 )

@@ -1,6 +1,7 @@
 """Who is told: the endpoints of a TOML file, checked, with their secrets in hand."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,8 +15,9 @@ from creditstream.webhooks.signing import parse_secret
 from schemas.codec import name_field
 from schemas.limits import AlertKind, LimitAlert
 from schemas.problem import Problem
-from schemas.webhook import EndpointEntry, EndpointFile, Format
+from schemas.webhook import ENDPOINT_NAME_PATTERN, EndpointEntry, EndpointFile, Format
 
+ENDPOINT_NAME: Final = re.compile(ENDPOINT_NAME_PATTERN)
 PORT_OF: Final = {"https": 443, "http": 80}
 
 
@@ -94,6 +96,9 @@ def _convert(document: dict[str, object]) -> dict[str, EndpointEntry]:
         # msgspec does not say under which name: each is converted by itself to find out.
         entries = document.get("endpoints")
         for name, entry in entries.items() if isinstance(entries, dict) else ():
+            if not ENDPOINT_NAME.fullmatch(name):
+                said = "a name is of a to z, 0 to 9, _ and -, 64 at the most, and begins with a letter or digit"
+                raise ValueError(f"endpoint `{name}`: {said}") from error
             try:
                 msgspec.convert(entry, EndpointEntry)
             except msgspec.ValidationError as wrong:
