@@ -78,6 +78,7 @@ def create_api(meter: Meter) -> Litestar:
         period: Annotated[date | None, QueryParameter(description="any UTC day of a billing period, instead")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
+        _require_days(start, end, period)
         if period:
             return await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))
         return await meter.ask(queries.usage, workspace_id, by, start, end)
@@ -333,6 +334,14 @@ def not_ready_because(meter: Meter) -> list[str]:
         return ["no assignment yet"]
     incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
     return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.troubles.values())]
+
+
+def _require_days(start: date | None, end: date | None, period: date | None) -> None:
+    """Problem when they name no day, or two things at once."""
+    if period and (start or end):
+        raise Problem("period and days exclude each other", f"period {period} names the days", "Leave one of them out.")
+    if start and end and end <= start:
+        raise Problem("no day is asked for", f"to={end} is not after from={start}", "`to` is the day after the last.")
 
 
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[dict[str, str | int]]:

@@ -101,6 +101,7 @@ def reconcile(
     event_log = _Log.read(answers, broker, account_events_topic(settings))
     run_log = _Log.read(answers, broker, cell_runs_topic(settings))
     logs = (run_log, event_log)
+    _require_common(logs, broker.bootstrap)
     progress = _Progress(say, sum(found.end - found.start for log in logs for found in log.ranges.values()))
     books = []
     for partition in range(run_log.topic.partitions):
@@ -146,6 +147,18 @@ class _Log(NamedTuple):
             broker.log_ranges(name, range(topic.partitions)),
             {chain.partition: chain for chain in chains if chain.topic_id == topic.id},
             {chain.partition for chain in chains if chain.topic_id != topic.id},
+        )
+
+
+def _require_common(logs: tuple[_Log, ...], bootstrap: str) -> None:
+    """Problem when all that the ledger has is of other topics: of another Kafka, or of topics that were since made
+    again. Nothing would be missing then, and nothing proven.
+    """
+    if any(log.made_again for log in logs) and not any(log.audits for log in logs):
+        raise Problem(
+            "the ledger has no event of these topics",
+            f"its rows are of topics of these names with other ids than those at {bootstrap}",
+            "Name the Kafka of the worker that answers. If the topics were made again, let it meter them first.",
         )
 
 

@@ -177,6 +177,21 @@ def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> N
     assert (ready.status_code, ready.json()) == (503, {"ready": False, "because": ["no assignment yet"]})
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"from": "2026-12-01", "to": "2026-11-01"}, "to=2026-11-01 is not after from=2026-12-01"),
+        ({"from": "2026-11-01", "to": "2026-11-01"}, "to=2026-11-01 is not after from=2026-11-01"),
+        ({"period": "2026-11-02", "from": "2026-11-01"}, "period 2026-11-02 names the days"),
+    ],
+)
+def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str], why: str) -> None:
+    """As the command does: an empty answer would pass for a workspace without runs."""
+    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path))))) as api:
+        found = api.get("/v1/usage", params={"workspace_id": "ws_1", **asked})
+    assert (found.status_code, found.json()["why"]) == (400, why)
+
+
 def test_a_worker_that_stops_says_so(tmp_path: Path) -> None:
     """Its API outlives its ledger by moments: a question is told to come again, and is no failure of ours."""
     meter = Meter(read_settings({}, home=str(tmp_path)))

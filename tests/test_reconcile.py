@@ -10,10 +10,11 @@ import pytest
 from creditstream.asking import WorkerAnswers
 from creditstream.reconcile import Reconciliation, reconcile
 from creditstream.reference import ReferenceRater
-from schemas.answers import LedgerRow
+from schemas.answers import LedgerRow, PartitionAudit
 from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_run
+from schemas.problem import Problem
 from tests.worker_process import WorkerProcess, cell_run, event_of
 
 NOW: Final = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -111,6 +112,20 @@ def test_what_is_not_metered_yet_is_told(worker: WorkerProcess) -> None:
     assert (books.behind, "not metered yet" in books.sentence) == (0, False)
     behind = msgspec.structs.replace(books, behind=1200)
     assert behind.sentence == f"{books.sentence}; 1,200 more offsets in Kafka are not metered yet"
+
+
+def test_a_ledger_of_another_kafka_is_not_compared(worker: WorkerProcess) -> None:
+    """Its rows stand under other topics' ids: without an error, books of nothing would close."""
+
+    class Elsewhere(WorkerAnswers):
+        def audit_partitions(self, topic: str) -> list[PartitionAudit]:
+            audits = super().audit_partitions(topic)
+            return [msgspec.structs.replace(audit, topic_id=f"other-{audit.topic_id}") for audit in audits]
+
+    home = worker.home.worker()
+    assert home is not None
+    with pytest.raises(Problem, match="the ledger has no event of these topics"):
+        reconcile(Elsewhere(home.api_url), worker.configured)
 
 
 @pytest.mark.parametrize(
