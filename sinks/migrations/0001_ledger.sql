@@ -7,9 +7,8 @@
 --
 -- Questions of one workspace cost planning more than reading, by parts, columns and expressions. So a month that
 -- nothing was written to for a day becomes one part, and there are no statistics of columns: a merge builds them,
--- planning loads them, and the indexes skip more. Sums of one workspace are few rows of a part, so the granules of the
--- usage projection are small. Account rows are few among many runs: granules that hold none are skipped (kind_range).
--- So are old parts, where a worker that starts asks for the last offsets (offset_range).
+-- planning loads them, and the indexes skip more. Account rows are few among many runs: granules that hold none are
+-- skipped (kind_range). So are old parts, where a worker that starts asks for the last offsets (offset_range).
 CREATE TABLE IF NOT EXISTS ledger
 (
     topic LowCardinality(String),
@@ -67,7 +66,7 @@ CREATE TABLE IF NOT EXISTS ledger
     (
         SELECT workspace_id, day, table_id, column_id, action, pool, kind, reason, sum(credits), count()
         GROUP BY workspace_id, day, table_id, column_id, action, pool, kind, reason
-    ) WITH SETTINGS (index_granularity = 512),
+    ),
     CONSTRAINT mark_is_fresh CHECK
         mark_read_at >= now64(3) - toIntervalMillisecond(1000 * least(120, greatest(toInt64(uptime()) - 1, 0)))
 )
