@@ -133,10 +133,7 @@ def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reco
 def _report(console: Console, books: Reconciliation, scene: _Scene, example: UUID | None) -> None:
     produced = scene.enrichments.produced + scene.worker.allowed
     _tell_of_the_gate(console, scene)
-    behind = f", {books.behind:,} not metered yet" if books.behind else ""
-    console.print(
-        f"\n[bold]{produced:,} runs produced now; {books.sentence}{behind}[/bold]", highlight=False, soft_wrap=True
-    )
+    console.print(f"\n[bold]{produced:,} runs produced now; {books.sentence}[/bold]", highlight=False, soft_wrap=True)
     console.print(books.sums_sentence, highlight=False, soft_wrap=True)
     for line in (line for book in books.partitions for line in book.examples):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
