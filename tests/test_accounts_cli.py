@@ -130,11 +130,14 @@ def test_it_is_said_what_an_event_means(settings: dict[str, str | int]) -> None:
 
 
 def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> None:
-    """A heading, a line for each pool, and the sentence that it foots."""
+    """A heading, a line for each pool, and the sentence that it foots; of now also the command that says what drew."""
     done = creditstream("statement", WORKSPACE, settings=settings)
     assert done.code == 0
     assert done.out.startswith(f"{WORKSPACE}, plan 20k, ")
     assert "it foots" in done.out
+    assert f"creditstream usage {WORKSPACE} --from " in done.out
+    then = creditstream("statement", WORKSPACE, "--as-of", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", settings=settings)
+    assert ("it foots" in then.out, "creditstream usage" in then.out) == (True, False)
     lines = read_json(creditstream("statement", WORKSPACE, "--format", "json", settings=settings))
     assert [(line["debited"], line["reversed"], line["closing"], line["foots"]) for line in lines] == [
         ("7", "2", "19995", True),

@@ -82,7 +82,8 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
     if form == "text":
         days = f"--from {lines[0].period_start} --to {lines[0].period_end}"
         say("", "opening + granted - debited + reversed - expired = closing: it foots.")
-        say(f"More: `creditstream usage {quote(workspace)} {days}`")
+        if not as_of:  # usage goes by what the ledger knows now: other figures
+            say(f"More: `creditstream usage {quote(workspace)} {days}`")
 
 
 def _heading(line: StatementLine) -> str:
