@@ -18,6 +18,8 @@ from streams.settings import Settings, read_settings, variable
 
 HOLD_WAIT_S = 1.0
 """How long `Home.hold` tries: longer than any `Home.worker` needs the lock to see who has it."""
+COMMAND_WAIT_S = 5.0
+"""How much longer, while nobody answers: a command that reads the embedded ledger is done in two or three seconds."""
 LOCK_POLL_S = 0.02
 
 
@@ -79,6 +81,8 @@ class Home(msgspec.Struct, frozen=True):
         Raises `Problem` when another process holds it, with its pid, or when the directory cannot be used.
         """
         lock = take_lock(self._lock_path, HOLD_WAIT_S)
+        if lock is None and not self.worker():
+            lock = take_lock(self._lock_path, COMMAND_WAIT_S)
         if lock is None:
             raise self._held_by_another()
         try:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -313,6 +313,19 @@ def test_second_holder_learns_who_holds(tmp_path: Path) -> None:
         worker = home.worker()
 
     assert worker == Endpoints("127.0.0.1:1", "http://127.0.0.1:2", holder.pid)
+
+
+def test_a_home_that_a_command_reads_is_waited_for(tmp_path: Path) -> None:
+    """A worker that starts, or a second command, does not end because a first one holds the home for two seconds."""
+    home, began = Home.at(tmp_path), time.monotonic()
+    with ExitStack() as first:
+        first.enter_context(home.hold())
+        ending = threading.Timer(2.0, first.pop_all().close)
+        ending.start()
+        with home.hold():
+            waited_s = time.monotonic() - began
+        ending.join()
+    assert waited_s >= 2.0
 
 
 def test_killed_holder_frees_the_home(tmp_path: Path) -> None:
