@@ -172,6 +172,11 @@ def test_runs(settings: dict[str, str | int]) -> None:
     assert {row["reason"] for row in charged} == {"charged"}
     assert (date["action"], date["reason"]) == ("format_date", "free_action")
     assert creditstream("runs", "ws_none", settings=settings).out == "ws_none has no such runs.\n"
+    assert "there may be more" not in text.out
+    assert (
+        "--limit 1 is reached: there may be more."
+        in creditstream("runs", WORKSPACE, "--limit", "1", settings=settings).out
+    )
 
 
 def test_dead_letters(settings: dict[str, str | int]) -> None:

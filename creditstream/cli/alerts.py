@@ -158,7 +158,7 @@ def list_alerts(
     with ask(settings_of(home), url) as answers:
         found = answers.alerts(workspace or "", kind or "", limit, as_of)
     columns = ALERT_COLUMNS if form == "text" else PublishedAlert.__struct_fields__
-    show_rows(found, form, columns, "No alerts.")
+    show_rows(found, form, columns, "No alerts.", limit=limit)
 
 
 @alerts.command("deliveries")
@@ -187,7 +187,7 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
         )
         for each in found[:limit]
     ]
-    show_rows(rows, form, DeliveryRow.__struct_fields__, "No deliveries.")
+    show_rows(rows, form, DeliveryRow.__struct_fields__, "No deliveries.", limit=limit)
 
 
 @click.command()

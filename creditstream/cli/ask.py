@@ -91,7 +91,7 @@ def runs(
     asked = {"table_id": table_id, "column_id": column_id, "reason": reason or "", "limit": limit}
     with ask(settings_of(home), url) as answers:
         rows = answers.runs(workspace, **asked)
-    show_rows(rows, form, RunRow.__struct_fields__, f"{workspace} has no such runs.")
+    show_rows(rows, form, RunRow.__struct_fields__, f"{workspace} has no such runs.", limit=limit)
 
 
 @click.command()

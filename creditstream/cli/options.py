@@ -80,8 +80,12 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     return settings_of(home)
 
 
-def show_rows(rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str) -> None:
-    """Print a table: ``columns`` of each row. ``nothing`` is what people read when there is no row."""
+def show_rows(
+    rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str, *, limit: int | None = None
+) -> None:
+    """Print a table: ``columns`` of each row. ``nothing`` is what people read when there is no row; at the ``limit``
+    of a list they read that there may be more.
+    """
     if form == "json":
         write(_json(rows))
     elif form == "csv":
@@ -95,6 +99,8 @@ def show_rows(rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str],
         say(nothing)
     else:
         _print_table(rows, columns)
+        if len(rows) == limit:
+            say(f"--limit {limit} is reached: there may be more.")
 
 
 def show_record(record: msgspec.Struct) -> None:
