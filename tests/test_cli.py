@@ -540,12 +540,18 @@ def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
 
 
 def test_words_that_are_not_utf8_are_wrong_usage(tmp_path: Path) -> None:
-    """A name that no event can carry is told as it was typed, whatever would have choked on it."""
+    """A name that no event can carry is told as it was typed, whatever would have choked on it; a file may have it."""
     odd = os.fsdecode(b"ws_\xff")
-    for words in (("balance", odd, "--url", "http://127.0.0.1:1"), ("plan", "set", odd, "20k")):
+    for words in (
+        ("balance", odd, "--url", "http://127.0.0.1:1"),
+        ("balance", odd, "--home", str(tmp_path)),
+        ("plan", "set", odd, "20k"),
+    ):
         done = creditstream(*words, settings={"home": str(tmp_path)})
         assert (done.code, done.out) == (2, ""), done
         assert done.err.endswith("Error: 'ws_\\udcff' is not UTF-8.\n"), done
+    (tmp_path / odd).write_bytes(b"")
+    assert "is not UTF-8" not in creditstream("send", str(tmp_path / odd), settings={"home": str(tmp_path)}).err
 
 
 def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every command, and how the command line is run."""
 
 import sys
+from pathlib import Path
 
 import rich_click as click
 
@@ -47,16 +48,14 @@ def run() -> int:
     _name_as_called(cli)
     called, groups = program(), click.rich_click.COMMAND_GROUPS
     groups[called] = groups[NAME]
+    if odd := [word for word in sys.argv[1:] if not _is_utf8(word) and not Path(word).exists()]:
+        click.UsageError(f"{odd[0]!a} is not UTF-8.").show()  # no event can carry it; a file may have any name
+        return click.UsageError.exit_code
     try:
         return cli.main(standalone_mode=False, prog_name=called) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except UnicodeEncodeError:  # a word in another encoding, where Python keeps its bytes as surrogates
-        if not (odd := [word for word in sys.argv[1:] if not _is_utf8(word)]):
-            raise
-        click.UsageError(f"{odd[0]!a} is not UTF-8.").show()
-        return click.UsageError.exit_code
     except click.Abort as end:
         raise KeyboardInterrupt from end
     except SystemExit as end:
@@ -66,6 +65,7 @@ def run() -> int:
 
 
 def _is_utf8(word: str) -> bool:
+    """Whether a word was typed in UTF-8: Python keeps the bytes of any other as surrogates."""
     return word.isascii() or word == word.encode(errors="ignore").decode()
 
 
