@@ -1,6 +1,7 @@
 """Topics, limit states and cell runs by hand: what the tests of the client share."""
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -88,6 +89,11 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not {what} within {WAIT_S_MAX:.0f} s"
         time.sleep(POLL_S)
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a worker said on standard error, but for Kafka that is slow: so it may be on a busy machine."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("cell runs are waiting: no acknowledg")]
 
 
 def limit_state(workspace_id: str = "ws_1", remaining: str = "10", seen: int = 1, **fields: Any) -> LimitState:

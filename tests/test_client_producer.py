@@ -27,7 +27,7 @@ from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 from streams.topics import CELL_RUNS, cell_runs_topic
-from tests.client_kafka import Door, a_run, first_copies, fresh_settings, make_topics, recorded, wait_until
+from tests.client_kafka import Door, a_run, complaints, first_copies, fresh_settings, make_topics, recorded, wait_until
 
 ROOT: Final = Path(__file__).parent.parent
 WORKSPACES: Final = ("ws_1", "ws_2", "ws_3")
@@ -80,11 +80,6 @@ def run_program(program: str, settings: Settings, *arguments: str) -> subprocess
     )
     command = [sys.executable, "-c", head + program, msgspec.json.encode(settings).decode(), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-
-
-def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """What a worker said on standard error, but for Kafka that is slow: so it may be on a busy machine."""
-    return [line for line in done.stderr.splitlines() if not line.startswith("cell runs are waiting: no acknowledg")]
 
 
 def test_a_run_arrives_under_its_workspace_on_its_partition(settings: Settings) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from streams.topics import CELL_RUNS, LIMIT_STATES
-from tests.client_kafka import fresh_settings, limit_state, publish, record_of, recorded
+from tests.client_kafka import complaints, fresh_settings, limit_state, publish, record_of, recorded
 
 ROOT: Final = Path(__file__).parent.parent
 BETWEEN: Final = re.compile(r"<!-- client -->\s*```python\n(.*?)```\s*<!-- /client -->", re.DOTALL)
@@ -38,6 +38,6 @@ def test_the_readmes_worker_runs_as_it_stands(kafka: str, tmp_path: Path, remain
             "CREDITSTREAM_HOME": str(tmp_path),
         },
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, complaints(done)) == (0, [])
     found_runs = [run for partition in recorded(settings).values() for run in partition]
     assert [(run.workspace_id, run.action) for run in found_runs] == [("ws_0001", "find_work_email")] * runs
