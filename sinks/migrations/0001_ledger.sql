@@ -8,9 +8,9 @@
 -- Questions of one workspace cost planning more than reading, by parts, columns and expressions. So a month that
 -- nothing was written to for a day becomes one part, and there are no statistics of columns: a merge builds them,
 -- planning loads them, and the indexes skip more. What is read are few rows of each part, so granules are small; those
--- of a projection as well, since by their number the engine chooses between it and the table. Account rows are few among
--- many runs: granules that hold none are skipped (kind_range). So are old parts, where a worker that starts asks for the
--- last offsets (offset_range).
+-- of a projection as well, since by their number the engine chooses between it and the table. Account rows are few
+-- among many runs: granules that hold none are skipped (kind_range). So are old parts, where a worker that starts asks
+-- for the last offsets (offset_range).
 CREATE TABLE IF NOT EXISTS ledger
 (
     topic LowCardinality(String),
