@@ -99,7 +99,7 @@ class Voice:
         self.has_unflushed = False
         try:
             if self._pending:
-                await self._pending
+                await asyncio.shield(self._pending)  # whoever ends the unit here ends the waiting, not the telling
             if self._unnoted:
                 noted = list(self._unnoted)
                 await self._outlets.note_alerts(noted)

@@ -11,7 +11,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import Batch, ForeignMark, Incident
-from streams import batches, settling
+from streams import batches, courtesies, settling
 from streams.batches import INSERT_EVERY_S
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
@@ -116,6 +116,29 @@ async def test_states_go_on_while_the_database_takes_no_alerts(client: Client) -
     noted.set()
     await bench.wait(task, lambda: bench.acknowledged == 3)
     await bench.kill(task)
+
+
+async def test_a_unit_that_ends_while_an_alert_waits_still_tells_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end comes amid a flush that waits for the alert's columns: the flush ends, the alert leaves."""
+    monkeypatch.setattr(courtesies, "WAIT_S_MAX", SOON_S)
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.runs(2, at("Jan 16"))
+    bench = await Bench.open(client)
+    found = asyncio.Event()
+    bench.on_columns = found.wait
+    plan, *runs = [kafka_record(record) for record in rated(story.steps)]
+    bench.deliver([plan], of_account=True)
+    bench.deliver(runs)
+    task = bench.start()
+    await bench.wait(task, lambda: bench.kinds() == {"plan": 1, "run": 2} and not bench.unit.voice.has_unflushed)
+    await bench.kill(task)
+    assert (bench.alerts, bench.unit.voice.has_unflushed) == ([], True), "the next owner is to tell it again"
+    found.set()
+    await bench.unit.voice.flush()
+    assert [alert.thresholds for alert in bench.alerts] == [(50,)]
 
 
 async def test_used_is_told_once_a_second_however_fast_batches_go(

@@ -67,6 +67,7 @@ class Bench:
         self.sent: list[Sent] = []
         self.on_load: Callable[[], Awaitable[None]] | None = None
         self.on_note: Callable[[], Awaitable[None]] | None = None
+        self.on_columns: Callable[[], Awaitable[object]] | None = None
         self.on_look_aside: Callable[[], Awaitable[None]] | None = None
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
@@ -134,7 +135,7 @@ class Bench:
         return Outlets(
             publish=self._publish,
             flush=_nothing,
-            courtesies=Courtesies(lambda questions: self.look_up(accounts.top_columns, questions)),
+            courtesies=Courtesies(self._find_columns),
             note_alerts=self._note_alerts,
             told=lambda name, number: None,
         )
@@ -145,6 +146,11 @@ class Bench:
         elif isinstance(message, LimitState):
             self.states[key] = message
             self.states_told[key] += 1
+
+    async def _find_columns(self, questions: Sequence[accounts.TopQuestion]) -> Any:
+        if self.on_columns:
+            await self.on_columns()
+        return await self.look_up(accounts.top_columns, questions)
 
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         if self.on_note:
