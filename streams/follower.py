@@ -1,5 +1,6 @@
 """Follows `limit-states` for the units of this worker: nothing fences a topic, so a worker that was paused, lost its
-partitions and wakes may still publish what it knew. The owner sees that and answers with what is so now.
+partitions and wakes may still publish what it knew. The owner sees that and answers with what is so now, also where it
+was said before there was an owner: there, it is what came behind a state that rests on more.
 """
 
 import threading
@@ -16,11 +17,13 @@ from streams.balances import Key
 from streams.connection import librdkafka
 from streams.recovery import LOADED_AT_ONCE
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES
+from streams.topics import LIMIT_STATES, LogRange
 from streams.unit import Unit
 
 POLL_S: Final = 0.2
 MESSAGES_AT_ONCE: Final = 500
+RECORDS_BEFORE: Final = 2_000
+"""Of each partition, what is looked at of the time before its assignment."""
 
 log: Final = structlog.get_logger()
 
@@ -46,7 +49,8 @@ class Follower:
         self._topic = settings.topic_prefix + LIMIT_STATES
         self._hear = hear
         self._closing = threading.Event()
-        self._wanted: dict[int, int] | None = None
+        self._wanted: dict[int, LogRange] = {}
+        self._newest: dict[int, AsOf] = {}
         self._consumer = Consumer(
             librdkafka(settings)
             | {
@@ -61,9 +65,9 @@ class Follower:
         self._thread = threading.Thread(target=self._follow, name="states-follower", daemon=True)
         self._thread.start()
 
-    def follow(self, starts: Mapping[int, int]) -> None:
-        """From now on these partitions, each from this offset on."""
-        self._wanted = dict(starts)
+    def follow(self, logs: Mapping[int, LogRange]) -> None:
+        """From now on these partitions, whose logs had this range at their assignment."""
+        self._wanted = dict(logs)
 
     def close(self) -> None:
         """Stop."""
@@ -72,11 +76,13 @@ class Follower:
         self._consumer.close()
 
     def _follow(self) -> None:
-        followed: dict[int, int] | None = None
+        followed: dict[int, LogRange] = {}
         while not self._closing.is_set():
             if (wanted := self._wanted) is not followed:
                 followed = wanted
-                self._consumer.assign([TopicPartition(self._topic, p, at) for p, at in (wanted or {}).items()])
+                self._newest.clear()
+                begin = {partition: max(log.start, log.end - RECORDS_BEFORE) for partition, log in wanted.items()}
+                self._consumer.assign([TopicPartition(self._topic, *place) for place in begin.items()])
             if not followed:
                 self._closing.wait(POLL_S)
                 continue
@@ -86,11 +92,22 @@ class Follower:
                 if isinstance(error, KafkaError) or not value:
                     continue
                 try:
-                    heard.setdefault(message.partition() or 0, []).append(_decode(value))
+                    state = _decode(value)
                 except _NO_STATE:
                     continue  # not ours: nothing to answer
+                partition, offset = message.partition() or 0, message.offset() or 0
+                if self._is_out_of_order(partition, state.as_of) or offset >= followed[partition].end:
+                    heard.setdefault(partition, []).append(state)
             for partition, states in heard.items():
                 self._hear(partition, states)
+
+    def _is_out_of_order(self, partition: int, as_of: AsOf) -> bool:
+        """Whether a state that rests on more stands before it. One owner after the other says what rests on more."""
+        newest = self._newest.get(partition)
+        if newest and as_of.is_older_than(newest):
+            return True
+        self._newest[partition] = as_of
+        return False
 
 
 def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:

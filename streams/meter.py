@@ -48,6 +48,7 @@ from streams.topics import (
     LIMIT_ALERTS,
     LIMIT_STATES,
     Broker,
+    LogRange,
     Topic,
     account_events_topic,
     cell_runs_topic,
@@ -189,7 +190,7 @@ class Meter:
         """
         for topic in (self.topic, self.event_topic):
             await self._read(self._require_same_topic, topic)
-        states_from = await self._read(self._ends_of_states, partitions)
+        states = await self._read(self.broker.log_ranges, self.settings.topic_prefix + LIMIT_STATES, partitions)
         resume: Offsets = {}
         commit: Offsets = {}
         for place in await self._places(sorted(partitions), group):
@@ -203,7 +204,7 @@ class Meter:
                 unit.settling.commit_begin = functools.partial(self.commit, begin)
             elif not unit.incident:
                 commit |= begin
-        self._follow(states_from)
+        self._follow(states)
         self._kept.clear()
         self._unanswered.clear()
         self.assigned = True
@@ -252,15 +253,11 @@ class Meter:
                 "Restart: the new one is metered from its first offset.",
             )
 
-    def _ends_of_states(self, partitions: set[int]) -> dict[int, int]:
-        ranges = self.broker.log_ranges(self.settings.topic_prefix + LIMIT_STATES, partitions)
-        return {partition: found.end for partition, found in ranges.items()}
-
-    def _follow(self, states_from: Mapping[int, int]) -> None:
-        """Hear what others have said on `limit-states` since the assignment, now that there are units to answer it."""
+    def _follow(self, states: Mapping[int, LogRange]) -> None:
+        """Hear what others have said on `limit-states`, now that there are units to answer it."""
         if self._follower is None:
             self._follower = Follower(self.settings, self._hear(asyncio.get_running_loop()))
-        self._follower.follow(states_from)
+        self._follower.follow(states)
 
     def _hear(self, loop: asyncio.AbstractEventLoop) -> Callable[[int, list[Heard]], None]:
         def in_loop(partition: int, states: list[Heard]) -> None:

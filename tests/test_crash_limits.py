@@ -23,8 +23,9 @@ from creditstream.reconcile import Reconciliation
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import CellRun, Outcome
 from schemas.ledger import Pool
-from schemas.limits import Cause, state_key
+from schemas.limits import Cause, LimitState, state_key
 from streams.app import EXIT_RESTART
+from streams.records import partition_of
 from tests.clickhouse_server import ClickHouseServer
 from tests.limit_messages import (
     ROWS,
@@ -486,12 +487,39 @@ def test_f18_a_stale_state_from_elsewhere_is_answered_once_the_owner_is_past_it(
     before = newest_states(worker.configured)["ws_told", "enrichment"]
     as_of = msgspec.structs.replace(before.as_of, cell_runs=before.as_of.cell_runs + 5, account_events=0)
     stale = msgspec.structs.replace(before, used="150", remaining="50", as_of=as_of, owner="elsewhere")
-    key, topic = state_key("ws_told", Pool.ENRICHMENT), f"{worker.configured.topic_prefix}limit-states"
-    send(open_producer(worker.configured), topic, [Event(key, msgspec.json.encode(stale), 0)])
+    say(worker, stale)
     assert newest_states(worker.configured)["ws_told", "enrichment"] == stale
     worker.produce(draw("ws_other", 20))
     wait_until(lambda: newest_states(worker.configured)["ws_told", "enrichment"].owner == before.owner, "answered")
     assert stands_by(newest_states(worker.configured)["ws_told", "enrichment"]) == stands_by(before)
+
+
+def test_f18_a_stale_state_of_a_time_without_an_owner_is_answered_by_the_next(
+    tmp_path: Path, kafka: str, prefix: str, plans_dir: str
+) -> None:
+    """One that was paused wakes when its successor has gone as well, says what it knew, and is gone, too."""
+    with WorkerProcess(tmp_path / "home", kafka, prefix, plans_dir=plans_dir) as worker:
+        worker.create_topic()
+        worker.bill([a_plan("ws_told", "p200", datetime.now(UTC) - PLANNED_DAYS_AGO)])
+        worker.produce(draw("ws_told", 150))
+        worker.start().wait_until_told()
+        assert worker.stop() == 0
+        before = newest_states(worker.configured)["ws_told", "enrichment"]
+        as_of = msgspec.structs.replace(before.as_of, cell_runs=before.as_of.cell_runs - 140)
+        stale = msgspec.structs.replace(before, used="10", remaining="190", as_of=as_of, owner="elsewhere")
+        say(worker, stale)
+
+        worker.start()
+        wait_until(lambda: newest_states(worker.configured)["ws_told", "enrichment"] != stale, "answered")
+        assert worker.stop() == 0
+    assert stands_by(newest_states(worker.configured)["ws_told", "enrichment"]) == stands_by(before)
+
+
+def say(worker: WorkerProcess, state: LimitState) -> None:
+    """As another owner would, of an enrichment pool."""
+    key, topic = state_key(state.workspace_id, Pool.ENRICHMENT), f"{worker.configured.topic_prefix}limit-states"
+    partition = partition_of(state.workspace_id, worker.configured.partitions)
+    send(open_producer(worker.configured), topic, [Event(key, msgspec.json.encode(state), partition)])
 
 
 def test_a_reversal_waits_for_its_run_and_late_runs_and_copies_tell_nothing(resident: "Resident") -> None:

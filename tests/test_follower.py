@@ -1,16 +1,18 @@
 """What a worker hears of others on `limit-states`."""
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from confluent_kafka import Producer
 
 from streams.follower import Follower, Heard
-from streams.topics import LIMIT_STATES
-from tests.client_kafka import WAIT_S_MAX, fresh_settings
+from streams.settings import Settings
+from streams.topics import LIMIT_STATES, LogRange
+from tests.client_kafka import WAIT_S_MAX, fresh_settings, wait_until
 
 STATE = b'{"workspace_id": "ws_1", "pool": "premium", "owner": "other", "as_of": %s}'
-AS_OF = b'{"log": "a+b", "cell_runs": 1, "account_events": 0, "at": "2026-01-15T00:00:00Z"}'
+AS_OF = b'{"log": "a+b", "cell_runs": %d, "account_events": 0, "at": "2026-01-15T00:00:00Z"}'
 
 
 @pytest.mark.parametrize(
@@ -21,15 +23,38 @@ AS_OF = b'{"log": "a+b", "cell_runs": 1, "account_events": 0, "at": "2026-01-15T
 def test_f18_a_record_that_is_no_state_ends_no_follower(kafka: str, odd: bytes) -> None:
     """It is somebody's mistake; the stale states behind it are heard."""
     settings = fresh_settings(kafka, LIMIT_STATES)
-    heard: list[Heard] = []
-    producer = Producer({"bootstrap.servers": kafka, "log_level": 0})
-    for value in (odd, STATE % AS_OF):
+    say(settings, odd, STATE % (AS_OF % 1))
+    with following(settings, LogRange(0, 0)) as heard:
+        wait_until(lambda: heard, "heard")
+    assert [state.workspace_id for state in heard] == ["ws_1"]
+
+
+def test_f18_what_was_said_before_there_was_an_owner_is_heard_where_it_is_stale(kafka: str) -> None:
+    """It stands behind a state that rests on more; all others of that time are good, and none of it is heard again."""
+    settings = fresh_settings(kafka, LIMIT_STATES)
+    say(settings, *(STATE % (AS_OF % runs) for runs in (5, 3, 5, 6, 4)))
+    with following(settings, LogRange(0, 5)) as heard:
+        wait_until(lambda: len(heard) == 2, "heard")
+        say(settings, STATE % (AS_OF % 7))
+        wait_until(lambda: len(heard) == 3, "heard")
+    assert [state.as_of.cell_runs for state in heard] == [3, 4, 7]
+
+
+def say(settings: Settings, *states: bytes) -> None:
+    """On partition 1 of `limit-states`."""
+    producer = Producer({"bootstrap.servers": settings.kafka_bootstrap, "log_level": 0})
+    for value in states:
         producer.produce(settings.topic_prefix + LIMIT_STATES, value, b"premium/ws_1", 1)
     producer.flush(WAIT_S_MAX)
+
+
+@contextmanager
+def following(settings: Settings, log: LogRange) -> Iterator[list[Heard]]:
+    """What a worker hears of partition 1, assigned when its log had this range."""
+    heard: list[Heard] = []
     follower = Follower(settings, lambda partition, states: heard.extend(states))
-    follower.follow({1: 0})
-    deadline = time.monotonic() + WAIT_S_MAX
-    while not heard and time.monotonic() < deadline:
-        time.sleep(0.05)
-    follower.close()
-    assert [state.workspace_id for state in heard] == ["ws_1"]
+    follower.follow({1: log})
+    try:
+        yield heard
+    finally:
+        follower.close()
