@@ -47,11 +47,11 @@ def knows(client: Client, workspace_id: str) -> bool:
 
 def plan_starts(client: Client, workspace_id: str) -> list[tuple[int, tuple[int, int], bool]]:
     """(effective_at, (recorded_at, Kafka offset), restarts its period) of every plan of a workspace, in Unix ms: all
-    that its billing periods rest on. Each column more would cost half a millisecond.
+    that its billing periods rest on. Each column more would cost half a millisecond, a parameter of the server's one.
     """
     found = client.query(
         "SELECT toUnixTimestamp64Milli(effective_at), toUnixTimestamp64Milli(recorded_at), kafka_offset, "
-        "restart_period FROM ledger WHERE workspace_id = {workspace:String} AND kind = 'plan'",
+        "restart_period FROM ledger WHERE workspace_id = %(workspace)s AND kind = 'plan'",
         parameters={"workspace": workspace_id},
     )
     return [(effective, (recorded, offset), restarts) for effective, recorded, offset, restarts in found.result_rows]

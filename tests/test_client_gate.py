@@ -80,11 +80,11 @@ def test_what_took_long_to_read_is_not_stale_when_it_is_ready(kafka: str, monkey
     apply = StateMirror.apply
 
     def apply_slowly(mirror: StateMirror, key: bytes | None, value: bytes | None) -> None:
-        time.sleep(0.01)
+        time.sleep(0.02)
         apply(mirror, key, value)
 
     monkeypatch.setattr(StateMirror, "apply", apply_slowly)
-    with open_gate(settings, stale_after_s=2) as gate:
+    with open_gate(settings, stale_after_s=4) as gate:
         gate.wait_ready(60)
         assert gate.check("ws_299", "enrich_person").reason == Because.ENOUGH
 

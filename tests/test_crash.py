@@ -428,7 +428,7 @@ def test_f15_aborted_transactions_are_not_billed(worker: WorkerProcess) -> None:
 def test_f16_copies_late_runs_and_re_runs(worker: WorkerProcess) -> None:
     """A run counts once in its batch, in a later one and after a kill -9; another run of its cell counts again."""
     now = datetime.now(UTC)
-    run = cell_run(action="find_work_email")
+    run = cell_run(action="find_work_email", ran_at=now)
     conflict = msgspec.structs.replace(run, row_id="another row")
     worker.produce(map(event_of, [run, run, conflict]))
     worker.start().wait_until_metered()

@@ -216,7 +216,8 @@ def _rests_on(found: Estimate) -> str:
     if not found.history:
         return f"the worst case: column {found.column_id} has no history of this action"
     runs = sum(share.runs for share in found.history)
-    return f"{runs:,} runs: {', '.join(f'{share.runs:,} {share.reason}' for share in found.history)}"
+    ended = ", ".join(f"{share.runs:,} {share.reason}" for share in found.history)
+    return f"{runs:,} {'run' if runs == 1 else 'runs'}: {ended}"
 
 
 @click.command()

@@ -210,40 +210,35 @@ CREATE OR REPLACE VIEW usage_by_period
     credits Decimal(38, 3) COMMENT 'credits drawn, less what was reversed',
     runs UInt64 COMMENT 'cell runs, free ones included'
 ) AS
-SELECT workspace_id, period_start, if(cut = toDate(0), month_end, least(month_end, cut)) AS period_end, table_id,
-       column_id, pool, sum(drawn) AS credits, sum(if(kind = 'run', counted, 0)) AS runs
+SELECT workspace_id, period_start, period_end, table_id, column_id, pool, sum(drawn) AS credits,
+       sum(if(kind = 'run', counted, 0)) AS runs
 FROM
 (
-    SELECT workspace_id, table_id, column_id, pool, kind, drawn, counted, cut,
+    SELECT used.workspace_id AS workspace_id, table_id, column_id, pool, kind, drawn, counted,
+           arrayLast(start -> start <= day, arrayPushFront(anchors, toStartOfMonth(day))) AS anchor,
+           arrayFirst(start -> start > day, arrayPushBack(anchors, toDate(65535))) AS cut,
            dateDiff('month', anchor, day) - (addMonths(anchor, dateDiff('month', anchor, day)) > day) AS months,
-           addMonths(anchor, months) AS period_start, addMonths(anchor, months + 1) AS month_end
+           addMonths(anchor, months) AS period_start, least(addMonths(anchor, months + 1), cut) AS period_end
     FROM
     (
-        SELECT used.workspace_id AS workspace_id, day, table_id, column_id, pool, kind, drawn, counted,
-               arrayLast(start -> start <= day, anchors) AS last_anchor,
-               if(last_anchor = toDate(0), toStartOfMonth(day), last_anchor) AS anchor,
-               arrayFirst(start -> start > day, anchors) AS cut
+        SELECT workspace_id, day, table_id, column_id, pool, kind, sum(credits) AS drawn, count() AS counted
+        FROM ledger
+        WHERE kind IN ('run', 'reversal')
+        GROUP BY workspace_id, day, table_id, column_id, pool, kind
+    ) AS used
+    LEFT JOIN
+    (
+        SELECT workspace_id, arraySort(arrayDistinct(arrayPushFront(groupArrayIf(toDate(ran_at), restarts),
+                   toDate(min(ran_at))))) AS anchors
         FROM
         (
-            SELECT workspace_id, day, table_id, column_id, pool, kind, sum(credits) AS drawn, count() AS counted
+            SELECT workspace_id, ran_at, argMax(restart_period, (recorded_at, kafka_offset)) AS restarts
             FROM ledger
-            WHERE kind IN ('run', 'reversal')
-            GROUP BY workspace_id, day, table_id, column_id, pool, kind
-        ) AS used
-        LEFT JOIN
-        (
-            SELECT workspace_id, arraySort(arrayDistinct(arrayPushFront(groupArrayIf(toDate(ran_at), restarts),
-                       toDate(min(ran_at))))) AS anchors
-            FROM
-            (
-                SELECT workspace_id, ran_at, argMax(restart_period, (recorded_at, kafka_offset)) AS restarts
-                FROM ledger
-                WHERE kind = 'plan' AND ran_at <= now64(3)
-                GROUP BY workspace_id, ran_at
-            )
-            GROUP BY workspace_id
-        ) AS plans ON used.workspace_id = plans.workspace_id
-    )
+            WHERE kind = 'plan' AND ran_at <= now64(3)
+            GROUP BY workspace_id, ran_at
+        )
+        GROUP BY workspace_id
+    ) AS plans ON used.workspace_id = plans.workspace_id
 )
 GROUP BY workspace_id, period_start, period_end, table_id, column_id, pool
 COMMENT 'credits and runs by workspace, billing period, table, column and pool; served by a projection';
@@ -396,30 +391,25 @@ CREATE OR REPLACE VIEW late_runs
     period_end Date COMMENT 'first UTC day that is no longer in it',
     position String COMMENT 'where the event lies in Kafka: topic[partition]@offset'
 ) AS
-SELECT run_id, workspace_id, table_id, column_id, action, ran_at, recorded_at, pool, credits, period_start,
-       if(cut = toDate(0), month_end, least(month_end, cut)) AS period_end, position
+SELECT run_id, workspace_id, table_id, column_id, action, ran_at, recorded_at, pool, credits, period_start, period_end,
+       position
 FROM
 (
-    SELECT run_id, workspace_id, table_id, column_id, action, ran_at, recorded_at, pool, credits, position, cut,
+    SELECT run_id, runs.workspace_id AS workspace_id, table_id, column_id, action, ran_at, recorded_at, pool, credits,
+           position, arrayLast(start -> start <= day, arrayPushFront(anchors, toStartOfMonth(day))) AS anchor,
+           arrayFirst(start -> start > day, arrayPushBack(anchors, toDate(65535))) AS cut,
            dateDiff('month', anchor, day) - (addMonths(anchor, dateDiff('month', anchor, day)) > day) AS months,
-           addMonths(anchor, months) AS period_start, addMonths(anchor, months + 1) AS month_end
+           addMonths(anchor, months) AS period_start, least(addMonths(anchor, months + 1), cut) AS period_end
     FROM
     (
-        SELECT run_id, runs.workspace_id AS workspace_id, table_id, column_id, action, ran_at, recorded_at, day, pool,
-               credits, position, arrayLast(start -> start <= day, anchors) AS last_anchor,
-               if(last_anchor = toDate(0), toStartOfMonth(day), last_anchor) AS anchor,
-               arrayFirst(start -> start > day, anchors) AS cut
-        FROM
-        (
-            SELECT run_id, toString(workspace_id) AS workspace_id, toString(table_id) AS table_id,
-                   toString(column_id) AS column_id, toString(action) AS action, ran_at, recorded_at, day,
-                   toString(pool) AS pool, credits,
-                   concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position
-            FROM ledger
-            WHERE kind = 'run' AND pool != 'premium' AND toDate(recorded_at) > day
-        ) AS runs
-        LEFT JOIN accounts_as_of(as_of = now64(3, 'UTC')) AS accounts ON runs.workspace_id = accounts.workspace_id
-    )
+        SELECT run_id, toString(workspace_id) AS workspace_id, toString(table_id) AS table_id,
+               toString(column_id) AS column_id, toString(action) AS action, ran_at, recorded_at, day,
+               toString(pool) AS pool, credits,
+               concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset)) AS position
+        FROM ledger
+        WHERE kind = 'run' AND pool != 'premium' AND toDate(recorded_at) > day
+    ) AS runs
+    LEFT JOIN accounts_as_of(as_of = now64(3, 'UTC')) AS accounts ON runs.workspace_id = accounts.workspace_id
 )
 WHERE toDate(recorded_at) >= period_end
 COMMENT 'runs received at or after the end of their billing period, by the plans known now';
