@@ -88,14 +88,13 @@ class Follower:
                 continue
             heard: dict[int, list[Heard]] = {}
             for message in self._consumer.consume(MESSAGES_AT_ONCE, POLL_S):
-                error, value = message.error(), message.value()
-                if isinstance(error, KafkaError) or not value:
+                partition, offset, value = message.partition() or 0, message.offset() or 0, message.value()
+                if isinstance(message.error(), KafkaError) or not value or partition not in followed:
                     continue
                 try:
                     state = _decode(value)
                 except _NO_STATE:
                     continue  # not ours: nothing to answer
-                partition, offset = message.partition() or 0, message.offset() or 0
                 if self._is_out_of_order(partition, state.as_of) or offset >= followed[partition].end:
                     heard.setdefault(partition, []).append(state)
             for partition, states in heard.items():
