@@ -38,7 +38,6 @@ from schemas.codec import encode_account_event
 from streams.settings import Settings, read_settings
 from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
 
-_PLANS_SINCE = datetime(2026, 1, 15, tzinfo=UTC)
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
 
