@@ -10,6 +10,7 @@ crossed are told, marked ``seeded``.
 """
 
 from collections.abc import Iterator, Sequence
+from datetime import date
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -196,11 +197,11 @@ def in_parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
         yield names[start : start + LOADED_AT_ONCE]
 
 
-def active_since(now_ms: int) -> Any:
+def active_since(now_ms: int) -> date:
     """Workspaces with runs since this day are loaded first."""
     return to_date(max(0, day_of(now_ms) - 1))
 
 
-def first_day(now_ms: int) -> Any:
+def first_day(now_ms: int) -> date:
     """The first day whose debits an account holds, as of an instant."""
     return to_date(max(0, day_of(now_ms) - DAYS_KEPT))
