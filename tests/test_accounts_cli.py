@@ -267,7 +267,7 @@ def test_every_question_has_the_same_answer_without_the_worker(
 
 def test_every_command_has_an_example(settings: dict[str, str | int]) -> None:
     """Its help shows one."""
-    from creditstream.cli import cli
+    from creditstream.cli.commands import cli
 
     for name in ("plan", "grant", "reverse", "limits", "balance", "statement", "check", "estimate", "top"):
         command = cli.commands[name]

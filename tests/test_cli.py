@@ -684,7 +684,7 @@ def test_help_loads_nothing_heavy() -> None:
     """A producer's machine has neither Faust nor ClickHouse, and nobody waits for help."""
     script = """
 import sys
-from creditstream.cli import cli
+from creditstream.cli.commands import cli
 def show(command, *words):
     cli.main([*words, "--help"], standalone_mode=False)
     for name, below in getattr(command, "commands", {}).items():

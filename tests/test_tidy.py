@@ -174,7 +174,7 @@ def test_an_install_needs_only_its_own_extra(blocked: tuple[str, ...], used: str
 
 def test_the_readme_names_every_command() -> None:
     """A command that nobody can find does not exist."""
-    from creditstream.cli import cli
+    from creditstream.cli.commands import cli
 
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     missing = [name for name in cli.commands if f"creditstream {name}" not in text]

@@ -6,7 +6,6 @@ ClickHouse or the worker does not answer, 75 start me again, 130 interrupted.
 
 import os
 import sys
-from typing import Any
 
 from creditstream.cli.terminal import say
 from schemas.problem import Problem
@@ -43,11 +42,3 @@ def report(line: str) -> None:
 
         traceback.print_exc()
     say(*f"creditstream: {line}".split("\n"), err=True)
-
-
-def __getattr__(name: str) -> Any:
-    if name != "cli":
-        raise AttributeError(name)
-    from creditstream.cli.commands import cli
-
-    return cli
