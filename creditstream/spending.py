@@ -166,19 +166,4 @@ def top(client: Client, by: TopBy = TopBy.USED, limit: int = 20, as_of: datetime
 
     ``as_of`` goes by what the ledger knows now, with every debit of its UTC day.
     """
-    found = account_queries.top(client, by, moment(as_of).ms, limit)
-    return [
-        TopRow(
-            workspace_id=one.workspace_id,
-            pool=one.pool,
-            state=one.state,
-            used=format_credits(one.used),
-            allowance=format_credits(one.allowance),
-            remaining=format_credits(one.remaining),
-            used_percent=one.used * 100 // one.allowance,
-            period_end=one.period_end,
-            plan=one.plan,
-            runs_out_on=one.runs_out_on,
-        )
-        for one in found
-    ]
+    return account_queries.top(client, by, moment(as_of).ms, limit)

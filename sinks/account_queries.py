@@ -4,13 +4,12 @@ Credits are millicredits, days count from 1970-01-01. ``as_of_ms`` (Unix ms) Non
 what was recorded by then, which no projection serves.
 """
 
-from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
 
-from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy
+from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy, TopRow
 from schemas.credits import Millicredits, format_credits, millicredits_of
 from schemas.ledger import Kind, Pool
 from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN
@@ -233,48 +232,37 @@ def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delive
     ]
 
 
-class Standing(NamedTuple):
-    """Where one pool stands, as the view `balances` says it; credits in millicredits."""
-
-    workspace_id: str
-    pool: str
-    state: str
-    used: Millicredits
-    allowance: Millicredits
-    remaining: Millicredits
-    overage: Millicredits
-    period_end: Any
-    plan: str
-    runs_out_on: Any
-
-
 _ORDERS: Final = {
     TopBy.USED: "intDiv(toInt128(used * 1000) * 1000000, toInt128(allowance * 1000)) DESC, overage DESC, workspace_id",
-    TopBy.RUNS_OUT: "last_day, remaining, workspace_id",
+    TopBy.RUNS_OUT: "runs_out_on, remaining, workspace_id",
 }
-_FORECASTED: Final = "AND pool = 'enrichment' AND active >= {active:UInt8} AND lately > 0 AND remaining > 0 "
 
 
-def top(client: Client, by: TopBy, as_of_ms: int, limit: int) -> Sequence[Standing]:
+def top(client: Client, by: TopBy, as_of_ms: int, limit: int) -> list[TopRow]:
     """Pools with an allowance, those that used the largest share of it first; or those whose enrichment credits will be
     gone before their period ends, the soonest first.
 
     The forecast: the mean of the last 7 days, today and no day before the period included, with debits on 3 of them.
     """
     found = client.query(
-        _TOP.format(
-            forecasted=_FORECASTED + "AND last_day < period_end" if by == TopBy.RUNS_OUT else "", order=_ORDERS[by]
-        ),
+        _TOP.format(condition="isNotNull(runs_out_on)" if by == TopBy.RUNS_OUT else "true", order=_ORDERS[by]),
         parameters={"as_of": as_of_ms, "days": FORECAST_DAYS, "active": FORECAST_DAYS_MIN, "limit": limit},
     )
-    return [Standing(*row) for row in found.result_rows]
+    return [
+        TopRow(
+            workspace_id=workspace_id, pool=pool, state=state, used=format_credits(used),
+            allowance=format_credits(allowance), remaining=format_credits(remaining),
+            used_percent=used * 100 // allowance, period_end=period_end, plan=plan, runs_out_on=runs_out_on,
+        )
+        for workspace_id, pool, state, used, allowance, remaining, period_end, plan, runs_out_on in found.result_rows
+    ]  # fmt: skip
 
 
 _TOP: Final = """
 SELECT workspace_id, pool, state, toInt64(used * 1000), toInt64(allowance * 1000), toInt64(remaining * 1000),
-       toInt64(overage * 1000), period_end, toString(plan),
+       period_end, toString(plan),
        if(pool = 'enrichment' AND active >= {{active:UInt8}} AND lately > 0 AND remaining > 0 AND last_day < period_end,
-          last_day, NULL)
+          last_day, NULL) AS runs_out_on
 FROM
 (
     SELECT workspace_id, pool, state, used, allowance, remaining, overage, period_end, plan,
@@ -287,7 +275,7 @@ FROM
     FROM balances_as_of(as_of = fromUnixTimestamp64Milli({{as_of:Int64}}, 'UTC'))
     WHERE allowance > 0
 )
-WHERE true {forecasted}
+WHERE {condition}
 ORDER BY {order}
 LIMIT {{limit:UInt32}}
 """
