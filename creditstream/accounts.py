@@ -39,8 +39,8 @@ from sinks.account_queries import DaySum
 from sinks.accounts import facts_of
 from streams.balances import DAYS_KEPT, METERED, Account, Opening
 from streams.facts import openings
-from streams.limits import REMAINING_BELOW, Facts
-from streams.messages import runs_out_on
+from streams.limits import Facts
+from streams.messages import as_told, runs_out_on
 from streams.periods import (
     DAY_MS,
     Day,
@@ -122,22 +122,11 @@ def balance(client: Client, workspace_id: str, as_of: datetime | None = None) ->
 
 def _pool_balance(held: Account, pool: Pool, at: Moment) -> PoolBalance:
     standing = held.standing(pool)
-    terms, runs_out = standing.terms, runs_out_on(held, at.ms) if pool == Pool.ENRICHMENT else None
-    below = [line.used_at for line in standing.passed if line.percent == REMAINING_BELOW]
+    upcoming, runs_out = standing.terms.next_allowance, runs_out_on(held, at.ms) if pool == Pool.ENRICHMENT else None
+    told = as_told(held.name, standing, standing.passed)
     return PoolBalance(
-        workspace_id=held.name,
-        pool=pool,
-        state=standing.state,
-        used=format_credits(standing.used),
-        allowance=format_credits(terms.allowance or 0),
-        remaining=format_credits(standing.remaining),
-        overage=format_credits(standing.overage),
-        thresholds=[line.percent for line in standing.passed if line.percent != REMAINING_BELOW],
-        remaining_below=format_credits((terms.allowance or 0) - below[0]) if below else None,
-        period_start=to_date(terms.period.start) if terms.period else None,
-        period_end=to_date(terms.period.end) if terms.period else None,
-        next_allowance=None if terms.next_allowance is None else format_credits(terms.next_allowance),
-        plan=terms.plan,
+        **told | {"thresholds": list(told["thresholds"])},
+        next_allowance=None if upcoming is None else format_credits(upcoming),
         runs_out_on=None if runs_out is None else to_date(runs_out),
         as_of=from_milliseconds(at.ms),
     )

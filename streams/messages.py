@@ -45,7 +45,7 @@ def alert_of(notice: Notice, source: Source | None, runs_out: Day | None) -> Lim
         column_id=source.column_id if source else "",
         action=source.action if source else "",
         runs_out_on=None if runs_out is None else to_date(runs_out),
-        **_body(notice.workspace_id, standing, notice.lines),
+        **as_told(notice.workspace_id, standing, notice.lines),
     )
 
 
@@ -59,7 +59,7 @@ def seeded_alert(account: Account, pool: Pool, at_ms: int) -> LimitAlert:
         at=from_milliseconds(at_ms),
         cause=Cause.TIME,
         seeded=True,
-        **_body(account.name, standing, standing.passed),
+        **as_told(account.name, standing, standing.passed),
     )
 
 
@@ -71,12 +71,12 @@ def state_of(account: Account, pool: Pool, as_of: AsOf, owner: str) -> LimitStat
         next_allowance=None if upcoming is None else format_credits(upcoming),
         as_of=as_of,
         owner=owner,
-        **_body(account.name, standing, standing.passed),
+        **as_told(account.name, standing, standing.passed),
     )
 
 
-def _body(workspace_id: str, standing: Standing, lines: Sequence[Line]) -> dict[str, Any]:
-    """What alert and state say alike."""
+def as_told(workspace_id: str, standing: Standing, lines: Sequence[Line]) -> dict[str, Any]:
+    """What an alert, a state and a balance that is asked for say alike."""
     terms = standing.terms
     below = [terms.allowance - line.used_at for line in lines if line.percent == REMAINING_BELOW and terms.allowance]
     return {
