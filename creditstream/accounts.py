@@ -50,6 +50,7 @@ from streams.periods import (
     day_of,
     history,
     in_effect,
+    in_force,
     period_of,
     to_date,
     to_day,
@@ -145,13 +146,13 @@ def periods(client: Client, workspace_id: str, as_of: datetime | None = None) ->
         period = period_of(day, plans, at.ms)
         allowance = allowance_of(period, plans, at.ms) or 0
         used = sum(drawn.get(one, 0) for one in range(*period))
-        opening = in_effect(plans, (period.start + 1) * DAY_MS - 1)
+        opening = in_force(plans, (period.start + 1) * DAY_MS - 1)
         rows.append(
             PeriodRow(
                 workspace_id=workspace_id,
                 period_start=to_date(period.start),
                 period_end=to_date(period.end),
-                plan=opening[-1].plan if opening else "",
+                plan=opening.plan if opening else "",
                 allowance=format_credits(allowance),
                 used=format_credits(used),
                 remaining=format_credits(max(0, allowance - used)),
@@ -237,13 +238,13 @@ def _line(
     runs: int,
 ) -> StatementLine:
     opening, granted, debited, given_back, expired = moves
-    in_force = in_effect(said.plans, min(at.ms, period.end * DAY_MS - 1))
+    plan = in_force(said.plans, min(at.ms, period.end * DAY_MS - 1))
     return StatementLine(
         workspace_id=workspace_id,
         pool=pool,
         period_start=to_date(period.start),
         period_end=to_date(period.end),
-        plan=in_force[-1].plan if in_force else "",
+        plan=plan.plan if plan else "",
         opening=format_credits(opening),
         granted=format_credits(granted),
         debited=format_credits(debited),
@@ -286,7 +287,7 @@ def plans(client: Client, workspace_id: str, as_of: datetime | None = None) -> l
     said = facts(client, workspace_id, at)
     if not said.plans:
         _require_known(client, workspace_id)
-    in_force = in_effect(said.plans, at.ms)[-1:]
+    current = in_force(said.plans, at.ms)
     return [
         PlanRow(
             workspace_id=workspace_id,
@@ -297,7 +298,7 @@ def plans(client: Client, workspace_id: str, as_of: datetime | None = None) -> l
             thresholds=list(change.thresholds),
             remaining_below=None if change.remaining_below is None else format_credits(change.remaining_below),
             recorded_at=from_milliseconds(change.arrival[0]),
-            in_force=change in in_force,
+            in_force=change is current,
         )
         for change in said.plans
     ]
@@ -309,7 +310,7 @@ def limits(client: Client, workspace_id: str, as_of: datetime | None = None) -> 
     said = facts(client, workspace_id, at)
     if said == Facts():
         _require_known(client, workspace_id)
-    own, plan = said.thresholds, next(iter(in_effect(said.plans, at.ms)[-1:]), None)
+    own, plan = said.thresholds, in_force(said.plans, at.ms)
     percents: tuple[int, ...] = DEFAULT_THRESHOLDS
     below: Millicredits | None = None
     by, below_by = "default", "default"
@@ -357,7 +358,7 @@ def _move(client: Client, debit: account_queries.Debit) -> BalanceMove:
     """The balance before and after a debit, by what was known when it came, in the period that it ran in."""
     at = Moment(debit.recorded_ms, debit.recorded_ms)
     said = facts(client, debit.workspace_id, at)
-    in_force = in_effect(said.plans, at.ms)
+    plan = in_force(said.plans, at.ms)
     if debit.pool == Pool.PREMIUM:
         period = None
         allowance = sum(grant.credits for grant in said.grants if grant.effective_ms <= at.ms)
@@ -370,7 +371,7 @@ def _move(client: Client, debit: account_queries.Debit) -> BalanceMove:
         before=format_credits(before),
         after=format_credits(before - debit.credits),
         allowance=format_credits(allowance),
-        plan=in_force[-1].plan if in_force else "",
+        plan=plan.plan if plan else "",
         period_start=to_date(period.start) if period else None,
         period_end=to_date(period.end) if period else None,
     )

@@ -13,7 +13,17 @@ from uuid import UUID, uuid5
 from schemas.credits import Millicredits
 from schemas.ledger import Pool
 from schemas.limits import DEFAULT_THRESHOLDS, AlertKind, State
-from streams.periods import DAY_MS, Period, PlanChange, allowance_of, day_of, in_effect, next_allowance, period_of
+from streams.periods import (
+    DAY_MS,
+    Period,
+    PlanChange,
+    allowance_of,
+    day_of,
+    in_effect,
+    in_force,
+    next_allowance,
+    period_of,
+)
 
 FOREVER_MS: Final = 2**62
 """Later than every instant: nothing changes by time alone."""
@@ -137,8 +147,7 @@ def _premium_terms(facts: Facts, as_of_ms: int) -> Terms:
     granted = [grant for grant in facts.grants if grant.effective_ms <= as_of_ms]
     allowance = sum(grant.credits for grant in granted)
     newest = max(granted, key=lambda grant: grant[:2]).credits if granted else 0
-    effective = in_effect(facts.plans, as_of_ms)
-    plan = effective[-1] if effective else None
+    plan = in_force(facts.plans, as_of_ms)
     return Terms(
         pool=Pool.PREMIUM,
         period=None,

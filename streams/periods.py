@@ -79,6 +79,12 @@ def in_effect(plans: Sequence[PlanChange], as_of_ms: int) -> Sequence[PlanChange
     return plans[: bisect_right(plans, as_of_ms, key=lambda change: change.effective_ms)]
 
 
+def in_force(plans: Sequence[PlanChange], as_of_ms: int) -> PlanChange | None:
+    """The plan of a `history` that holds at an instant; None before the first one."""
+    effective = in_effect(plans, as_of_ms)
+    return effective[-1] if effective else None
+
+
 def anchors(plans: Sequence[PlanChange], as_of_ms: int) -> list[Day]:
     """The days from which periods count, ascending: that of the first plan, and of every restart since."""
     effective = in_effect(plans, as_of_ms)
@@ -117,5 +123,5 @@ def allowance_of(period: Period, plans: Sequence[PlanChange], as_of_ms: int) -> 
 
 def next_allowance(period: Period, plans: Sequence[PlanChange]) -> Millicredits | None:
     """What the next period will begin with, by the plans that are known now."""
-    opening = in_effect(plans, period.end * DAY_MS)
-    return opening[-1].allowance if opening else None
+    opening = in_force(plans, period.end * DAY_MS)
+    return opening.allowance if opening else None
