@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from schemas.credits import Millicredits
 from schemas.ledger import POOLS, Pool, number_of
-from schemas.limits import AlertKind, Cause, State
+from schemas.limits import AlertKind, Cause
 from streams.intake import FEW
-from streams.limits import FOREVER_MS, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
+from streams.limits import FOREVER_MS, NOT_OK, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
 from streams.periods import Day, Period, day_of
 
 DAYS_KEPT: Final = 40
@@ -33,7 +33,6 @@ _MOVED: Final = {
     (False, True): frozenset({Pool.PREMIUM}),
     (False, False): frozenset[Pool](),
 }
-NOT_OK: Final = (State.WARNING, State.EXHAUSTED)
 
 Integers = npt.NDArray[np.int64]
 Key = tuple[str, Pool]

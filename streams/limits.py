@@ -29,6 +29,7 @@ FOREVER_MS: Final = 2**62
 """Later than every instant: nothing changes by time alone."""
 REMAINING_BELOW: Final = 0
 """In place of a percent: the absolute line."""
+NOT_OK: Final = (State.WARNING, State.EXHAUSTED)
 
 _ALERTS: Final = UUID("6f2d4a52-5ab0-5a6e-9f0c-0d6c2f3d7c11")
 """Namespace of alert ids (RFC 9562, version 5)."""
@@ -206,7 +207,7 @@ def turned(before: Standing, after: Standing, instant: int, effective_now: bool)
     ``effective_now``: a plan or a grant that this pool goes by takes effect at this instant.
     """
     began = before.terms.period is not None and instant == before.terms.period.end * DAY_MS
-    if began and before.state in (State.WARNING, State.EXHAUSTED):
+    if began and before.state in NOT_OK:
         return AlertKind.PERIOD_STARTED
     return shifted(before.state, after.state) if effective_now else None
 

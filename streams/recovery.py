@@ -19,9 +19,9 @@ import numpy as np
 from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
-from streams.balances import DAYS_KEPT, METERED, NOT_OK, Balances, Debits, Notice, Opening, notice_of_time
+from streams.balances import DAYS_KEPT, METERED, Balances, Debits, Notice, Opening, notice_of_time
 from streams.facts import fold_event, with_event
-from streams.limits import FOREVER_MS, Facts, Standing, Terms, terms_of
+from streams.limits import FOREVER_MS, NOT_OK, Facts, Standing, Terms, terms_of
 from streams.messages import Source, seeded_alert
 from streams.periods import day_of, to_date
 from streams.voice import Voice
