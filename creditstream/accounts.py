@@ -18,7 +18,6 @@ from schemas.account import LATEST_EFFECTIVE_AT
 from schemas.answers import (
     BalanceMove,
     By,
-    Delivery,
     Explanation,
     LimitsInForce,
     PeriodRow,
@@ -337,11 +336,6 @@ def alerts(
     return account_queries.published_alerts(
         client, workspace_id=workspace_id, kind=kind, limit=limit, as_of_ms=known_ms
     )
-
-
-def account_event(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
-    """What became of an account event: every ledger row under its id; none while it is not metered."""
-    return account_queries.event_rows(client, workspace_id, event_id)
 
 
 def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id: str = "") -> Explanation:

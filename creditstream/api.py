@@ -56,8 +56,8 @@ from schemas.ledger import PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
+from sinks import account_queries, queries
 from sinks import dead_letters as letters
-from sinks import queries
 from sinks.clickhouse import DatabaseError
 from streams.meter import Meter
 from streams.unit import Unit
@@ -240,7 +240,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
     @get("/v1/account-events/{event_id:uuid}")
     async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[Delivery]:
         """What became of an account event; empty while it is not metered."""
-        return await meter.ask(accounts.account_event, workspace_id, event_id)
+        return await meter.ask(account_queries.event_rows, workspace_id, event_id)
 
     @get("/v1/alerts")
     async def alerts(

@@ -213,7 +213,9 @@ def _alert(row: dict[str, Any]) -> PublishedAlert:
 
 
 def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
-    """Every ledger row under an account event's id, in the order of arrival."""
+    """What became of an account event: every ledger row under its id, in the order of arrival; none while it is not
+    metered.
+    """
     found = client.query(
         f"SELECT {POSITION}, recorded_at, toString(kind), toString(reason), credits, detail FROM ledger "
         "WHERE workspace_id = {workspace:String} AND event_id = {event:UUID} ORDER BY recorded_at, kafka_offset",

@@ -14,6 +14,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import Pool
 from schemas.problem import Problem, UnknownId
+from sinks import account_queries
 from tests.account_rows import SECOND, AccountRows, at
 from tests.records import EXAMPLES, STEADY
 
@@ -370,10 +371,12 @@ def test_an_account_event_is_followed_by_its_id(client: Client) -> None:
     rows = AccountRows()
     rows.plan(at("2026-01-15"), event_id=UUID(int=77))
     rows.write(client)
-    (row,) = accounts.account_event(client, "ws_1", UUID(int=77))
+    (row,) = account_queries.event_rows(client, "ws_1", UUID(int=77))
     assert (row.kind, row.reason, row.position) == ("plan", "plan_changed", "account-events[0]@0")
     assert (
-        accounts.account_event(client, "ws_1", UUID(int=78)) == accounts.account_event(client, "x", UUID(int=77)) == []
+        account_queries.event_rows(client, "ws_1", UUID(int=78))
+        == account_queries.event_rows(client, "x", UUID(int=77))
+        == []
     )
 
 
