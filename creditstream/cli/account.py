@@ -80,8 +80,8 @@ def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form:
     """
     with ask(settings_of(home), url) as answers:
         rows = answers.plans(workspace, as_of)
-    columns = PLAN_COLUMNS if form == "text" else PlanRow.__struct_fields__
-    show_rows(rows, form, columns, f"{workspace} has no plan: its balance is unknown_plan.")
+    nothing = f"{workspace} has no plan: its balance is unknown_plan."
+    show_rows(rows, form, PlanRow.__struct_fields__, nothing, read=PLAN_COLUMNS)
 
 
 @click.command()

@@ -157,8 +157,7 @@ def list_alerts(
     """
     with ask(settings_of(home), url) as answers:
         found = answers.alerts(workspace or "", kind or "", limit, as_of)
-    columns = ALERT_COLUMNS if form == "text" else PublishedAlert.__struct_fields__
-    show_rows(found, form, columns, "No alerts.", limit=limit)
+    show_rows(found, form, PublishedAlert.__struct_fields__, "No alerts.", read=ALERT_COLUMNS, limit=limit)
 
 
 @alerts.command("deliveries")

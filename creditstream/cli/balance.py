@@ -52,8 +52,7 @@ def balance(workspace: str, as_of: datetime | None, home: str, url: str, form: s
     """
     with ask(settings_of(home), url) as answers:
         pools = answers.balance(workspace, as_of)
-    columns = BALANCE_COLUMNS if form == "text" else PoolBalance.__struct_fields__
-    show_rows(pools, form, columns, "")
+    show_rows(pools, form, PoolBalance.__struct_fields__, "", read=BALANCE_COLUMNS)
 
 
 @click.command()
@@ -74,7 +73,7 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
         lines = answers.statement(workspace, period.date() if period else None, as_of)
     if form == "text":
         say(_heading(lines[0]), "")
-    show_rows(lines, form, STATEMENT_COLUMNS if form == "text" else StatementLine.__struct_fields__, "")
+    show_rows(lines, form, StatementLine.__struct_fields__, "", read=STATEMENT_COLUMNS)
     wrong = [line.pool for line in lines if not line.foots]
     if wrong:
         what = f"the statement of {workspace} does not foot"
@@ -236,4 +235,4 @@ def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: 
     with ask(settings_of(home), url) as answers:
         rows = answers.top(TopBy(by), limit, as_of)
     nothing = "Nobody's credits run out before the period's end." if by == TopBy.RUNS_OUT else "Nobody has a plan."
-    show_rows(rows, form, TOP_COLUMNS if form == "text" else TopRow.__struct_fields__, nothing)
+    show_rows(rows, form, TopRow.__struct_fields__, nothing, read=TOP_COLUMNS)

@@ -41,8 +41,7 @@ def list_letters(reason: str | None, limit: int, only_open: bool, home: str, url
     """
     with ask(settings_of(home), url) as answers:
         letters = answers.dead_letters(reason or "", limit, only_open)
-    columns = LETTER_COLUMNS if form == "text" else DeadLetter.__struct_fields__
-    show_rows(letters, form, columns, "No dead letters.", limit=limit)
+    show_rows(letters, form, DeadLetter.__struct_fields__, "No dead letters.", read=LETTER_COLUMNS, limit=limit)
 
 
 @dead_letters.command("show")

@@ -42,8 +42,8 @@ def reconcile(home: str, url: str, form: str) -> None:
     if form == "json":
         show_record(books)
     else:
-        columns = BOOK_COLUMNS if form == "text" else PartitionBooks.__struct_fields__
-        show_rows(books.partitions, form, columns, "The topic has no partitions.")
+        nothing = "The topic has no partitions."
+        show_rows(books.partitions, form, PartitionBooks.__struct_fields__, nothing, read=BOOK_COLUMNS)
         if form == "text":
             say("", books.sums_sentence, books.sentence)
     say(*(f"  {example}" for book in books.partitions for example in book.examples), err=True)

@@ -81,10 +81,16 @@ def kafka_settings_of(home: str | None = None) -> Settings:
 
 
 def show_rows(
-    rows: Sequence[msgspec.Struct], form: str, columns: Sequence[str], nothing: str, *, limit: int | None = None
+    rows: Sequence[msgspec.Struct],
+    form: str,
+    columns: Sequence[str],
+    nothing: str,
+    *,
+    read: Sequence[str] = (),
+    limit: int | None = None,
 ) -> None:
-    """Print a table: ``columns`` of each row. ``nothing`` is what people read when there is no row; at the ``limit``
-    of a list they read that there may be more.
+    """Print a table: ``columns`` of each row, of which people ``read`` some, or (empty) all. ``nothing`` is what they
+    read when there is no row; at the ``limit`` of a list they read that there may be more.
     """
     if form == "json":
         write(_json(rows))
@@ -98,7 +104,7 @@ def show_rows(
     elif not rows:
         say(nothing)
     else:
-        _print_table(rows, columns)
+        _print_table(rows, read or columns)
         if len(rows) == limit:
             say(f"--limit {limit} is reached: there may be more.")
 

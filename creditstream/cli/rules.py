@@ -28,8 +28,8 @@ def _catalogue() -> Catalogue:
 @format_option
 def list_rules(form: str) -> None:
     """Every action of the version in force now."""
-    columns = COLUMNS if form == "text" else Price.__struct_fields__
-    show_rows(prices(_catalogue(), now_ms()), form, columns, "The catalogue lists no action.")
+    nothing = "The catalogue lists no action."
+    show_rows(prices(_catalogue(), now_ms()), form, Price.__struct_fields__, nothing, read=COLUMNS)
 
 
 @rules.command()
