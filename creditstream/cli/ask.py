@@ -8,6 +8,7 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.options import (
+    DAY,
     format_option,
     grouped,
     record_format_option,
@@ -23,17 +24,15 @@ from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
 
-_DAY = click.DateTime(formats=["%Y-%m-%d"])
-
 
 @click.command()
 @click.argument("workspace")
 @click.option(
     "--by", type=click.Choice([str(by) for by in By]), default="column", show_default=True, help="What to sum by."
 )
-@click.option("--from", "start", type=_DAY, metavar="YYYY-MM-DD", help="First UTC day.")
-@click.option("--to", "end", type=_DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
-@click.option("--period", type=_DAY, metavar="YYYY-MM-DD", help="The billing period that holds this UTC day, instead.")
+@click.option("--from", "start", type=DAY, metavar="YYYY-MM-DD", help="First UTC day.")
+@click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
+@click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="The billing period that holds this UTC day, instead.")
 @source_options
 @format_option
 def usage(

@@ -7,6 +7,7 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.options import (
+    DAY,
     as_of_option,
     day_of_option,
     format_option,
@@ -58,9 +59,8 @@ def balance(workspace: str, as_of: datetime | None, home: str, url: str, form: s
 @click.command()
 @click.argument("workspace")
 @click.option(
-    "--period", type=click.DateTime(formats=["%Y-%m-%d"]), metavar="YYYY-MM-DD",
-    help="Any UTC day of the billing period; without it the running one.",
-)  # fmt: skip
+    "--period", type=DAY, metavar="YYYY-MM-DD", help="Any UTC day of the billing period; without it the running one."
+)
 @as_of_option
 @source_options
 @format_option

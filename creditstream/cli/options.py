@@ -20,6 +20,7 @@ from schemas.problem import Unreachable
 from streams.settings import Settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
+DAY = click.DateTime(formats=["%Y-%m-%d"])
 
 
 def home_option(command: F) -> F:
