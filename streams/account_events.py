@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
-from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
-from schemas.codec import decode_account_event, name_field
+from schemas.cell_run import to_milliseconds
+from schemas.codec import decode_account_event
 from schemas.credits import parse_credits
 from schemas.ledger import ACCOUNT_KINDS, Kind, Pool, Reason, number_of
 from schemas.plan import PlanLists
@@ -23,7 +23,7 @@ from sinks.accounts import AccountRow, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
 from streams.periods import day_of
-from streams.records import Record, Refusal, headers_text, id_keys, partition_of, redrive_of
+from streams.records import Record, Refusal, decoded, headers_text, id_keys, partition_of, redrive_of
 
 ScopedId = tuple[str, UUID]
 """A workspace, and the id of an event or a run in it."""
@@ -96,14 +96,9 @@ def receive(records: Sequence[Record], partition: int, partitions: int) -> list[
 
 
 def _decode(record: Record, partition: int, partitions: int) -> AccountEvent | Refusal:
-    if record.value is None:
-        return Refusal(Reason.MALFORMED, "the record has no value")
-    if len(record.value) > MAX_EVENT_BYTES:
-        return Refusal(Reason.TOO_LARGE, f"{len(record.value):,} bytes, at most {MAX_EVENT_BYTES:,}")
-    try:
-        event = decode_account_event(record.value)
-    except msgspec.DecodeError as error:
-        return Refusal(Reason.MALFORMED, name_field(str(error)))
+    event = decoded(record.value, decode_account_event)
+    if isinstance(event, Refusal):
+        return event
     home = partition_of(event.workspace_id, partitions)
     if record.key != event.workspace_id.encode():
         return Refusal(Reason.MISROUTED, f"the Kafka key is not the workspace_id {event.workspace_id!r}")

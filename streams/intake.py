@@ -30,9 +30,9 @@ from schemas.cell_run import (
     Outcome,
     to_milliseconds,
 )
-from schemas.codec import decode_run, name_field
+from schemas.codec import decode_run
 from schemas.ledger import Reason, number_of
-from streams.records import Record, Refusal, id_keys, partition_of
+from streams.records import Record, Refusal, decoded, id_keys, partition_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
@@ -180,16 +180,9 @@ def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> 
 
 def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> LeanRun:
     """The definition: what `decode_run` says of this record, as a lean run in canonical form."""
-    if value is None:
-        refusals[row] = Refusal(Reason.MALFORMED, "the record has no value")
-        return _BLANK
-    if len(value) > MAX_EVENT_BYTES:
-        refusals[row] = Refusal(Reason.TOO_LARGE, f"{len(value):,} bytes, at most {MAX_EVENT_BYTES:,}")
-        return _BLANK
-    try:
-        run = decode_run(value)
-    except msgspec.DecodeError as error:
-        refusals[row] = Refusal(Reason.MALFORMED, name_field(str(error)))
+    run = decoded(value, decode_run)
+    if isinstance(run, Refusal):
+        refusals[row] = run
         return _BLANK
     text = {name: getattr(run, name) for name in LeanRun.__struct_fields__}
     milliseconds = to_milliseconds(run.ran_at)

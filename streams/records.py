@@ -1,14 +1,18 @@
 """What one Kafka record is to both topics: its shape, where it belongs, its id as a key, what its headers say. Pure."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from aiokafka.partitioner import murmur2
 
+from schemas.cell_run import MAX_EVENT_BYTES
+from schemas.codec import name_field
 from schemas.ledger import REDRIVE_HEADER, Reason
+
+T = TypeVar("T")
 
 
 class Record(Protocol):
@@ -26,6 +30,18 @@ class Refusal(NamedTuple):
 
     reason: Reason
     detail: str
+
+
+def decoded(value: bytes | None, decode: Callable[[bytes], T]) -> T | Refusal:
+    """What a record's value says, or why it says nothing, in the published order: ``too_large``, ``malformed``."""
+    if value is None:
+        return Refusal(Reason.MALFORMED, "the record has no value")
+    if len(value) > MAX_EVENT_BYTES:
+        return Refusal(Reason.TOO_LARGE, f"{len(value):,} bytes, at most {MAX_EVENT_BYTES:,}")
+    try:
+        return decode(value)
+    except msgspec.DecodeError as error:
+        return Refusal(Reason.MALFORMED, name_field(str(error)))
 
 
 def bytes_of(records: Sequence[Record]) -> int:

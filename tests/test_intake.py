@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome, to_milliseconds
-from schemas.codec import decode_run
+from schemas.codec import decode_run, name_field
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
 from sinks.clickhouse import connect
 from streams.balances import Balances, Opening
@@ -27,7 +27,6 @@ from streams.intake import (
     FEW,
     FUTURE_MS_MAX,
     Runs,
-    name_field,
     read_chunk,
 )
 from streams.limits import Facts, Grant
