@@ -172,22 +172,11 @@ def runs(
     ]  # fmt: skip
 
 
-def deliveries(client: Client, run_id: UUID, workspace_id: str = "") -> list[dict[str, Any]]:
-    """Every ledger row under a run id, in the order of arrival; of one workspace, or (empty) of all."""
-    return _rows(
-        client,
-        "SELECT * EXCEPT (raw, raw_key, raw_headers, mark_read_at) FROM ledger WHERE run_id = {run:UUID} "
-        "AND ({workspace:String} = '' OR workspace_id = {workspace:String}) "
-        "ORDER BY recorded_at, kafka_partition, kafka_offset",
-        {"run": str(run_id), "workspace": workspace_id},
-    )
-
-
 def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id: str = "") -> Explanation:
     """Why a run cost what it cost. UnknownId when no event carried this id; Problem when runs of several workspaces do
     and none is named.
     """
-    rows = deliveries(client, run_id, workspace_id) if run_id.int else []  # what could not be read has no run id
+    rows = _rows_under(client, run_id, workspace_id) if run_id.int else []  # what could not be read has no run id
     if not rows:
         of_whom = f" of {workspace_id}" if workspace_id else ""
         raise UnknownId(
@@ -210,8 +199,14 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
     return explain(rows, runs_of_this_cell, catalogue)
 
 
-def _rows(client: Client, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    found = client.query(sql, parameters=parameters)
+def _rows_under(client: Client, run_id: UUID, workspace_id: str) -> list[dict[str, Any]]:
+    """Every ledger row under a run id, in the order of arrival; of one workspace, or (empty) of all."""
+    found = client.query(
+        "SELECT * EXCEPT (raw, raw_key, raw_headers, mark_read_at) FROM ledger WHERE run_id = {run:UUID} "
+        "AND ({workspace:String} = '' OR workspace_id = {workspace:String}) "
+        "ORDER BY recorded_at, kafka_partition, kafka_offset",
+        parameters={"run": str(run_id), "workspace": workspace_id},
+    )
     return [dict(zip(found.column_names, row, strict=True)) for row in found.result_rows]
 
 
