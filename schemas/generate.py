@@ -6,7 +6,7 @@ Everything is derived from the types, so there is one source of truth; a test fa
 import json
 import re
 import textwrap
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -14,7 +14,7 @@ from uuid import UUID
 import msgspec
 
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
-from schemas.cell_run import EARLIEST_RAN_AT, MAX_EVENT_BYTES, CellRun, Outcome
+from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, AsOf, Cause, LimitAlert, LimitState, State
 
@@ -44,7 +44,7 @@ class Message(NamedTuple):
     examples: tuple[msgspec.Struct, ...]
 
 
-_NOW: Final = EARLIEST_RAN_AT.replace(year=2026, month=11, day=22, hour=11, minute=59, second=58)
+_NOW: Final = datetime(2026, 11, 22, 11, 59, 58, tzinfo=UTC)
 _RUN_ID: Final = UUID("01938d0e-7c00-7000-8000-000000000001")
 _EVENT_ID: Final = UUID("01938d0e-7c00-7000-8000-000000000002")
 _STANDING: Final[dict[str, Any]] = {
