@@ -299,10 +299,11 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
 
 def status_of(meter: Meter) -> Status:
     """The meter as people and ``demo`` see it."""
+    reasons = not_ready_because(meter)
     return Status(
         version=__version__,
-        ready=not not_ready_because(meter),
-        not_ready_because=not_ready_because(meter),
+        ready=not reasons,
+        not_ready_because=reasons,
         topic=meter.topic.name,
         kafka_bootstrap=meter.settings.kafka_bootstrap,
         units=[_unit_status(meter, partition, unit) for partition, unit in sorted(meter.units.items())],
