@@ -120,12 +120,12 @@ class ClickHouseServer:
             lines: list[dict[str, Any]] = json.load(answer)
         return [line for line in lines if kind in ("", line["kind"])]
 
-    def wait_for(self, *, fault: str, state: str = "waiting", count: int = 1, seconds: float = 10) -> None:
-        """Until `count` requests that met `fault` are in `state`. TimeoutError after `seconds`."""
+    def wait_for(self, *, fault: str, state: str = "waiting", seconds: float = 10) -> None:
+        """Until a request that met `fault` is in `state`. TimeoutError after `seconds`."""
         deadline = time.monotonic() + seconds
-        while sum(line["fault"] == fault and line["state"] == state for line in self.log()) < count:
+        while not any(line["fault"] == fault and line["state"] == state for line in self.log()):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no {count} requests with {fault} in state {state}: {self.log()}")
+                raise TimeoutError(f"no request with {fault} in state {state}: {self.log()}")
             time.sleep(0.01)
 
     def _post(self, path: str, content: object) -> None:

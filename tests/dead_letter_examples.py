@@ -40,19 +40,16 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     topic: str = CELL_RUNS
 
 
-def dead_letter_examples(recorded_at: datetime = RECORDED_AT) -> list[DeadLetterExample]:
-    """All examples, in the order of the reasons. On a real broker, pass the time at which they are sent."""
+def dead_letter_examples() -> list[DeadLetterExample]:
+    """All examples, in the order of the reasons."""
     files = [msgspec.convert(tomllib.loads(file.read_text()), _File) for file in DIRECTORY.glob("*.toml")]
     examples = [
-        DeadLetterExample(
-            file.reason, file.detail, tuple(_record(event, recorded_at) for event in file.events), file.topic
-        )
-        for file in files
+        DeadLetterExample(file.reason, file.detail, tuple(map(_record, file.events)), file.topic) for file in files
     ]
     return sorted(examples, key=lambda example: list(Reason).index(example.reason))
 
 
-def _record(event: _Event, recorded_at: datetime) -> tuple[bytes, bytes]:
-    ran_at = recorded_at - timedelta(seconds=event.ran_before_recorded_s)
+def _record(event: _Event) -> tuple[bytes, bytes]:
+    ran_at = RECORDED_AT - timedelta(seconds=event.ran_before_recorded_s)
     value = Template(event.value).substitute(ran_at=ran_at.isoformat())
     return event.key.encode(), value.encode().ljust(event.padded_to_bytes)

@@ -25,7 +25,6 @@ from streams.balances import NOTHING, Account, Balances, Debits, Notice
 from streams.facts import fold_event
 from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
-from streams.rating import RatingTable
 from streams.unit import NOT_AT_END
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
@@ -249,14 +248,14 @@ def in_credits(millicredits: int) -> Decimal:
 # The unit.
 
 
-async def by_unit(story: Story, client: Client, number: int, rating: RatingTable | None = None) -> Heard:
+async def by_unit(story: Story, client: Client, number: int) -> Heard:
     """A real unit on chains of its own; ``seen`` is what SQL says, after the unit's own account said the same."""
     # A topic of its own: a new topic on an old ledger begins where the one of its name ended.
     chains = (
         Chain(f"cell-runs-{number}", f"runs-{number}", 0),
         Chain(f"account-events-{number}", f"events-{number}", 0),
     )
-    bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01, rating=rating, accounts_max=2)
+    bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01, accounts_max=2)
     task = bench.start()
     topics, delivered = Topics(), 0
     seen = []

@@ -104,7 +104,6 @@ class Simulation:
         self.log: Final = Log(Chain(f"cell-runs-{seed}", f"topic-id-{seed}", 0), self.rng)
         self.now = 0.0
         self.committed = -1
-        self.refused_as_stale = 0
         self._client, self._protocol = client, protocol
         self._ledger = Ledger(client)
         self._owners: list[Owner] = []
@@ -223,7 +222,6 @@ class Simulation:
             self._ledger.insert(msgspec.structs.replace(step, mark_read_at=stamp))
         except DatabaseError as error:
             assert "mark_is_fresh" in str(error), "the only refusal that is meant"  # noqa: PT017
-            self.refused_as_stale += 1
             return False
         return True
 

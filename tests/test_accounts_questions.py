@@ -22,8 +22,8 @@ pytestmark = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 DAY = timedelta(days=1)
 
 
-def enrichment(client: Client, as_of: datetime, workspace_id: str = "ws_1") -> PoolBalance:
-    return accounts.balance(client, workspace_id, as_of)[0]
+def enrichment(client: Client, as_of: datetime) -> PoolBalance:
+    return accounts.balance(client, "ws_1", as_of)[0]
 
 
 def premium(client: Client, as_of: datetime) -> PoolBalance:

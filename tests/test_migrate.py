@@ -153,10 +153,10 @@ LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
 IN_FORCE_AT = datetime.fromtimestamp(recorded_ms(5) / 1000, UTC)
 
 
-def version(number: int, effective_from: datetime, content_hash: str = "as it was") -> Version:
+def version(number: int, effective_from: datetime) -> Version:
     """A version of which only its number, time and content count."""
     return Version(
-        number=number, effective_from=effective_from, content_hash=content_hash, actions={}, file=f"v{number}.toml"
+        number=number, effective_from=effective_from, content_hash="as it was", actions={}, file=f"v{number}.toml"
     )
 
 

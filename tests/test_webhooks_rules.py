@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -242,10 +242,10 @@ def test_secrets_have_a_form(secret: str) -> None:
 # Times
 
 
-def waiting(endpoint: str = "a", at_ms: int = 0, alert_id: UUID | None = None) -> Delivery:
+def waiting(endpoint: str = "a", at_ms: int = 0) -> Delivery:
     return Delivery(
         endpoint=endpoint,
-        alert_id=alert_id or uuid4(),
+        alert_id=uuid4(),
         state=DeliveryState.WAITING,
         next_at_ms=at_ms,
         alert=msgspec.Raw(b"{}"),

@@ -19,7 +19,6 @@ from creditstream.webhooks.resending import example_alert
 from creditstream.webhooks.schedule import RETRY_AFTER_S_MAX, Answer
 from creditstream.webhooks.sending import is_public, send
 from creditstream.webhooks.signing import new_secret, parse_secret, signed_headers
-from schemas.limits import LimitAlert
 from schemas.webhook import Format
 from tests.webhook_receiver import DIE, DRIP, GARBAGE, HALF_BODY, STALL, Behaviour, Reply, WebhookReceiver
 
@@ -43,10 +42,10 @@ def receiver() -> Iterator[WebhookReceiver]:
         yield receiver
 
 
-def attempt(receiver: WebhookReceiver, behaviour: Behaviour = 204, alert: LimitAlert = ALERT) -> Answer:
+def attempt(receiver: WebhookReceiver, behaviour: Behaviour = 204) -> Answer:
     receiver.behave = lambda _: behaviour
     patience_s = SHORT_S if behaviour in (STALL, DRIP) else LONG_S
-    return send(endpoint(receiver.url, SECRET), alert, NOW_S, answer_s_max=patience_s)
+    return send(endpoint(receiver.url, SECRET), ALERT, NOW_S, answer_s_max=patience_s)
 
 
 def test_the_reference_library_accepts_the_signature(receiver: WebhookReceiver) -> None:

@@ -14,7 +14,6 @@ import msgspec
 from clickhouse_connect.driver.client import Client
 
 from schemas.limits import LimitAlert, LimitState
-from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks import accounts, queries
 from sinks.ledger import Chain, Ledger
@@ -98,13 +97,12 @@ class Bench:
         accounts_max: int = 1_000,
         on_look_aside: Callable[[], Awaitable[None]] | None = None,
         rating: RatingTable | None = None,
-        plans: PlanLists = PLANS,
     ) -> Self:
         """A unit at the ledger's marks; ``committed``: Kafka's next offsets. What is loaded in the background is there,
         unless ``on_look_aside`` is to be awaited before it is asked for.
         """
         lanes = {
-            "rating": rating or RatingTable(EXAMPLES), "plans": plans, "batching": Batching(batch_rows, linger_s),
+            "rating": rating or RatingTable(EXAMPLES), "plans": PLANS, "batching": Batching(batch_rows, linger_s),
         }  # fmt: skip
         settings = Settings(partitions=1, balances_max=accounts_max, duplicate_filter_mb_max=8)
         bench = cls(client, settings, chains, lanes)

@@ -186,13 +186,13 @@ class WorkerProcess:
         """Until it meters everything that it should."""
         return self.wait_until(lambda status: status.ready, "ready")
 
-    def wait_until_metered(self, seconds: float = WAIT_S_MAX, *, behind: int = 0) -> Status:
-        """Until every partition's mark is at the log's end, but for ``behind`` offsets that no record has."""
+    def wait_until_metered(self, seconds: float = WAIT_S_MAX) -> Status:
+        """Until every partition's mark is at the log's end."""
         ends = self.log_ends()
 
         def metered(status: Status) -> bool:
             marks = {unit.partition: unit.mark for unit in status.units}
-            return all(marks.get(partition, -2) >= end - 1 - behind for partition, end in ends.items())
+            return all(marks.get(partition, -2) >= end - 1 for partition, end in ends.items())
 
         return self.wait_until(metered, f"metered to {ends}", seconds)
 
