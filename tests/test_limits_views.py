@@ -20,10 +20,6 @@ from tests.account_rows import NEVER, SECOND, AccountRows, at
 
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 WORKSPACES: Final = 1500
-VIEWS: Final = (
-    "debits", "usage_by_column", "usage_by_day", "usage_by_period", "billing_periods", "balances", "alerts",
-    "reversals", "late_runs",
-)  # fmt: skip
 EARLY_MS: Final = 5 * 60 * 1000
 AS_OF: Final = [
     at("2024-02-29 00:00:00"), at("2024-03-01"), at("2025-03-01"), at("2025-12-31 23:59:59.999"), at("2026-07-15 14:00")
@@ -218,18 +214,6 @@ def test_usage_by_period_adds_up_to_the_debits(client: Client, pasts: dict[str, 
         "JOIN balances AS b ON u.workspace_id = b.workspace_id WHERE b.pool = 'enrichment' AND b.used != u.drawn"
     ).result_rows
     assert apart == 0
-
-
-def test_every_column_of_every_view_has_a_comment(client: Client) -> None:
-    """A view is a contract: nobody has to guess what a column means."""
-    commented = dict(
-        client.query(
-            "SELECT table, countIf(comment = '') FROM system.columns WHERE database = currentDatabase() "
-            "AND table IN %(views)s GROUP BY table",
-            parameters={"views": list(VIEWS)},
-        ).result_rows
-    )
-    assert commented == dict.fromkeys(VIEWS, 0)
 
 
 class Explaining:

@@ -27,7 +27,10 @@ from streams.unit import TAKE_ROWS_MAX
 from tests.account_rows import AccountRows
 from tests.records import Record, Road
 
-VIEWS = ("debits", "usage_by_column", "usage_by_day", "free_runs", "dead_letters", "duplicates")
+VIEWS = (
+    "debits", "usage_by_column", "usage_by_day", "usage_by_period", "billing_periods", "balances", "alerts",
+    "reversals", "late_runs", "free_runs", "dead_letters", "duplicates",
+)  # fmt: skip
 SUMMED = ("usage_by_column", "usage_by_day", "free_runs")
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
