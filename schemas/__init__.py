@@ -1,1 +1,1 @@
-"""What crosses a boundary: events, ledger words, catalogue, answers. Imports stdlib, msgspec and orjson only."""
+"""What crosses a boundary: events, ledger words, catalogue, answers. Imports stdlib and msgspec only."""

@@ -74,11 +74,11 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "schemas").glob("*.py")), ids=relative)
-def test_schemas_need_nothing_but_msgspec_and_orjson(path: Path) -> None:
+def test_schemas_need_nothing_but_msgspec(path: Path) -> None:
     """An enrichment worker's install has no Faust and no ClickHouse."""
     import sys
 
-    foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"msgspec", "orjson"}
+    foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"msgspec"}
     assert foreign <= {"schemas"}
 
 
