@@ -72,23 +72,9 @@ def day_sums(
     return [DaySum(Pool(pool), day, Kind(kind), credits, rows) for pool, day, kind, credits, rows in found.result_rows]
 
 
-def drawn(
-    client: Client, workspace_id: str, pool: Pool, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
-) -> Millicredits:
+def drawn(client: Client, workspace_id: str, pool: Pool, days: tuple[int, int], as_of_ms: int | None) -> Millicredits:
     """One sum: what the pool's debits come to in the days [first, end), reversals included."""
-    ((credits,),) = client.query(
-        "SELECT toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id = {workspace:String} "
-        "AND kind IN ('run', 'reversal') AND pool = {pool:String} "
-        f"AND day >= toDate({{start:UInt16}}) AND day < toDate({{end:UInt16}}){_known(as_of_ms)}",
-        parameters={
-            "workspace": workspace_id,
-            "pool": str(pool),
-            "start": days[0],
-            "end": days[1],
-            "as_of": as_of_ms,
-        },
-    ).result_rows
-    return int(credits)
+    return _drawn(client, workspace_id, pool, days, _known(as_of_ms), {"as_of": as_of_ms})
 
 
 class Debit(NamedTuple):
@@ -123,21 +109,22 @@ def drawn_before(client: Client, debit: Debit, days: tuple[int, int]) -> Millicr
     Kafka's order: by offset in the run's own topic, by the broker's time against any other; of two records of one
     millisecond in two topics the run counts as the first.
     """
+    condition = (
+        " AND if(topic_id = {topic_id:String}, kafka_offset < {offset:UInt64}, "
+        "recorded_at < fromUnixTimestamp64Milli({recorded:Int64}, 'UTC'))"
+    )
+    given = {"topic_id": debit.topic_id, "offset": debit.offset, "recorded": debit.recorded_ms}
+    return _drawn(client, debit.workspace_id, debit.pool, days, condition, given)
+
+
+def _drawn(
+    client: Client, workspace_id: str, pool: Pool, days: tuple[int, int], condition: str, given: dict[str, Any]
+) -> Millicredits:
     ((credits,),) = client.query(
         "SELECT toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id = {workspace:String} "
         "AND kind IN ('run', 'reversal') AND pool = {pool:String} "
-        "AND day >= toDate({start:UInt16}) AND day < toDate({end:UInt16}) "
-        "AND if(topic_id = {topic_id:String}, kafka_offset < {offset:UInt64}, "
-        "recorded_at < fromUnixTimestamp64Milli({recorded:Int64}, 'UTC'))",
-        parameters={
-            "workspace": debit.workspace_id,
-            "pool": str(debit.pool),
-            "start": days[0],
-            "end": days[1],
-            "topic_id": debit.topic_id,
-            "offset": debit.offset,
-            "recorded": debit.recorded_ms,
-        },
+        f"AND day >= toDate({{start:UInt16}}) AND day < toDate({{end:UInt16}}){condition}",
+        parameters={"workspace": workspace_id, "pool": str(pool), "start": days[0], "end": days[1], **given},
     ).result_rows
     return int(credits)
 
