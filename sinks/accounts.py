@@ -184,8 +184,12 @@ def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> l
     return [RunToReverse(*row) for row in found.result_rows if (row[0], row[1]) in wanted]
 
 
-def known_events(client: Client, identities: Iterable[tuple[str, UUID]]) -> dict[tuple[str, UUID], tuple[Any, ...]]:
-    """Account events in the ledger under these (workspace id, event id): what a copy must match, and the position."""
+def known_events(
+    client: Client, identities: Iterable[tuple[str, UUID]]
+) -> dict[tuple[str, UUID], tuple[str, UUID, str, AccountRow]]:
+    """Account events in the ledger under these (workspace id, event id): position in Kafka, id of the run, actor, and
+    all else that they say.
+    """
     wanted = set(identities)
     found = client.query(
         f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_ROW} FROM ledger "
