@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from streams.limits import FOREVER_MS
+from streams.records import Record
 
 BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""
@@ -25,7 +26,7 @@ of hours passes in a second.
 class Event(msgspec.Struct, frozen=True, eq=False):
     """One chunk that was delivered, and how to say that it is done. ``of_account``: account events, not cell runs."""
 
-    chunk: Any
+    chunk: list[Record]
     acknowledge: Callable[[], Any]
     of_account: bool = False
 
@@ -117,10 +118,10 @@ class Inbox:
         if not self._account_events:
             return self._known_until_ms(of_account=True)
         held_ms = int(HELD_S_MAX * 1000) if self._is_writer_behind() else 0
-        return int(self._account_events[0].chunk[0].timestamp) + held_ms
+        return self._account_events[0].chunk[0].timestamp + held_ms
 
     def _precede_what_comes(self) -> bool:
-        return bool(self._account_events[0].chunk[0].timestamp <= self._last_ms_of_account_events())
+        return self._account_events[0].chunk[0].timestamp <= self._last_ms_of_account_events()
 
     def _last_ms_of_account_events(self) -> int:
         """Up to when account events are taken before runs."""
@@ -144,7 +145,7 @@ class Inbox:
             return False
         now = asyncio.get_running_loop().time()
         self._held_since = self._held_since or now
-        is_held = bool(not self._runs or self._runs[0].chunk[0].timestamp <= self._last_ms_of_runs())
+        is_held = not self._runs or self._runs[0].chunk[0].timestamp <= self._last_ms_of_runs()
         return not self._is_writer_behind() or not is_held or now >= self._held_since + HELD_S_MAX
 
 

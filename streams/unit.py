@@ -45,6 +45,7 @@ from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.rating import RatingTable
+from streams.records import Record
 from streams.rows import (
     Take,
     apply_verdicts,
@@ -243,7 +244,7 @@ class Unit:
         await self._sealed.put(self._open)
         self._open = OpenBatch(self._position)
 
-    def _unread(self, event: Event) -> Any:
+    def _unread(self, event: Event) -> list[Record]:
         """The chunk without what this unit has had before, as after a seek that came twice."""
         chunk = event.chunk
         if chunk and chunk[0].offset <= self._position:
@@ -252,7 +253,7 @@ class Unit:
             self._position = chunk[-1].offset
         return chunk
 
-    async def _rate(self, chunks: list[Any]) -> None:
+    async def _rate(self, chunks: list[list[Record]]) -> None:
         lanes, after = self._lanes, self._open.last
         parts = []
         for chunk in chunks:
@@ -322,7 +323,7 @@ class Unit:
         self._open.events += events
         await self._seal()
 
-    async def _meter_account_events(self, chunk: Any) -> None:
+    async def _meter_account_events(self, chunk: list[Record]) -> None:
         received = account_events.receive(chunk, self.event_chain.partition, self._lanes.partitions)
         is_barrier = bool(account_events.run_identities(received))
         if is_barrier:
@@ -351,10 +352,10 @@ class Unit:
         known = account_events.with_rows(known, unwritten, self._event_place)
         return account_events.rate_events(received, self._event_place, known, self._lanes.plans)
 
-    def _event_place(self, record: Any) -> str:
+    def _event_place(self, record: Record) -> str:
         return f"{self.event_chain}@{record.offset}"
 
-    def _account_batch(self, chunk: Any, rows: Sequence[account_events.Row]) -> AccountBatch:
+    def _account_batch(self, chunk: list[Record], rows: Sequence[account_events.Row]) -> AccountBatch:
         table = account_events.account_rows(
             self.event_chain, self._event_position, rows, batch_month(chunk[0].timestamp)
         )
