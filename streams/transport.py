@@ -70,8 +70,9 @@ class Consumer(driver.Consumer):
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def perform_seek(self) -> None:
-        """Go where the ledger says, not where Kafka's committed offset is."""
-        await super().perform_seek()
+        """Go where the ledger says. Kafka is not asked for its commits: Faust stops reading for good, and in silence,
+        where it does not answer within `broker_request_timeout`.
+        """
         for tp, offset in self.transport.resume_at.items():
             if tp in self.assignment():
                 await self.seek(tp, offset)

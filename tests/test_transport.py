@@ -116,6 +116,20 @@ async def test_an_earlier_generations_chunk_is_not_counted(consumer: Any) -> Non
     assert consumer._new_offset(TOPIC) is None
 
 
+async def test_reading_begins_where_the_ledger_says_whatever_kafka_answers(
+    consumer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faust gives it 30 s, and reads nothing ever after, with the partitions assigned: so Kafka is not asked at all."""
+    sought: dict[TP, int] = {}
+    monkeypatch.setattr(consumer, "assignment", lambda: {TOPIC})
+    monkeypatch.setattr(consumer._thread, "seek", sought.__setitem__)
+    monkeypatch.setattr(consumer, "seek_to_committed", asyncio.Event().wait)
+    consumer.transport.resume_at = {TOPIC: 7, TP("cell-runs", 1): 3}
+    async with asyncio.timeout(1):
+        await consumer.perform_seek()
+    assert sought == {TOPIC: 7}
+
+
 async def test_a_full_partition_is_not_fetched_until_it_has_room(consumer: Any) -> None:
     """Back-pressure counts records and bytes, not chunks."""
     limit = consumer.transport.records_inflight_max
