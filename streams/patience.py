@@ -15,22 +15,23 @@ T = TypeVar("T")
 async def patiently(
     ask: Callable[[], Awaitable[T]], on_trouble: Callable[[str], None], whose: str = "", s_max: float = math.inf
 ) -> T:
-    """The answer. ``on_trouble`` hears what the database said, after ``whose``, and "" once it has answered after all.
+    """The answer. ``on_trouble`` hears what the database said, after ``whose``, and "" once it has answered after all,
+    or nobody waits for that any more.
 
     DatabaseError when it has not answered for longer than ``s_max`` seconds.
     """
     clock = asyncio.get_running_loop().time
     closing, had_trouble = clock() + s_max, False
-    while True:
-        try:
-            answer = await ask()
-        except DatabaseError as error:
-            if clock() > closing:
-                raise
-            had_trouble = True
-            on_trouble(f"{whose}{first_line(error)}")
-            await asyncio.sleep(TROUBLE_WAIT_S)
-        else:
-            if had_trouble:
-                on_trouble("")
-            return answer
+    try:
+        while True:
+            try:
+                return await ask()
+            except DatabaseError as error:
+                if clock() > closing:
+                    raise
+                had_trouble = True
+                on_trouble(f"{whose}{first_line(error)}")
+                await asyncio.sleep(TROUBLE_WAIT_S)
+    finally:
+        if had_trouble:
+            on_trouble("")

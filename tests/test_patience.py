@@ -1,5 +1,7 @@
 """A database that does not answer is asked again, and what it said is taken back once it answers."""
 
+import asyncio
+
 import pytest
 from clickhouse_connect.driver.exceptions import OperationalError
 
@@ -36,3 +38,14 @@ async def test_a_bound_ends_the_waiting() -> None:
     with pytest.raises(OperationalError):
         await patiently(database.ask, told.append, s_max=-1)
     assert (database.asked, told) == (1, [])
+
+
+async def test_trouble_ends_with_who_had_it() -> None:
+    """A unit that is released while it waits takes it along: whoever asks next has no trouble, and tells of none."""
+    database, told = Database(1), list[str]()
+    waiting = asyncio.create_task(patiently(database.ask, told.append))
+    while not told:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert (waiting.cancelled(), told) == (True, ["connection refused", ""])
