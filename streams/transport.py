@@ -178,8 +178,10 @@ class Consumer(driver.Consumer):
         notify(self._waiting_for_ack)
 
     async def commit_start(self, offsets: Mapping[TP, int]) -> None:
-        """Commit where a group begins: what follows then counts as not seen by it."""
-        await self._commit(offsets)
+        """Commit where a group begins: what follows then counts as not seen by it. What a rebalance has taken meanwhile
+        is left out: a commit of nothing else would end the process.
+        """
+        await self._commit_offsets(offsets)
 
     def hold(self, tp: TP) -> None:
         """Fetch this partition no more, and do not wait for its chunks in flight: nobody will acknowledge them."""

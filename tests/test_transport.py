@@ -27,7 +27,7 @@ OVERRIDDEN = (
     "_new_consumer_thread", "perform_seek", "_getmany", "_to_message", "_add_gap", "ack",
     "_filter_tps_with_pending_acks", "_new_offset", "wait_empty", "on_partitions_assigned",
 )  # fmt: skip
-READ = ("_read_offset", "_committed_offset", "_unacked_messages", "_waiting_for_ack")
+READ = ("_read_offset", "_committed_offset", "_unacked_messages", "_waiting_for_ack", "_commit_offsets")
 
 
 class Record(NamedTuple):
@@ -93,6 +93,22 @@ async def test_a_commit_waits_for_the_first_unfinished_chunk(consumer: Any) -> N
     assert consumer._new_offset(TOPIC) == 8
     assert consumer.ack(third)
     assert consumer._new_offset(TOPIC) == 9
+
+
+async def test_a_group_begins_where_it_still_reads(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebalance may take partitions while they are loaded; aiokafka refuses to commit nothing, which ends Faust."""
+    other, committed = TP("cell-runs", 1), list[dict[TP, int]]()
+
+    async def commit(offsets: dict[TP, int]) -> bool:
+        committed.append(offsets)
+        return True
+
+    monkeypatch.setattr(consumer, "assignment", lambda: {other})
+    monkeypatch.setattr(consumer._thread, "commit", commit)
+    await consumer.commit_start({TOPIC: 5})
+    assert committed == []
+    await consumer.commit_start({TOPIC: 5, other: 7})
+    assert committed == [{other: 7}]
 
 
 async def test_no_order_of_acknowledgements_commits_past_an_open_chunk(consumer: Any) -> None:
