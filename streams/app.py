@@ -117,7 +117,11 @@ class MeterApp(faust.App):
     async def load_units(self) -> None:
         """After an assignment, before the first fetch: read the marks and the state behind them."""
         await self.meter.release()
-        runs, events = self._assigned(self.meter.topic.name), self._assigned(self.meter.event_topic.name)
+        assignment = self.consumer.assignment()  # once: the consumer's thread may change it meanwhile
+        runs, events = (
+            {tp.partition for tp in assignment if tp.topic == topic.name}
+            for topic in (self.meter.topic, self.meter.event_topic)
+        )
         if runs != events:
             raise Problem(
                 "the two topics are not assigned together",
@@ -130,11 +134,7 @@ class MeterApp(faust.App):
         await self._commit_start(commit)
 
     async def _commit_start(self, offsets: Offsets) -> None:
-        if offsets:
-            await self.chunks.commit_start({TP(*place): offset for place, offset in offsets.items()})
-
-    def _assigned(self, topic: str) -> set[int]:
-        return {tp.partition for tp in self.consumer.assignment() if tp.topic == topic}
+        await self.chunks.commit_start({TP(*place): offset for place, offset in offsets.items()})
 
 
 def create_app(settings: Settings) -> MeterApp:

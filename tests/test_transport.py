@@ -21,6 +21,7 @@ from faust.types import TP
 from streams import app, transport
 from streams.lenient import read_any_header
 from streams.settings import read_settings
+from streams.topics import Topic
 
 TOPIC = TP("cell-runs", 0)
 OVERRIDDEN = (
@@ -109,6 +110,23 @@ async def test_a_group_begins_where_it_still_reads(consumer: Any, monkeypatch: p
     assert committed == []
     await consumer.commit_start({TOPIC: 5, other: 7})
     assert committed == [{other: 7}]
+
+
+async def test_both_topics_are_seen_in_one_assignment(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The consumer's thread may change it at any instant: that is no group of workers that differ."""
+    made, assigned = consumer.app, list[set[int]]()
+    made.meter.topic, made.meter.event_topic = (Topic(name, name, 1, {}) for name in ("cell-runs", "account-events"))
+    assignments = itertools.chain([{TOPIC, TP("account-events", 0)}], itertools.repeat(set()))
+    monkeypatch.setattr(consumer, "assignment", lambda: next(assignments))
+
+    async def assign(partitions: set[int], group: str) -> tuple[Any, Any]:
+        assigned.append(partitions)
+        return {}, {}
+
+    monkeypatch.setattr(made.meter, "assign", assign)
+    made.consumer = consumer
+    await made.load_units()
+    assert assigned == [{0}]
 
 
 async def test_no_order_of_acknowledgements_commits_past_an_open_chunk(consumer: Any) -> None:
