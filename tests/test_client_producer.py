@@ -485,6 +485,28 @@ def test_who_interrupts_a_close_loses_nothing(settings: Settings, door: Door) ->
     assert first_copies(settings) == {"ws_1": list(range(30))}
 
 
+CLOSES_IN_A_DAEMON = """
+import threading
+from creditstream.client import producer as producers
+producers.FLUSH_S_MAX = 1
+producer = CellRunProducer(settings, memory_s_max=600)
+for number in range(30):
+    producer.record(a_run(number))
+threading.Thread(target=producer.close, args=[600], daemon=True).start()
+time.sleep(0.5)
+"""
+
+
+def test_a_program_that_ends_while_a_daemon_closes_loses_nothing(settings: Settings, door: Door) -> None:
+    """The thread is gone before its close is over: the program's end leaves the runs to the spool."""
+    done = run_program(CLOSES_IN_A_DAEMON, behind(door, settings))
+    assert (done.returncode, complaints(done)) == (0, [])
+    with CellRunProducer(settings) as heir:
+        assert heir.counts().adopted == 30
+        assert heir.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": list(range(30))}
+
+
 def test_who_is_impatient_twice_loses_nothing(settings: Settings, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second Ctrl-C, while the thread is waited for, still leaves the runs to the spool."""
     producer = CellRunProducer(behind(door, settings), memory_s_max=1000)

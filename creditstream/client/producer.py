@@ -151,13 +151,8 @@ class CellRunProducer:
         """Send what can be sent, leave the rest to the spool, and end. Unreachable, with their number, when runs are
         lost: without a spool, or when it cannot be written either.
         """
-        if not self._outbox.close():
-            return
-        try:
-            if self._thread and (self._outbox.producer or self._outbox.in_memory_only):  # else all is on disk: why wait
-                self.flush(timeout_s)
-        finally:  # also when the wait is interrupted: what is in memory must get to the spool
-            self._end()
+        if self._outbox.close():
+            self._finish(timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -176,6 +171,13 @@ class CellRunProducer:
         self._prepare()
         self._outbox.is_closed = was_closed
 
+    def _finish(self, timeout_s: float) -> None:
+        try:
+            if self._thread and (self._outbox.producer or self._outbox.in_memory_only):  # else all is on disk: why wait
+                self.flush(timeout_s)
+        finally:  # also when the wait is interrupted: what is in memory must get to the spool
+            self._end()
+
     def _end(self) -> None:
         self._enough.set()
         self._wake.set()
@@ -186,11 +188,12 @@ class CellRunProducer:
             self._leave()
 
     def _leave(self) -> None:
-        atexit.unregister(self._at_exit)
-        _dispose(self._outbox.take_back())
-        lost = self._outbox.in_memory_only
-        if self._spool:
-            self._spool.close()
+        with self._leaving:
+            _dispose(self._outbox.take_back())
+            lost = self._outbox.in_memory_only
+            if self._spool:
+                self._spool.close()
+            atexit.unregister(self._at_exit)
         if lost:
             raise Unreachable(
                 f"{lost:,} accepted runs are lost",
@@ -204,6 +207,7 @@ class CellRunProducer:
         self._outbox = Outbox(topic, self._spool, self._on_full, *self._options)
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._leaving = threading.Lock()
         self._wake = threading.Event()
         self._enough = threading.Event()
         self._adopted_s = time.monotonic()
@@ -271,8 +275,9 @@ class CellRunProducer:
         return producer
 
     def _at_exit(self) -> None:
+        self._outbox.close()
         try:
-            self.close()
+            self._finish(FLUSH_S_MAX)  # also where a thread is closing it: a daemon does not come to its end any more
         except Problem as problem:
             _log.error("%s", problem)
 
