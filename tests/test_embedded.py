@@ -20,8 +20,9 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from creditstream import kafka_guard
-from creditstream.embedded import EmbeddedKafka, find_java, load_jars
+from creditstream.embedded import EmbeddedKafka, find_java
 from creditstream.home import Endpoints, Home
+from creditstream.kafka_jars import load_jars
 from schemas.problem import Problem, Unreachable
 
 WAIT_MAX_S = 60.0
