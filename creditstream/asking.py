@@ -7,6 +7,7 @@ there is none. Both ways run the same queries and give the same records.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from uuid import UUID
@@ -42,6 +43,21 @@ from streams.settings import Settings
 ANSWER_TIMEOUT_S: Final = 60.0
 PRICED: Final = ("explanation", "check", "estimate")
 """Questions that need the catalogue, too."""
+QUESTIONS: Final = {
+    question: module
+    for module, questions in {
+        "creditstream.accounts": (
+            "alerts", "balance", "explanation", "limits", "period_usage", "plans", "statement",
+        ),
+        "creditstream.spending": ("check", "estimate", "top"),
+        "sinks.dead_letters": ("dead_letter", "dead_letters", "parked_event", "parked_events"),
+        "sinks.queries": (
+            "audit_partitions", "audit_sums", "example_run", "ledger_rows", "runs", "usage",
+        ),
+    }.items()
+    for question in questions
+}  # fmt: skip
+"""What can be asked, and the module whose function of that name answers it."""
 _PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, Difference, UnknownId, Unreachable)}
 
 if TYPE_CHECKING:
@@ -98,21 +114,18 @@ def ledger_failed(error: Exception) -> Unreachable:
 
 
 class LedgerAnswers:
-    """Answers to the same questions from a connection of this process: each is a function of that name."""
+    """Answers to the same questions from a connection of this process: see `QUESTIONS`."""
 
     def __init__(self, client: Any, catalogue_dir: Path) -> None:
         self._client, self._catalogue_dir = client, catalogue_dir
 
     def __getattr__(self, question: str) -> Callable[..., Any]:
-        from creditstream import accounts, spending
         from schemas.catalogue import Catalogue
-        from sinks import dead_letters, queries
         from sinks.clickhouse import DatabaseError
 
-        rooms = (accounts, spending, dead_letters, queries)
-        function = next((getattr(room, question) for room in rooms if hasattr(room, question)), None)
-        if function is None:
+        if question not in QUESTIONS:
             raise AttributeError(question)
+        function = getattr(import_module(QUESTIONS[question]), question)  # late, since it imports the database's client
         prices = [Catalogue.load(self._catalogue_dir)] if question in PRICED else []
 
         def answer(*args: Any, **named: Any) -> Any:

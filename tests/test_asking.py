@@ -1,0 +1,25 @@
+"""Who answers a question: both ways are one, which no type checker sees."""
+
+from importlib import import_module
+from inspect import Parameter, signature
+
+import pytest
+
+from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers
+
+
+def test_what_a_worker_is_asked_the_ledger_is_asked_too() -> None:
+    """But for how the worker itself is."""
+    asked = {name for name in vars(WorkerAnswers) if not name.startswith("_")}
+    assert asked - {"status"} == QUESTIONS.keys()
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_both_ways_take_the_same_and_give_the_same(question: str) -> None:
+    """A question's arguments have the same names in the same order, and its answers the same type."""
+    over_http = signature(getattr(WorkerAnswers, question))
+    of_ledger = signature(getattr(import_module(QUESTIONS[question]), question))
+    needed = ["client", "catalogue"] if question in PRICED else ["client"]
+    named = [name for name, one in over_http.parameters.items() if one.kind != Parameter.VAR_KEYWORD]
+    assert list(of_ledger.parameters)[: len(needed) + len(named) - 1] == [*needed, *named[1:]]
+    assert of_ledger.return_annotation == over_http.return_annotation
