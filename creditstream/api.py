@@ -316,7 +316,7 @@ def status_of(meter: Meter) -> Status:
 
 def _unit_status(meter: Meter, partition: int, unit: Unit) -> UnitStatus:
     marks = unit.mark.last, unit.event_mark.last
-    lag, event_lag = meter.lags(partition, marks)
+    lag, event_lag = meter.reading.lags(partition, marks)
     return UnitStatus(
         partition=partition,
         mark=marks[0],

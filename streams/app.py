@@ -21,7 +21,8 @@ from streams.batches import BATCH_BYTES_MAX
 from streams.connection import faust_credentials
 from streams.inbox import Event
 from streams.lenient import read_any_header
-from streams.meter import Meter, Offsets
+from streams.meter import Meter
+from streams.reading import Offsets, Read, Reading
 from streams.settings import Settings, read_settings
 from streams.topics import account_events_topic, cell_runs_topic
 from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
@@ -56,12 +57,6 @@ class MeterApp(faust.App):
         """Open the meter unless the command line has done so."""
         if not self.meter.is_open:
             await asyncio.to_thread(self.meter.open)
-        self.meter.on_fatal = self.on_fatal
-        self.meter.hold = self._hold
-        self.meter.ends_ms = lambda *of: self._of_both(self.chunks.end_ms, *of)
-        self.meter.commit = self._commit_start
-        self.meter.unread = lambda *of: self._of_both(self.chunks.unread, *of)
-        self.meter.lags = lambda *of: self._of_both(self.chunks.lag, *of)
         # A chunk is thousands of objects that hold no cycles; looking for cycles among them cost a quarter of the CPU.
         gc.collect()
         gc.freeze()
@@ -98,12 +93,23 @@ class MeterApp(faust.App):
             self.fatal = problem
             self._ending = asyncio.ensure_future(self.on_fatal(problem))
 
+    def reading(self) -> Reading:
+        """What the meter asks of the transport, and wants done there."""
+        return Reading(
+            ends_ms=lambda *of: self._of_both(self.chunks.end_ms, *of),
+            unread=lambda *of: self._of_both(self.chunks.unread, *of),
+            lags=lambda *of: self._of_both(self.chunks.lag, *of),
+            commit=self._commit_start,
+            hold=self._hold,
+            on_fatal=self.on_fatal,
+        )
+
     def _hold(self, partition: int) -> None:
         for topic in (self.meter.topic, self.meter.event_topic):
             self.chunks.hold(TP(topic.name, partition))
 
-    def _of_both(self, question: Callable[[TP, int], T], partition: int, last: tuple[int, int]) -> tuple[T, T]:
-        run, event = last
+    def _of_both(self, question: Callable[[TP, int], T], partition: int, read: Read) -> tuple[T, T]:
+        run, event = read
         return (
             question(TP(self.meter.topic.name, partition), run),
             question(TP(self.meter.event_topic.name, partition), event),
@@ -146,7 +152,7 @@ def create_app(settings: Settings) -> MeterApp:
         **_faust_settings(settings),
         TableManager=NoTables,
     )
-    app.meter = Meter(settings)
+    app.meter = Meter(settings, app.reading())
     app.transport = Transport(
         app.conf.broker_consumer,
         app,

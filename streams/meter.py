@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -36,11 +36,11 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard, answer, foreign_to
-from streams.inbox import Behind
 from streams.patience import patiently
 from streams.periods import PlanChange
 from streams.publisher import Publisher
 from streams.rating import RatingTable
+from streams.reading import Offsets, Reading
 from streams.records import partition_of
 from streams.recovery import first_day
 from streams.settings import Settings
@@ -54,13 +54,11 @@ from streams.topics import (
     cell_runs_topic,
     require_topic,
 )
-from streams.unit import NOT_AT_END, Lanes, Unit
+from streams.unit import Lanes, Unit
 from streams.voice import Outlets
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Offsets = dict[tuple[str, int], int]
-"""(topic, partition) → offset."""
 STEPPED_BACK: Final = 10
 """The nice value of threads that wait behind others."""
 THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
@@ -71,26 +69,15 @@ log: Final = structlog.get_logger()
 class Meter:
     """One worker's ledger, catalogue and units. Made once per process, opened once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, reading: Reading) -> None:
         self.settings: Final = settings
+        self.reading: Final = reading
         self.units: dict[int, Unit] = {}
         self.written: Counter[str] = Counter()
         """Rows by kind and reason since the start."""
         self.told: Counter[str] = Counter()
         """Alerts by kind, and states, since the start."""
         self.started_at: Final = time.time()
-        self.on_fatal: Callable[[BaseException], Awaitable[None]] | None = None
-        """Awaited when a part of it has failed."""
-        self.hold: Callable[[int], None] = lambda partition: None
-        """Told of a partition whose unit has an incident: it is fetched no more."""
-        self.ends_ms: Callable[[int, tuple[int, int]], tuple[int, int]] = lambda partition, last: NOT_AT_END
-        """Until when (Unix ms) Kafka had nothing in a partition of both topics behind these offsets."""
-        self.commit: Callable[[Offsets], Awaitable[Any]] = _nowhere
-        """Commits where the group begins: what is behind it has been told."""
-        self.unread: Callable[[int, tuple[int, int]], Behind] = lambda partition, last: (0, 0)
-        """How many offsets Kafka can hand out behind these, in a partition of both topics."""
-        self.lags: Callable[[int, tuple[int, int]], Behind] = lambda partition, last: (None, None)
-        """How many offsets Kafka had behind these, in a partition of both topics; None: it has not said."""
         self.is_open = False
         """Between `open` and `close`."""
         self.assigned = False
@@ -158,6 +145,7 @@ class Meter:
             find_openings=self._find_openings,
             in_writer=functools.partial(_in_thread, self._pools["writer"]),
             written=self.written,
+            reading=self.reading,
             on_incident=self._on_incident,
         )
 
@@ -201,7 +189,7 @@ class Meter:
             }
             resume |= begin
             if unit.settling.is_seeding:
-                unit.settling.commit_begin = functools.partial(self.commit, begin)
+                unit.settling.commit_begin = functools.partial(self.reading.commit, begin)
             elif not unit.incident:
                 commit |= begin
         self._follow(states)
@@ -232,8 +220,6 @@ class Meter:
         unit = await self._loader.load(place, self._kept.pop(chain, None))
         self.units[chain.partition] = unit
         answer(unit, self._unanswered.pop(chain.partition, {}))
-        unit.ends_ms = lambda: self.ends_ms(chain.partition, unit.read)
-        unit.unread = lambda: self.unread(chain.partition, unit.read)
         log.info(
             "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
             behind=place.logs[0].end - unit.mark.next, accounts=len(unit.balances),
@@ -294,8 +280,7 @@ class Meter:
     def _fail(self, error: BaseException) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        if self.on_fatal:
-            self._ending = asyncio.ensure_future(self.on_fatal(error))
+        self._ending = asyncio.ensure_future(self.reading.on_fatal(error))
 
     async def release(self) -> None:
         """Stop all units. What they have not written is read again by the next owner."""
@@ -401,12 +386,8 @@ class Meter:
             log.warning("ledger_trouble", what=what)
 
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
-        self.hold(unit.chain.partition)
+        self.reading.hold(unit.chain.partition)
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
-
-
-async def _nowhere(offsets: Offsets) -> None:
-    pass
 
 
 def _step_back() -> None:

@@ -40,11 +40,12 @@ from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
 from streams.duplicates import Identity, KeyFilter, Original, decide
 from streams.facts import fold_event
-from streams.inbox import BACKLOG_CHUNK, Behind, Event, Inbox
+from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.rating import RatingTable
+from streams.reading import Read, Reading
 from streams.records import Record
 from streams.rows import (
     Take,
@@ -62,8 +63,6 @@ from streams.voice import Voice
 TAKE_ROWS_MAX: Final = 10_000
 TICK_S: Final = 0.25
 """How often a unit looks at the clock."""
-NOT_AT_END: Final = (0, 0)
-"""Kafka has more of both chains, or has not said."""
 
 log: Final = structlog.get_logger()
 
@@ -86,6 +85,7 @@ class Lanes(msgspec.Struct, frozen=True):
     """Awaitable: run a blocking call in the writer's thread."""
     written: Counter[str]
     """Rows by kind and reason since the start."""
+    reading: Reading
     on_incident: Callable[["Unit", Problem], None]
 
 
@@ -131,7 +131,7 @@ class Unit:
         """The broker's time of the last record of each chain."""
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
-        self._inbox = Inbox(self._sealed.full, lambda: self.unread())  # noqa: PLW0108  (it is set later)
+        self._inbox = Inbox(self._sealed.full, lambda: lanes.reading.unread(self.chain.partition, self.read))
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
         self.settling: Final = Settling(balances, voice, lambda: self.folded)
@@ -144,10 +144,6 @@ class Unit:
         self.chores: deque[Callable[[Unit], Any]] = deque()
         """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
         self._chores_due = 0
-        self.unread: Callable[[], Behind] = lambda: (0, 0)
-        """Of each chain, how many offsets Kafka can hand out behind what this unit has read of it."""
-        self.ends_ms: Callable[[], tuple[int, int]] = lambda: NOT_AT_END
-        """Of each chain, until when (Unix ms) Kafka had nothing behind what this unit has read of it."""
 
     @property
     def rows_unwritten(self) -> int:
@@ -155,7 +151,7 @@ class Unit:
         return sum(len(take.runs.offsets) for take in self._unwritten)
 
     @property
-    def read(self) -> tuple[int, int]:
+    def read(self) -> Read:
         """The last offset of each chain that it has taken in."""
         return self._position, self._event_position
 
@@ -426,6 +422,6 @@ class Unit:
             self._inbox.nudge()
 
     def _look_at_the_clock(self) -> None:
-        end_ms, events_end_ms = self.ends_ms()
+        end_ms, events_end_ms = self._lanes.reading.ends_ms(self.chain.partition, self.read)
         until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
         self.voice.tell(self.balances, self.folded, [(notice, None) for notice in self.balances.come(until_ms)])

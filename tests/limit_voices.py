@@ -25,7 +25,7 @@ from streams.balances import NOTHING, Account, Balances, Debits, Notice
 from streams.facts import fold_event
 from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
-from streams.unit import NOT_AT_END
+from streams.reading import NOT_AT_END
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
 from tests.reference_limits import Plan, ReferenceLimits, Told
@@ -287,7 +287,7 @@ async def by_unit_from_backlog(story: Story, client: Client, number: int, accoun
     bench = await Bench.open(client, chains=chains, batch_rows=40_000, linger_s=0.01)
     parts = Topics().append(story.steps)
     topics = [[record for of, part in parts if of == of_account for record in part] for of_account in (False, True)]
-    bench.unit.unread = lambda: (len(topics[0]) - 1 - bench.unit.read[0], len(topics[1]) - 1 - bench.unit.read[1])
+    bench.unread = lambda read: (len(topics[0]) - 1 - read[0], len(topics[1]) - 1 - read[1])
     task = bench.start()
     delivered = 0
     for of_account in (account_first, not account_first):
@@ -315,9 +315,9 @@ def _is_acknowledged(bench: Bench, chunks: int) -> bool:
 
 async def _time_comes(bench: Bench, task: "asyncio.Task[None]", account: Account, when_ms: int) -> None:
     """Nothing more is on the topics, and the clock says so late."""
-    bench.unit.ends_ms = lambda: (when_ms, when_ms)
+    bench.ends_ms = when_ms, when_ms
     await bench.wait(task, lambda: account.until_ms > when_ms)
-    bench.unit.ends_ms = lambda: NOT_AT_END
+    bench.ends_ms = NOT_AT_END
 
 
 def seen_by_sql(client: Client, workspace_id: str, pool: str, when: datetime) -> Seen:

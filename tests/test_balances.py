@@ -234,7 +234,7 @@ async def live_until(bench: Bench, task: "asyncio.Task[None]", records: list[Rat
     for of_account, part in groupby(left, lambda record: record.step.of_account):
         for ready in in_threes(list(part)):
             now_ms = to_milliseconds(ready[-1].step.recorded)
-            unit.ends_ms = partial(tuple, (now_ms, now_ms))
+            bench.ends_ms = now_ms, now_ms
             bench.deliver([kafka_record(record) for record in ready], of_account=of_account)
             if dice.random() < 0.1:
                 return False

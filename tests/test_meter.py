@@ -21,7 +21,7 @@ from streams.settings import read_settings
 from streams.topics import LogRange, Topic
 from tests.account_records import Story, Topics, at
 from tests.records import Record, Road, event, write_rows
-from tests.unit_bench import CHAINS, SOON_S, Bench
+from tests.unit_bench import CHAINS, NO_KAFKA, SOON_S, Bench
 
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 LOGS: Final = (LogRange(0, 1 << 40), LogRange(0, 1 << 40))
@@ -32,7 +32,7 @@ STALE: Final = AsOf(log=LOG, cell_runs=0, account_events=0, at=from_milliseconds
 
 def meter_of(bench: Bench, home: Path) -> Meter:
     """A meter that has nothing but this unit, and loads as the bench does."""
-    meter = Meter(read_settings({}, home=str(home), partitions=1))
+    meter = Meter(read_settings({}, home=str(home), partitions=1), NO_KAFKA)
     meter._loader = bench.loader
     meter.units[0] = bench.unit
     return meter
@@ -72,7 +72,7 @@ async def told(bench: Bench) -> str:
 
 def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     """An insert that succeeds says nothing of alerts that the database does not take."""
-    meter = Meter(read_settings({}, home=str(tmp_path), partitions=1))
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=1), NO_KAFKA)
     meter.assigned = True
     meter._on_trouble("notes", "no space left")
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_a_worker_refuses_a_token_window_that_is_too_small(
     client: Client, tmp_path: Path, linger_ms: int, needed: int
 ) -> None:
     """Eight partitions of two topics, ten inserts a second of each, or as many as the linger allows, for 240 s."""
-    meter = Meter(read_settings({}, home=str(tmp_path), partitions=8, linger_ms=linger_ms))
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=8, linger_ms=linger_ms), NO_KAFKA)
     meter._clients = {"writer": client}
     resize = "ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = "
     client.command(f"{resize}{needed - 1}")

@@ -26,6 +26,7 @@ from streams.settings import read_settings
 from streams.unit import TAKE_ROWS_MAX
 from tests.account_rows import AccountRows
 from tests.records import Record, Road
+from tests.unit_bench import NO_KAFKA
 
 VIEWS = (
     "debits", "usage_by_column", "usage_by_day", "usage_by_period", "billing_periods", "balances", "alerts",
@@ -171,7 +172,7 @@ def test_the_ledgers_own_audit_agrees_with_itself(filled: Client) -> None:
 
 def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> None:
     """OpenAPI is generated from the same types; before an assignment the worker is alive and not ready."""
-    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path))))) as api:
+    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA))) as api:
         described = api.get("/schema/openapi.json").json()
         assert {"/v1/usage", "/v1/runs/{run_id}", "/v1/dead-letters", "/v1/actions/{action}"} <= set(described["paths"])
         assert described["components"]["schemas"]["UsageRow"]["properties"]["credits"] == {"type": "string"}
@@ -190,14 +191,14 @@ def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> N
 )
 def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str], why: str) -> None:
     """As the command does: an empty answer would pass for a workspace without runs."""
-    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path))))) as api:
+    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA))) as api:
         found = api.get("/v1/usage", params={"workspace_id": "ws_1", **asked})
     assert (found.status_code, found.json()["why"]) == (400, why)
 
 
 def test_a_worker_that_stops_says_so(tmp_path: Path) -> None:
     """Its API outlives its ledger by moments: a question is told to come again, and is no failure of ours."""
-    meter = Meter(read_settings({}, home=str(tmp_path)))
+    meter = Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA)
     meter.close()
     with TestClient(create_api(meter), raise_server_exceptions=False) as api:
         found = api.get("/v1/top")

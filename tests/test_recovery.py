@@ -207,7 +207,7 @@ async def test_an_instant_that_comes_during_the_look_back_is_told(
     ((_, records),) = topics.append(busy.steps[-1:])
     bench.deliver(records)
     now_ms = to_milliseconds(at("Jan 19"))
-    bench.unit.ends_ms = lambda: (now_ms, now_ms)
+    bench.ends_ms = now_ms, now_ms
     task = bench.start()
     await bench.wait(task, lambda: bench.acknowledged == 1)
     assert bench.alerts == []

@@ -276,7 +276,7 @@ async def test_time_is_told_while_a_backlog_drains(client: Client, are_events_re
     warned.runs(10, at("Jan 16"))
     other.run(at("Feb 15 01:00"))
     bench = await Bench.open(client)
-    bench.unit.ends_ms = lambda: (0, to_milliseconds(at("Mar 1")) if are_events_read else 0)
+    bench.ends_ms = 0, to_milliseconds(at("Mar 1")) if are_events_read else 0
     for record in rated([*warned.steps, *other.steps]):
         bench.deliver([kafka_record(record)], of_account=record.step.of_account)
     task = bench.start()

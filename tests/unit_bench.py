@@ -22,8 +22,9 @@ from streams.assignment import Loader, Place
 from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
-from streams.inbox import Event
+from streams.inbox import Behind, Event
 from streams.rating import RatingTable
+from streams.reading import NOT_AT_END, Read, Reading
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
 from streams.unit import Lanes, Unit
@@ -48,6 +49,21 @@ class Sent(msgspec.Struct, frozen=True):
     headers: list[tuple[str, bytes]]
 
 
+async def _to_nobody(what: object) -> None:
+    pass
+
+
+NO_KAFKA: Final = Reading(
+    ends_ms=lambda *_: NOT_AT_END,
+    unread=lambda *_: (0, 0),
+    lags=lambda *_: (None, None),
+    commit=_to_nobody,
+    hold=lambda _: None,
+    on_fatal=_to_nobody,
+)
+"""Of what reads nothing."""
+
+
 class Bench:
     """One life of a unit. Make it with `open`; the ledger outlives it."""
 
@@ -68,6 +84,8 @@ class Bench:
         self.on_note: Callable[[], Awaitable[None]] | None = None
         self.on_columns: Callable[[], Awaitable[object]] | None = None
         self.on_look_aside: Callable[[], Awaitable[None]] | None = None
+        self.ends_ms: tuple[int, int] = NOT_AT_END
+        self.unread: Callable[[Read], Behind] = lambda read: (0, 0)
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
@@ -126,6 +144,9 @@ class Bench:
             "find_openings": self._find_openings,
             "in_writer": self._write,
             "written": Counter(),
+            "reading": msgspec.structs.replace(
+                NO_KAFKA, ends_ms=lambda *_: self.ends_ms, unread=lambda _, read: self.unread(read)
+            ),
             "on_incident": lambda unit, incident: self.incidents.append(incident),
         }
 

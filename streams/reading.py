@@ -1,0 +1,32 @@
+"""What a meter asks of whoever reads Kafka for it (`streams.app`), and wants done there."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+
+from streams.inbox import Behind
+
+Offsets = dict[tuple[str, int], int]
+"""(topic, partition) → offset."""
+Read = tuple[int, int]
+"""The last offset that was read of a partition of both topics, cell runs first."""
+NOT_AT_END: Final = (0, 0)
+"""Kafka has more of both, or has not said."""
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """Of one worker, for all of its partitions."""
+
+    ends_ms: Callable[[int, Read], tuple[int, int]]
+    """Until when (Unix ms) Kafka had nothing in a partition of both topics behind what was read."""
+    unread: Callable[[int, Read], Behind]
+    """How many offsets Kafka can hand out behind what was read."""
+    lags: Callable[[int, Read], Behind]
+    """How many offsets Kafka had behind what was read; None: it has not said."""
+    commit: Callable[[Offsets], Awaitable[Any]]
+    """Commit where a group begins: what is behind it has been told."""
+    hold: Callable[[int], None]
+    """A partition's unit has an incident: fetch it no more."""
+    on_fatal: Callable[[BaseException], Awaitable[None]]
+    """A part of the meter has failed."""
