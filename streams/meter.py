@@ -29,20 +29,18 @@ from sinks import accounts, queries
 from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
-from streams import account_events, facts
 from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place
-from streams.balances import Key, Opening
+from streams.balances import Key
 from streams.batches import Batching
 from streams.courtesies import Courtesies
-from streams.duplicates import Identity, Original
 from streams.follower import Follower, Heard, answer, foreign_to
+from streams.lookups import Lookups
 from streams.patience import patiently
 from streams.periods import PlanChange
 from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.reading import Offsets, Reading
 from streams.records import partition_of
-from streams.recovery import first_day
 from streams.settings import Settings
 from streams.topics import (
     LIMIT_ALERTS,
@@ -140,9 +138,7 @@ class Meter:
             plans=self.plans,
             partitions=settings.partitions,
             batching=self._batching,
-            find_runs=self._find_runs,
-            find_known=self._find_known,
-            find_openings=self._find_openings,
+            lookups=Lookups(self._look_up),
             in_writer=functools.partial(_in_thread, self._pools["writer"]),
             written=self.written,
             reading=self.reading,
@@ -349,24 +345,6 @@ class Meter:
 
     async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
         return await _in_thread(self._pools[thread], question, self._clients[thread], *args)
-
-    async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
-        rows = await self._look_up(queries.find_runs, identities)
-        return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
-
-    async def _find_openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
-        events = await self._look_up(accounts.facts_of, names)
-        draws = await self._look_up(accounts.draws_of, names, first_day(now_ms))
-        return facts.openings(names, events, draws)
-
-    async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
-        events: Mapping[Any, Any] = {}
-        runs: list[Any] = []
-        if identities := account_events.event_identities(chunk):
-            events = await self._look_up(accounts.known_events, identities)
-        if identities := account_events.run_identities(chunk):
-            runs = await self._look_up(accounts.runs_to_reverse, identities)
-        return account_events.known_of(events, runs)
 
     async def _find_top_columns(
         self, questions: Sequence[accounts.TopQuestion]

@@ -43,6 +43,7 @@ from streams.facts import fold_event
 from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
+from streams.lookups import Lookups
 from streams.messages import Source
 from streams.rating import RatingTable
 from streams.reading import Read, Reading
@@ -75,12 +76,7 @@ class Lanes(msgspec.Struct, frozen=True):
     plans: PlanLists
     partitions: int
     batching: Batching
-    find_runs: Callable[[list[Identity]], Any]
-    """Awaitable: identity → the ledger's debit, for those that it has."""
-    find_known: Callable[[Sequence[account_events.Received]], Any]
-    """Awaitable: what the ledger knows of a chunk of account events."""
-    find_openings: Callable[[Sequence[str], int], Any]
-    """Awaitable: workspaces, and the instant in Unix ms as of which → their `Opening`."""
+    lookups: Lookups
     in_writer: Callable[..., Any]
     """Awaitable: run a blocking call in the writer's thread."""
     written: Counter[str]
@@ -278,7 +274,7 @@ class Unit:
                 known |= originals(earlier, take.runs.keys[suspicion.before])
         unknown = {candidate.identity for candidate in found if suspicion.before[candidate.row]} - known.keys()
         if unknown:
-            known |= await self._lanes.find_runs(list(unknown))
+            known |= await self._lanes.lookups.runs(list(unknown))
         apply_verdicts(take, decide(found, known))
 
     async def _fold(self, take: Take) -> None:
@@ -304,7 +300,7 @@ class Unit:
         """
         at_ms = min(at_ms, self.looks_back_ms)
         while missing := self.balances.missing(names, at_ms):
-            openings = await self._lanes.find_openings(missing, min(at_ms, self.balances.now_ms))
+            openings = await self._lanes.lookups.openings(missing, min(at_ms, self.balances.now_ms))
             self.balances.load(openings, at_ms)
 
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
@@ -344,7 +340,7 @@ class Unit:
         asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
         self.filters.events.add(keys)
         unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
-        known = await self._lanes.find_known(asked) if asked else account_events.NOTHING_KNOWN
+        known = await self._lanes.lookups.known(asked) if asked else account_events.NOTHING_KNOWN
         known = account_events.with_rows(known, unwritten, self._event_place)
         return account_events.rate_events(received, self._event_place, known, self._lanes.plans)
 

@@ -26,7 +26,7 @@ from streams.settings import read_settings
 from tests.account_records import Story, Topics
 from tests.account_rows import AccountRows, at
 from tests.records import EXAMPLES, STEADY
-from tests.unit_bench import Bench
+from tests.unit_bench import NO_KAFKA, Bench
 
 DAY = timedelta(days=1)
 ON_CHDB = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
@@ -230,7 +230,7 @@ class _Answering(Meter):
     """A meter that only answers questions, over the test's own ledger."""
 
     def __init__(self, client: Client, home: str, **settings: Any) -> None:
-        super().__init__(read_settings({}, home=home, **settings))
+        super().__init__(read_settings({}, home=home, **settings), NO_KAFKA)
         self.catalogue = EXAMPLES
         self._over = client
 

@@ -15,14 +15,16 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.limits import LimitAlert, LimitState
 from schemas.problem import Problem
-from sinks import accounts, queries
+from sinks import accounts
 from sinks.ledger import Chain, Ledger
-from streams import account_events, facts, recovery
+from streams import account_events
 from streams.assignment import Loader, Place
+from streams.balances import Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Identity, Original
 from streams.inbox import Behind, Event
+from streams.lookups import Lookups
 from streams.rating import RatingTable
 from streams.reading import NOT_AT_END, Read, Reading
 from streams.settings import Settings
@@ -47,6 +49,31 @@ class Sent(msgspec.Struct, frozen=True):
     key: bytes
     value: bytes
     headers: list[tuple[str, bytes]]
+
+
+class WatchedLookups(Lookups):
+    """The real ones; the bench notes what is asked."""
+
+    def __init__(self, bench: "Bench") -> None:
+        super().__init__(bench.look_up)
+        self._bench = bench
+
+    async def runs(self, identities: Sequence[Identity]) -> dict[Identity, Original]:
+        """See `Lookups`."""
+        self._bench.looked_up.append(set(identities))
+        return await super().runs(identities)
+
+    async def known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
+        """See `Lookups`."""
+        self._bench.events_looked_up.append({event_id for _, event_id in account_events.event_identities(chunk)})
+        return await super().known(chunk)
+
+    async def openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
+        """See `Lookups`."""
+        self._bench.loads += 1
+        if self._bench.on_load:
+            await self._bench.on_load()
+        return await super().openings(names, now_ms)
 
 
 async def _to_nobody(what: object) -> None:
@@ -139,9 +166,7 @@ class Bench:
         return {
             "ledger": Ledger(self.client),
             "partitions": 1,
-            "find_runs": self._find_runs,
-            "find_known": self._find_known,
-            "find_openings": self._find_openings,
+            "lookups": WatchedLookups(self),
             "in_writer": self._write,
             "written": Counter(),
             "reading": msgspec.structs.replace(
@@ -198,29 +223,6 @@ class Bench:
         if self.on_look_aside:
             await self.on_look_aside()
         return await self.look_up(question, *args)
-
-    async def _find_runs(self, identities: list[Identity]) -> dict[Identity, Original]:
-        self.looked_up.append(set(identities))
-        rows = await self.look_up(queries.find_runs, identities)
-        return {Identity(*identity): Original(position, facts) for identity, position, facts in rows}
-
-    async def _find_known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
-        self.events_looked_up.append({event_id for _, event_id in account_events.event_identities(chunk)})
-        events: dict[tuple[str, UUID], tuple[Any, ...]] = {}
-        runs: list[accounts.RunToReverse] = []
-        if identities := account_events.event_identities(chunk):
-            events = await self.look_up(accounts.known_events, identities)
-        if identities := account_events.run_identities(chunk):
-            runs = await self.look_up(accounts.runs_to_reverse, identities)
-        return account_events.known_of(events, runs)
-
-    async def _find_openings(self, names: Sequence[str], now_ms: int) -> Any:
-        self.loads += 1
-        if self.on_load:
-            await self.on_load()
-        events = await self.look_up(accounts.facts_of, names)
-        draws = await self.look_up(accounts.draws_of, names, recovery.first_day(now_ms))
-        return facts.openings(names, events, draws)
 
     def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
         """One fetched chunk of one topic."""

@@ -1,0 +1,36 @@
+"""What a unit asks of the ledger in its sequence, and has to wait for."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from sinks import accounts, queries
+from streams import account_events, facts, recovery
+from streams.balances import Opening
+from streams.duplicates import Identity, Original
+
+
+class Lookups:
+    """Of one worker. ``look_up`` (a question of `sinks`, its arguments) → awaitable of the answer."""
+
+    def __init__(self, look_up: Callable[..., Awaitable[Any]]) -> None:
+        self._look_up = look_up
+
+    async def runs(self, identities: Sequence[Identity]) -> dict[Identity, Original]:
+        """The ledger's debits under these, for those that it has."""
+        rows = await self._look_up(queries.find_runs, identities)
+        return {Identity(*identity): Original(position, told) for identity, position, told in rows}
+
+    async def known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
+        """What the ledger knows of a chunk of account events."""
+        events, runs = dict[Any, Any](), list[Any]()
+        if identities := account_events.event_identities(chunk):
+            events = await self._look_up(accounts.known_events, identities)
+        if identities := account_events.run_identities(chunk):
+            runs = await self._look_up(accounts.runs_to_reverse, identities)
+        return account_events.known_of(events, runs)
+
+    async def openings(self, names: Sequence[str], now_ms: int) -> dict[str, Opening]:
+        """What these workspaces' accounts begin with, as of an instant (Unix ms)."""
+        events = await self._look_up(accounts.facts_of, names)
+        draws = await self._look_up(accounts.draws_of, names, recovery.first_day(now_ms))
+        return facts.openings(names, events, draws)
