@@ -1,7 +1,7 @@
 """What a meter asks of whoever reads Kafka for it (`streams.app`), and wants done there."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -11,15 +11,15 @@ Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
 Read = tuple[int, int]
 """The last offset that was read of a partition of both topics, cell runs first."""
-NOT_AT_END: Final = (0, 0)
-"""Kafka has more of both, or has not said."""
 
 
 class Reading(msgspec.Struct, frozen=True):
     """Of one worker, for all of its partitions."""
 
     ends_ms: Callable[[int, Read], tuple[int, int]]
-    """Until when (Unix ms) Kafka had nothing in a partition of both topics behind what was read."""
+    """Until when (Unix ms) Kafka had nothing in a partition of both topics behind what was read; 0: it has more, or has
+    not said.
+    """
     unread: Callable[[int, Read], Behind]
     """How many offsets Kafka can hand out behind what was read."""
     lags: Callable[[int, Read], Behind]

@@ -25,11 +25,10 @@ from streams.balances import NOTHING, Account, Balances, Debits, Notice
 from streams.facts import fold_event
 from streams.limits import REMAINING_BELOW, Standing
 from streams.periods import DAY_MS, to_date
-from streams.reading import NOT_AT_END
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
 from tests.reference_limits import Plan, ReferenceLimits, Told
-from tests.unit_bench import Bench
+from tests.unit_bench import NOT_AT_END, Bench
 
 CHUNK: Final = 2_000
 

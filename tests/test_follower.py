@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from confluent_kafka import Producer
 
 from streams.follower import Follower, Heard
 from streams.settings import Settings
 from streams.topics import LIMIT_STATES, LogRange
-from tests.client_kafka import WAIT_S_MAX, fresh_settings, wait_until
+from tests.client_kafka import fresh_settings, publish, wait_until
 
 STATE = b'{"workspace_id": "ws_1", "pool": "premium", "owner": "other", "as_of": %s}'
 AS_OF = b'{"log": "a+b", "cell_runs": %d, "account_events": 0, "at": "2026-01-15T00:00:00Z"}'
@@ -41,11 +40,8 @@ def test_f18_what_was_said_before_there_was_an_owner_is_heard_where_it_is_stale(
 
 
 def say(settings: Settings, *states: bytes) -> None:
-    """On partition 1 of `limit-states`."""
-    producer = Producer({"bootstrap.servers": settings.kafka_bootstrap, "log_level": 0})
-    for value in states:
-        producer.produce(settings.topic_prefix + LIMIT_STATES, value, b"premium/ws_1", 1)
-    producer.flush(WAIT_S_MAX)
+    """On partition 1 of `limit-states`, where this key belongs."""
+    publish(settings, [(b"premium/ws_2", state) for state in states])
 
 
 @contextmanager

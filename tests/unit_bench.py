@@ -26,7 +26,7 @@ from streams.duplicates import Identity, Original
 from streams.inbox import Behind, Event
 from streams.lookups import Lookups
 from streams.rating import RatingTable
-from streams.reading import NOT_AT_END, Read, Reading
+from streams.reading import Read, Reading
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
 from streams.unit import Lanes, Unit
@@ -74,6 +74,10 @@ class WatchedLookups(Lookups):
         if self._bench.on_load:
             await self._bench.on_load()
         return await super().openings(names, now_ms)
+
+
+NOT_AT_END: Final = (0, 0)
+"""Kafka has more of both topics, or has not said."""
 
 
 async def _to_nobody(what: object) -> None:
