@@ -334,7 +334,7 @@ def not_ready_because(meter: Meter) -> list[str]:
     if not meter.assigned:
         return ["no assignment yet"]
     incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
-    return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.troubles.values())]
+    return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.threads.troubles.values())]
 
 
 def _require_days(start: date | None, end: date | None, period: date | None) -> None:

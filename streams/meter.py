@@ -1,20 +1,15 @@
 """The meter: what one worker process holds, and how partitions come to it and leave it.
 
 `Meter.open` connects and refuses whatever could charge wrongly. `Meter.assign` loads each partition's state from the
-ledger and says where to read on; `Meter.release` lets go. Blocking calls run in threads of their own: one writes to the
-ledger, one reads it for the units, one reads what no unit waits for, one answers people, one notes alerts.
+ledger and says where to read on; `Meter.release` lets go. What blocks runs in threads (`streams/threads.py`).
 """
 
 import asyncio
 import functools
 import math
-import os
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -22,11 +17,10 @@ import structlog
 from clickhouse_connect.driver.client import Client
 
 from schemas.catalogue import Catalogue
-from schemas.limits import AsOf, LimitAlert, TopColumn
+from schemas.limits import AsOf
 from schemas.plan import PlanLists
 from schemas.problem import Problem, Unreachable
 from sinks import accounts, queries
-from sinks.clickhouse import connect
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
 from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place
@@ -35,13 +29,13 @@ from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.follower import Follower, Heard, answer, foreign_to
 from streams.lookups import Lookups
-from streams.patience import patiently
 from streams.periods import PlanChange
 from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.reading import Offsets, Reading
 from streams.records import partition_of
 from streams.settings import Settings
+from streams.threads import Threads
 from streams.topics import (
     LIMIT_ALERTS,
     LIMIT_STATES,
@@ -57,9 +51,6 @@ from streams.voice import Outlets
 
 P = ParamSpec("P")
 T = TypeVar("T")
-STEPPED_BACK: Final = 10
-"""The nice value of threads that wait behind others."""
-THREADS: Final = ("writer", "reader", "answers", "aside", "notes")
 
 log: Final = structlog.get_logger()
 
@@ -80,18 +71,14 @@ class Meter:
         """Between `open` and `close`."""
         self.assigned = False
         """Whether a first assignment has been loaded; it may hold no partitions, as a standby's does."""
-        self.troubles: dict[Any, str] = {}
-        """What the ledger says, by who asks it, while it does not take what it is given or answer."""
-        self._pools = {
-            name: ThreadPoolExecutor(1, f"meter-{name}", None if name == "reader" else _step_back) for name in THREADS
-        }
+        self.threads: Final = Threads()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._kept: dict[Chain, Kept] = {}
         self._unanswered: dict[int, dict[Key, AsOf]] = {}
         """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
         self._batching = Batching(settings.batch_rows_max, settings.linger_ms / 1000)
-        self._courtesies = Courtesies(self._find_top_columns)
+        self._courtesies = Courtesies(lambda questions: self.threads.ask("aside", accounts.top_columns, questions))
         self._follower: Follower | None = None
 
     def open(self) -> None:
@@ -99,7 +86,7 @@ class Meter:
         settings = self.settings
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
-        self._pools["writer"].submit(self._open_ledger).result()
+        self._writer = self.threads.open(ledger_url(settings), settings.ledger_password, self._prepare)
         self.broker = Broker(settings)
         self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
         self.event_topic: Topic = require_topic(self.broker, account_events_topic(settings), settings)
@@ -111,35 +98,32 @@ class Meter:
             settings,
             self.lanes,
             self._outlets(),
-            functools.partial(self._ask, "reader"),
-            functools.partial(self._ask_patiently, "aside"),
+            functools.partial(self.threads.ask, "reader"),
+            functools.partial(self.threads.ask_patiently, "aside"),
             self.publisher.send,
-            functools.partial(self._on_trouble, "assignment"),
+            functools.partial(self.threads.on_trouble, "assignment"),
             self._in_background,
         )
         self.is_open = True
 
-    def _open_ledger(self) -> None:
-        """In the writer's thread: an engine in this process has its threads from there, and they too step back."""
-        url = ledger_url(self.settings)
-        self._clients = {name: connect(url, self.settings.ledger_password) for name in THREADS}
-        if url.startswith("chdb:"):
-            migrate(self._clients["writer"])
+    def _prepare(self, client: Client) -> None:
+        if ledger_url(self.settings).startswith("chdb:"):
+            migrate(client)
         else:
-            require_migrated(self._clients["writer"])
-        queries.pin_catalogue(self._clients["writer"], self.catalogue)
-        self._require_token_window()
+            require_migrated(client)
+        queries.pin_catalogue(client, self.catalogue)
+        self._require_token_window(client)
 
     def _lanes(self) -> Lanes:
         settings = self.settings
         return Lanes(
-            ledger=Ledger(self._clients["writer"], settings.epoch, self._on_trouble),
+            ledger=Ledger(self._writer, settings.epoch, self.threads.on_trouble),
             rating=RatingTable(self.catalogue),
             plans=self.plans,
             partitions=settings.partitions,
             batching=self._batching,
-            lookups=Lookups(self._look_up),
-            in_writer=functools.partial(_in_thread, self._pools["writer"]),
+            lookups=Lookups(functools.partial(self.threads.ask_patiently, "reader")),
+            in_writer=functools.partial(self.threads.run, "writer"),
             written=self.written,
             reading=self.reading,
             on_incident=self._on_incident,
@@ -150,15 +134,15 @@ class Meter:
             publish=self.publisher.publish,
             flush=self.publisher.flush,
             courtesies=self._courtesies,
-            note_alerts=self._note_alerts,
+            note_alerts=lambda alerts: self.threads.ask_patiently("notes", accounts.note_alerts, alerts),
             told=lambda name, number: self.told.update({name: number}),
         )
 
-    def _require_token_window(self) -> None:
+    def _require_token_window(self, client: Client) -> None:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
         inserts = math.ceil(TOKEN_WINDOW_S / self._batching.every_s)  # of one chain
         needed = self.settings.partitions * 2 * inserts
-        window = queries.token_window(self._clients["writer"])
+        window = queries.token_window(client)
         if window < needed:
             raise Problem(
                 "the ledger's token window is too small",
@@ -173,8 +157,10 @@ class Meter:
         Problem when a topic was deleted and made again under this process: its rows would continue the old one's.
         """
         for topic in (self.topic, self.event_topic):
-            await self._read(self._require_same_topic, topic)
-        states = await self._read(self.broker.log_ranges, self.settings.topic_prefix + LIMIT_STATES, partitions)
+            await self.threads.run("reader", self._require_same_topic, topic)
+        states = await self.threads.run(
+            "reader", self.broker.log_ranges, self.settings.topic_prefix + LIMIT_STATES, partitions
+        )
         resume: Offsets = {}
         commit: Offsets = {}
         for place in await self._places(sorted(partitions), group):
@@ -199,8 +185,10 @@ class Meter:
         topics = self.topic, self.event_topic
         pairs = [(Chain(topics[0].name, topics[0].id, p), Chain(topics[1].name, topics[1].id, p)) for p in partitions]
         marks = {chain: await self._loader.read_mark(chain) for pair in pairs for chain in pair}
-        logs = [await self._read(self.broker.log_ranges, topic.name, partitions) for topic in topics]
-        committed = await self._read(self.broker.committed, group, [(chain.topic, chain.partition) for chain in marks])
+        logs = [await self.threads.run("reader", self.broker.log_ranges, topic.name, partitions) for topic in topics]
+        committed = await self.threads.run(
+            "reader", self.broker.committed, group, [(chain.topic, chain.partition) for chain in marks]
+        )
         return [
             Place(
                 (runs, events),
@@ -287,7 +275,7 @@ class Meter:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await _in_thread(self._pools["writer"], lambda: None)
+        await self.threads.run("writer", lambda: None)
         for partition, unit in self.units.items():
             self._unanswered[partition] = unit.voice.unanswered
             if unit.is_settled and unit.filters.are_complete and not unit.incident:
@@ -305,15 +293,9 @@ class Meter:
         was_open, self.is_open = self.is_open, False
         if self._follower:
             self._follower.close()
-        for pool in self._pools.values():
-            pool.shutdown()
+        self.threads.close()
         if was_open:
             self.publisher.close()
-            for client in self._clients.values():
-                client.close()
-
-    async def _read(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await _in_thread(self._pools["reader"], function, *args)
 
     async def ask(self, question: Callable[Concatenate[Client, P], T], *args: P.args, **named: P.kwargs) -> T:
         """Answer people: ``question(client, *args, **named)`` in a thread of its own, which no unit waits for.
@@ -322,8 +304,7 @@ class Meter:
         """
         if not self.is_open:
             raise Unreachable("the worker is stopping", "it has let go of the ledger", "Ask again in a few seconds.")
-        answer: T = await self._ask("answers", lambda client: question(client, *args, **named))
-        return answer
+        return await self.threads.ask("answers", question, *args, **named)
 
     def plans_of(self, workspace_id: str) -> Sequence[PlanChange] | None:
         """A workspace's plans as its unit has folded them; None when no unit of this worker that goes on holds its
@@ -334,55 +315,14 @@ class Meter:
             return None
         return unit.balances[workspace_id].facts.plans
 
-    async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Answer a unit, in the reader's thread."""
-        return await self._ask_patiently("reader", question, *args)
-
-    async def _ask_patiently(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
-        """Ask until the database answers, as an insert waits for it: waiting is the back-pressure."""
-        on_trouble = functools.partial(self._on_trouble, thread)
-        return await patiently(functools.partial(self._ask, thread, question, *args), on_trouble)
-
-    async def _ask(self, thread: str, question: Callable[..., Any], *args: Any) -> Any:
-        return await _in_thread(self._pools[thread], question, self._clients[thread], *args)
-
-    async def _find_top_columns(
-        self, questions: Sequence[accounts.TopQuestion]
-    ) -> dict[accounts.TopQuestion, tuple[TopColumn, ...]]:
-        columns: dict[accounts.TopQuestion, tuple[TopColumn, ...]] = await self._ask(
-            "aside", accounts.top_columns, questions
-        )
-        return columns
-
-    async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
-        await self._ask_patiently("notes", accounts.note_alerts, alerts)
-
-    def _on_trouble(self, who: Any, what: str) -> None:
-        self.troubles.pop(who, None)
-        if what:
-            self.troubles[who] = what
-            log.warning("ledger_trouble", what=what)
-
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
         self.reading.hold(unit.chain.partition)
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
 
 
-def _step_back() -> None:
-    """Let threads go first that runs, alerts and look-ups wait for: nobody waits for an insert. Linux only, where a
-    thread has a priority of its own.
-    """
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), STEPPED_BACK)
-
-
 def ledger_url(settings: Settings) -> str:
     """Where the ledger is: the setting, else chDB in the home."""
     return settings.ledger_url or f"chdb://{Path(settings.home).resolve() / 'ledger'}"
-
-
-async def _in_thread(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
 
 def _unless_closed(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:

@@ -74,11 +74,11 @@ def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     """An insert that succeeds says nothing of alerts that the database does not take."""
     meter = Meter(read_settings({}, home=str(tmp_path), partitions=1), NO_KAFKA)
     meter.assigned = True
-    meter._on_trouble("notes", "no space left")
+    meter.threads.on_trouble("notes", "no space left")
     for _ in range(2):
-        meter._on_trouble(CHAINS[0], "")
+        meter.threads.on_trouble(CHAINS[0], "")
     assert not_ready_because(meter) == ["ledger: no space left"]
-    meter._on_trouble("notes", "")
+    meter.threads.on_trouble("notes", "")
     assert not_ready_because(meter) == []
 
 
@@ -89,14 +89,13 @@ def test_a_worker_refuses_a_token_window_that_is_too_small(
 ) -> None:
     """Eight partitions of two topics, ten inserts a second of each, or as many as the linger allows, for 240 s."""
     meter = Meter(read_settings({}, home=str(tmp_path), partitions=8, linger_ms=linger_ms), NO_KAFKA)
-    meter._clients = {"writer": client}
     resize = "ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = "
     client.command(f"{resize}{needed - 1}")
     with pytest.raises(Problem) as refused:
-        meter._require_token_window()
+        meter._require_token_window(client)
     assert refused.value.fix == f"{resize}{needed}."
     client.command(f"{resize}{needed}")
-    meter._require_token_window()
+    meter._require_token_window(client)
 
 
 @ON_CHDB
