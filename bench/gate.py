@@ -75,7 +75,7 @@ def states(workspaces: int, premium: int) -> Iterator[LimitState]:
 
 def produce(settings: Settings, workspaces: int, premium: int) -> None:
     """Fill the topic."""
-    producer, topic = open_producer(settings), settings.topic_prefix + LIMIT_STATES
+    producer, topic = open_producer(settings), settings.topic(LIMIT_STATES)
     for number, state in enumerate(states(workspaces, premium)):
         while True:
             try:

@@ -43,7 +43,7 @@ from sinks.ledger import YOUNG_SERVER_S
 from sinks.migrate import migrate
 from sinks.queries import pin_catalogue
 from streams.settings import Settings, read_settings
-from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
 
 RATE = 1_000
 ALLOWANCE = 100
@@ -88,7 +88,7 @@ class Clocks:
 
 def produce(settings: Settings, clocks: Clocks, seconds: int) -> None:
     """A steady stream over fifty workspaces at a time; one whose credits are gone makes way for the next."""
-    producer, topic = open_producer(settings), cell_runs_topic(settings)
+    producer, topic = open_producer(settings), settings.topic(CELL_RUNS)
     started, sent, dice = time.monotonic(), 0, random.Random(1)
     clocks.upgrades_from = started + seconds / 2
     total, active, ran = seconds * RATE, list(range(ACTIVE)), Counter[int]()
@@ -137,7 +137,7 @@ def read_alerts(settings: Settings, clocks: Clocks) -> None:
 
 def ask_gate(settings: Settings, gate: Gate, clocks: Clocks) -> None:
     """A worker that may no longer run, and then may again."""
-    producer, topic = open_producer(settings), account_events_topic(settings)
+    producer, topic = open_producer(settings), settings.topic(ACCOUNT_EVENTS)
     deadline, upgraded_at = None, 0.0
     while deadline is None or time.monotonic() < deadline:
         now = time.monotonic()
@@ -169,7 +169,7 @@ def measure(settings: Settings, home: Home, plans: Path, seconds: int) -> Clocks
     with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap, plans_dir=str(plans)) as answers:
         producer = open_producer(settings)
         for place in range(seconds * RATE // ALLOWANCE + ACTIVE):
-            plan_set(producer, account_events_topic(settings), f"ws_{place}", "small")
+            plan_set(producer, settings.topic(ACCOUNT_EVENTS), f"ws_{place}", "small")
         producer.flush(30)
         while answers.status().written.get("plan/plan_changed", 0) < seconds * RATE // ALLOWANCE + ACTIVE:
             time.sleep(0.1)
@@ -227,7 +227,7 @@ def start(settings: Settings, home: Home) -> Start:
         run_id=uuid7(), workspace_id="many_17", table_id="tbl_1", column_id="col_1", row_id="row_1",
         action="enrich_person", outcome=Outcome.DATA, ran_at=datetime.now(UTC),
     )  # fmt: skip
-    producer.produce(cell_runs_topic(settings), encode_run(run), run.workspace_id)
+    producer.produce(settings.topic(CELL_RUNS), encode_run(run), run.workspace_id)
     producer.flush(10)
     began = time.monotonic()
     with child_worker(home, kafka_bootstrap=settings.kafka_bootstrap) as answers:

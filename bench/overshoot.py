@@ -26,7 +26,7 @@ from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
 from streams.settings import Settings, read_settings
-from streams.topics import Broker, account_events_topic, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, Broker, ensure_topics
 
 WORKERS: Final = 8
 ASKED_ON: Final = 20
@@ -100,7 +100,7 @@ def measure(settings: Settings, cells_s: list[float], times: int) -> list[list[i
             overages = []
             for number in range(times):
                 workspace_id = f"ws_{cell_s}_{number}"
-                plan_set(billing, account_events_topic(settings), workspace_id, "small")
+                plan_set(billing, settings.topic(ACCOUNT_EVENTS), workspace_id, "small")
                 billing.flush(10)
                 while not gate.check(workspace_id, "enrich_person"):
                     time.sleep(0.02)

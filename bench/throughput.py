@@ -36,7 +36,7 @@ from creditstream.simulate import bulk_runs
 from schemas.account import PlanChanged
 from schemas.codec import encode_account_event
 from streams.settings import Settings, read_settings
-from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
 
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
@@ -87,7 +87,7 @@ async def fetch(settings: Settings, clock: Clock, work: Callable[[list[Any]], ob
         bootstrap_servers=settings.kafka_bootstrap, enable_auto_commit=False, fetch_max_wait_ms=FETCH_WAIT_MS_MAX
     )
     await consumer.start()
-    topic = cell_runs_topic(settings)
+    topic = settings.topic(CELL_RUNS)
     consumer.assign([aiokafka.TopicPartition(topic, partition) for partition in range(settings.partitions)])
     await consumer.seek_to_beginning()
     while True:
@@ -169,7 +169,7 @@ def road_faust(settings: Settings, clock: Clock) -> None:
     )
     totals: dict[str, int] = {}
 
-    @app.agent(app.topic(cell_runs_topic(settings)))
+    @app.agent(app.topic(settings.topic(CELL_RUNS)))
     async def meter(stream: Any) -> None:
         async for value in stream:
             with suppress(msgspec.DecodeError):
@@ -192,7 +192,7 @@ ROADS: dict[str, Callable[[Settings, Clock], None]] = {
 
 def produce(settings: Settings, runs: int) -> None:
     """A bulk run's backlog: 200 active columns, 0.1 % copies, 0.02 % malformed; every workspace has a plan."""
-    producer, topic = open_producer(settings), cell_runs_topic(settings)
+    producer, topic = open_producer(settings), settings.topic(CELL_RUNS)
     for number in range(1, 13):
         plan = PlanChanged(
             event_id=uuid4(),
@@ -200,7 +200,7 @@ def produce(settings: Settings, runs: int) -> None:
             plan="100k",
             effective_at=datetime(2026, 1, 15, tzinfo=UTC),
         )
-        producer.produce(account_events_topic(settings), encode_account_event(plan), plan.workspace_id)
+        producer.produce(settings.topic(ACCOUNT_EVENTS), encode_account_event(plan), plan.workspace_id)
     for number, event in enumerate(islice(bulk_runs(seed=1), runs)):
         while True:
             try:

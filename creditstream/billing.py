@@ -56,9 +56,9 @@ def send_event(settings: Settings, event: AccountEvent) -> tuple["Topic", Positi
     """Deliver one event; where it lies in Kafka. Unreachable when it was not delivered."""
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_account_event
-    from streams.topics import Broker, account_events_topic, require_topic
+    from streams.topics import ACCOUNT_EVENTS, Broker, require_topic
 
-    topic = require_topic(Broker(settings), account_events_topic(settings), settings)
+    topic = require_topic(Broker(settings), settings.topic(ACCOUNT_EVENTS), settings)
     record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))
     fix = f"Send it again with --event-id {event.event_id}: it counts once."
     (place,) = deliver(settings, [record], "account events were", fix)

@@ -22,7 +22,7 @@ from schemas.ledger import Pool
 from schemas.limits import LimitAlert, LimitState
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker, account_events_topic, cell_runs_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker
 
 TRIAL_CREDITS: Final = 1_000
 TRIAL_PLAN: Final = "trial"
@@ -43,7 +43,7 @@ class Enrichments(threading.Thread):
 
     def run(self) -> None:
         """Produce. A copy, an unknown action and a broken event come along now and then."""
-        topic = cell_runs_topic(self._settings)
+        topic = self._settings.topic(CELL_RUNS)
         producer = open_producer(self._settings)
         stream = events(seed=time.time_ns(), workspaces=WORKSPACES)
         started = time.monotonic()
@@ -98,7 +98,7 @@ class Billing:
     """The only one that may say who has which plan."""
 
     def __init__(self, settings: Settings) -> None:
-        self._topic = account_events_topic(settings)
+        self._topic = settings.topic(ACCOUNT_EVENTS)
         self._producer = open_producer(settings)
 
     def set_plan(self, workspace: str, plan: str) -> None:
@@ -135,7 +135,7 @@ class Listener(threading.Thread):
         self.told: deque[Told] = deque(maxlen=ALERTS_SHOWN)
         self.alerts = 0
         self.enough = threading.Event()
-        self._topics = [settings.topic_prefix + name for name in (LIMIT_ALERTS, LIMIT_STATES)]
+        self._topics = [settings.topic(name) for name in (LIMIT_ALERTS, LIMIT_STATES)]
         broker = Broker(settings)
         places = [
             TopicPartition(topic, partition, found.end)

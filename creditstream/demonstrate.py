@@ -22,7 +22,7 @@ from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
 from streams.settings import DEBUG_VARIABLE, PREFIX, Settings, read_settings, variable
-from streams.topics import Broker, account_events_topic, cell_runs_topic, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
 
 CATCH_UP_S_MAX: Final = 60.0
 LOOK_S: Final = 0.25
@@ -117,7 +117,7 @@ def _say_alerts(console: Console, listener: Listener, said: int) -> int:
 
 def _close(console: Console, answers: WorkerAnswers, settings: Settings) -> Reconciliation:
     """Wait until everything is metered, then compare topic and ledger."""
-    topic, events = cell_runs_topic(settings), account_events_topic(settings)
+    topic, events = settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)
     broker, partitions = Broker(settings), range(settings.partitions)
     runs_end, events_end = broker.log_ranges(topic, partitions), broker.log_ranges(events, partitions)
     deadline = time.monotonic() + CATCH_UP_S_MAX

@@ -22,7 +22,7 @@ from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import Broker, LogRange, Topic, account_events_topic, cell_runs_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic
 
 PAGE_ROWS = 20_000
 POLL_S = 1.0
@@ -98,8 +98,8 @@ def reconcile(
     """
     broker = Broker(settings)
     # Account events first: a run that one of them reverses was in the ledger before it.
-    event_log = _Log.read(answers, broker, account_events_topic(settings))
-    run_log = _Log.read(answers, broker, cell_runs_topic(settings))
+    event_log = _Log.read(answers, broker, settings.topic(ACCOUNT_EVENTS))
+    run_log = _Log.read(answers, broker, settings.topic(CELL_RUNS))
     logs = (run_log, event_log)
     _require_common(logs, broker.bootstrap)
     progress = _Progress(say, sum(found.end - found.start for log in logs for found in log.ranges.values()))

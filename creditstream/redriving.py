@@ -15,7 +15,7 @@ from schemas.codec import decode_account_event, decode_run
 from schemas.ledger import REDRIVE_HEADER, Position, Reason
 from schemas.problem import Problem
 from streams.settings import Settings
-from streams.topics import Broker, account_events_topic, cell_runs_topic, require_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, require_topic
 
 WHY_NOT: Final = {
     Reason.TOO_LARGE: "it is still too large",
@@ -33,7 +33,7 @@ def redrive(settings: Settings, answers: Answers, letters: Sequence[ParkedEvent]
     Problem when one of them cannot be sent again: then none was. Unreachable when Kafka does not take one, or no worker
     meters it; once they have their rows, nobody sends them twice.
     """
-    ours = {cell_runs_topic(settings), account_events_topic(settings)}
+    ours = {settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)}
     for letter in letters:
         if why := _why_not(letter, ours):
             raise Problem(f"{letter.position} cannot be sent again", why, "Nothing was sent.")
@@ -59,6 +59,6 @@ def _why_not(letter: ParkedEvent, ours: set[str]) -> str:
 
 def _record(settings: Settings, letter: ParkedEvent) -> Outgoing:
     """Keyed by what the event itself says: a misrouted one lies under another key."""
-    decode = decode_account_event if letter.topic == account_events_topic(settings) else decode_run
+    decode = decode_account_event if letter.topic == settings.topic(ACCOUNT_EVENTS) else decode_run
     header = REDRIVE_HEADER, letter.letter.encode()
     return Outgoing(letter.topic, decode(letter.value).workspace_id, letter.value, [header])

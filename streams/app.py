@@ -24,7 +24,7 @@ from streams.lenient import read_any_header
 from streams.meter import Meter
 from streams.reading import Offsets, Read, Reading
 from streams.settings import Settings, read_settings
-from streams.topics import account_events_topic, cell_runs_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
 
 SESSION_TIMEOUT_S: Final = 10.0
@@ -161,8 +161,8 @@ def create_app(settings: Settings) -> MeterApp:
     )
     app.transport.on_drain = app.meter.drain
     app.transport.on_lost_membership = app.on_lost_membership
-    runs = app.topic(cell_runs_topic(settings), key_serializer="raw", value_serializer="raw")
-    events = app.topic(account_events_topic(settings), key_serializer="raw", value_serializer="raw")
+    runs = app.topic(settings.topic(CELL_RUNS), key_serializer="raw", value_serializer="raw")
+    events = app.topic(settings.topic(ACCOUNT_EVENTS), key_serializer="raw", value_serializer="raw")
 
     @app.agent(runs)
     async def meter_cell_runs(stream: Any) -> None:

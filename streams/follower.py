@@ -46,7 +46,7 @@ class Follower:
     """One thread per worker. ``hear`` (partition, states of other owners) is called in that thread."""
 
     def __init__(self, settings: Settings, hear: Callable[[int, list[Heard]], None]) -> None:
-        self._topic = settings.topic_prefix + LIMIT_STATES
+        self._topic = settings.topic(LIMIT_STATES)
         self._hear = hear
         self._closing = threading.Event()
         self._wanted: dict[int, LogRange] = {}

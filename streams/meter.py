@@ -36,16 +36,7 @@ from streams.reading import Offsets, Reading
 from streams.records import partition_of
 from streams.settings import Settings
 from streams.threads import Threads
-from streams.topics import (
-    LIMIT_ALERTS,
-    LIMIT_STATES,
-    Broker,
-    LogRange,
-    Topic,
-    account_events_topic,
-    cell_runs_topic,
-    require_topic,
-)
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic, require_topic
 from streams.unit import Lanes, Unit
 from streams.voice import Outlets
 
@@ -88,10 +79,10 @@ class Meter:
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
         self._writer = self.threads.open(ledger_url(settings), settings.ledger_password, self._prepare)
         self.broker = Broker(settings)
-        self.topic: Topic = require_topic(self.broker, cell_runs_topic(settings), settings)
-        self.event_topic: Topic = require_topic(self.broker, account_events_topic(settings), settings)
+        self.topic: Topic = require_topic(self.broker, settings.topic(CELL_RUNS), settings)
+        self.event_topic: Topic = require_topic(self.broker, settings.topic(ACCOUNT_EVENTS), settings)
         for name in (LIMIT_ALERTS, LIMIT_STATES):
-            require_topic(self.broker, settings.topic_prefix + name, settings)
+            require_topic(self.broker, settings.topic(name), settings)
         self.publisher = Publisher(settings)
         self.lanes = self._lanes()
         self._loader = Loader(
@@ -158,9 +149,7 @@ class Meter:
         """
         for topic in (self.topic, self.event_topic):
             await self.threads.run("reader", self._require_same_topic, topic)
-        states = await self.threads.run(
-            "reader", self.broker.log_ranges, self.settings.topic_prefix + LIMIT_STATES, partitions
-        )
+        states = await self.threads.run("reader", self.broker.log_ranges, self.settings.topic(LIMIT_STATES), partitions)
         resume: Offsets = {}
         commit: Offsets = {}
         for place in await self._places(sorted(partitions), group):

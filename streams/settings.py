@@ -75,6 +75,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_port: Annotated[int, Meta(ge=0, le=65_535, description="port of the read API; 0: any free one")] = 8620
     log_format: Annotated[Literal["auto", "json", "text"], Meta(description="auto: text on a terminal")] = "auto"
 
+    def topic(self, name: str) -> str:
+        """One of `streams.topics` as the broker knows it, under the prefix."""
+        return self.topic_prefix + name
+
 
 SECRETS: Final = frozenset({"kafka_password", "ledger_password"})
 

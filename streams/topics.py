@@ -62,19 +62,9 @@ class LogRange(msgspec.Struct, frozen=True):
     end: int
 
 
-def cell_runs_topic(settings: Settings) -> str:
-    """The topic's name under the settings' prefix."""
-    return settings.topic_prefix + CELL_RUNS
-
-
-def account_events_topic(settings: Settings) -> str:
-    """Likewise."""
-    return settings.topic_prefix + ACCOUNT_EVENTS
-
-
 def topic_names(settings: Settings) -> list[str]:
     """All topics, under the settings' prefix."""
-    return [settings.topic_prefix + name for name in TOPICS]
+    return [settings.topic(name) for name in TOPICS]
 
 
 def position_of(message: Message) -> Position:

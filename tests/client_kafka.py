@@ -39,7 +39,7 @@ def fresh_settings(bootstrap: str, *topics: str, partitions: int = 2, **fields: 
 def make_topics(settings: Settings, *topics: str) -> None:
     """Have these topics under the settings' prefix."""
     for topic in topics:
-        ensure_topic(Broker(settings), settings.topic_prefix + topic, settings)
+        ensure_topic(Broker(settings), settings.topic(topic), settings)
 
 
 class Door:
@@ -124,7 +124,7 @@ def publish(settings: Settings, records: Iterable[tuple[bytes, bytes | None]]) -
     """Write records to ``limit-states``; Kafka has them when this returns."""
     producer = _producer(settings.kafka_bootstrap)
     for key, value in records:
-        producer.produce(settings.topic_prefix + LIMIT_STATES, value, key)
+        producer.produce(settings.topic(LIMIT_STATES), value, key)
         producer.poll(0)
     assert producer.flush(WAIT_S_MAX) == 0
 
@@ -151,7 +151,7 @@ def a_run(number: int, workspace_id: str = "ws_1", **fields: Any) -> CellRun:
 
 def recorded(settings: Settings) -> dict[int, list[CellRun]]:
     """Partition → all that ``cell-runs`` holds there now, in Kafka's order."""
-    topic = settings.topic_prefix + CELL_RUNS
+    topic = settings.topic(CELL_RUNS)
     ranges = Broker(settings).log_ranges(topic, range(settings.partitions))
     consumer = Consumer({"bootstrap.servers": settings.kafka_bootstrap, "group.id": "client-tests", "log_level": 0})
     runs: dict[int, list[CellRun]] = {}

@@ -361,7 +361,7 @@ def newest_states(settings: Settings) -> dict[tuple[str, str], LimitState]:
 
 
 def _values(settings: Settings, topic: str) -> list[bytes]:
-    name = settings.topic_prefix + topic
+    name = settings.topic(topic)
     ranges = Broker(settings).log_ranges(name, range(settings.partitions))
     left = {partition for partition, found in ranges.items() if found.end > found.start}
     consumer = Consumer(

@@ -145,7 +145,7 @@ def test_a_topic_that_is_made_anew_is_read_from_its_beginning(kafka: str) -> Non
     """Offsets of the old topic mean nothing in the new one, however long that already is."""
     settings = fresh_settings(kafka, LIMIT_STATES, partitions=1)
     publish(settings, [record_of(limit_state("ws_1", "1", n)) for n in range(20)])
-    topic = settings.topic_prefix + LIMIT_STATES
+    topic = settings.topic(LIMIT_STATES)
     with open_gate(settings) as gate:
         gate.wait_ready()
         admin = AdminClient({"bootstrap.servers": kafka})

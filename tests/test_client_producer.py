@@ -26,7 +26,7 @@ from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
-from streams.topics import CELL_RUNS, cell_runs_topic
+from streams.topics import CELL_RUNS
 from tests.client_kafka import Door, a_run, complaints, first_copies, fresh_settings, make_topics, recorded, wait_until
 
 ROOT: Final = Path(__file__).parent.parent
@@ -209,7 +209,7 @@ def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str, tmp_path: Pat
 
 def test_a_topic_that_takes_only_what_the_rules_ask_of_it_takes_all(settings: Settings) -> None:
     """Runs travel in batches, and none of these is too large for a topic that takes the largest event."""
-    topic = ConfigResource(ConfigResource.Type.TOPIC, cell_runs_topic(settings))
+    topic = ConfigResource(ConfigResource.Type.TOPIC, settings.topic(CELL_RUNS))
     topic.add_incremental_config(
         ConfigEntry("max.message.bytes", str(MAX_EVENT_BYTES), incremental_operation=AlterConfigOpType.SET)
     )
@@ -528,7 +528,7 @@ def test_a_producer_that_cannot_be_made_holds_no_orphans(settings: Settings) -> 
     """With wrong options of Kafka it has adopted nothing: the next one does."""
     root = Path(settings.home) / "spool"
     prepare_root(root)
-    dead = Spool(root, cell_runs_topic(settings), 1_000_000)
+    dead = Spool(root, settings.topic(CELL_RUNS), 1_000_000)
     dead.append(encode_run(a_run(0)))
     dead.close()
     with pytest.raises(Problem, match="Kafka options refused"):

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from streams.topics import account_events_topic, cell_runs_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import PLANS_DIR, Step, Story
 from tests.limit_messages import newest_states, published_alerts
 from tests.worker_process import ROOT, Event, WorkerProcess, ask_ledger, creditstream
@@ -132,7 +132,7 @@ def test_reconcile_accounts_for_both_topics(told: WorkerProcess) -> None:
     assert books.closes, examples
     assert books.behind == 0
     settings = told.configured
-    names = [cell_runs_topic(settings), account_events_topic(settings)]
+    names = [settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)]
     assert [(book.topic, book.partition) for book in books.partitions] == [
         (name, partition) for name in names for partition in range(settings.partitions)
     ]
@@ -163,6 +163,6 @@ def test_reconcile_finds_a_reversal_that_gives_back_too_much(told: WorkerProcess
     done = creditstream("reconcile", settings=told.settings | {"home": str(told.home.path)})
 
     assert done.code == 3
-    assert f"{account_events_topic(told.configured)}[" in done.err
+    assert f"{told.configured.topic(ACCOUNT_EVENTS)}[" in done.err
     assert "ledger reversal/reversed -4" in done.err
     assert "account-events" in done.out

@@ -25,7 +25,7 @@ def settings(kafka: str) -> Settings:
     """With a topic of one partition that nobody else writes."""
     settings = Settings(kafka_bootstrap=kafka, topic_prefix=f"{uuid4().hex}-", partitions=1)
     broker = Broker(settings)
-    broker.create(settings.topic_prefix + LIMIT_STATES, settings)
+    broker.create(settings.topic(LIMIT_STATES), settings)
     return settings
 
 
@@ -57,7 +57,7 @@ async def test_a_flush_does_not_wait_for_what_is_handed_over_meanwhile(settings:
             async with asyncio.timeout(WAIT_S_MAX):
                 await published.flush()
             assert before < handed_over
-            (log,) = Broker(settings).log_ranges(settings.topic_prefix + LIMIT_STATES, [0]).values()
+            (log,) = Broker(settings).log_ranges(settings.topic(LIMIT_STATES), [0]).values()
             assert log.end >= before
     finally:
         streaming.cancel()

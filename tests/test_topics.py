@@ -13,7 +13,7 @@ from tests.client_kafka import fresh_settings
 def test_metadata_that_lack_a_partition_are_asked_for_again(kafka: str, tmp_path: Path) -> None:
     """As they may right after an outage: a partition that comes a second later is found, not called an outage."""
     settings = fresh_settings(kafka, CELL_RUNS, home=str(tmp_path))
-    topic = settings.topic_prefix + CELL_RUNS
+    topic = settings.topic(CELL_RUNS)
 
     def grow() -> None:
         time.sleep(1)

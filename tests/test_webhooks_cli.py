@@ -115,7 +115,7 @@ def endpoints(home: Path, **urls: str) -> Path:
 
 def produce(settings: Settings, value: bytes) -> None:
     producer = open_producer(settings)
-    producer.produce(settings.topic_prefix + LIMIT_ALERTS, value, partition=0)
+    producer.produce(settings.topic(LIMIT_ALERTS), value, partition=0)
     assert producer.flush(WAIT_S_MAX) == 0
 
 

@@ -85,7 +85,7 @@ class Stage:
             self.produce(msgspec.json.encode(alert), partition)
 
     def produce(self, value: bytes, partition: int = 0) -> None:
-        self._producer.produce(self.settings.topic_prefix + LIMIT_ALERTS, value, partition=partition)
+        self._producer.produce(self.settings.topic(LIMIT_ALERTS), value, partition=partition)
         assert self._producer.flush(WAIT_S_MAX) == 0
 
     @contextmanager
@@ -517,7 +517,7 @@ def gated(receiver: WebhookReceiver) -> Callable[[], None]:
 
 def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
     """What cannot be read is named by its position, and hides nothing else."""
-    topic = stage.settings.topic_prefix + WEBHOOK_DELIVERIES
+    topic = stage.settings.topic(WEBHOOK_DELIVERIES)
     producer = open_producer(stage.settings)
     for value in (b"no record", b'{"endpoint":' + NO_TEXT + b"}", b'{"x":' + DEEP + b"}"):
         producer.produce(topic, value, b"key", 1)
@@ -534,7 +534,7 @@ def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
 
 def test_what_is_deleted_while_it_is_read_hides_nothing_else(stage: Stage) -> None:
     """Retention that overtakes a reader takes from it what is gone, and not the rest."""
-    topic = stage.settings.topic_prefix + LIMIT_ALERTS
+    topic = stage.settings.topic(LIMIT_ALERTS)
     producer = open_producer(stage.settings)
     for _ in range(400):
         producer.produce(topic, os.urandom(64 * 1024), partition=0)

@@ -29,7 +29,7 @@ from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import PREFIX, Settings, read_settings
-from streams.topics import Broker, Topic, account_events_topic, cell_runs_topic, ensure_topics, require_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic, ensure_topics, require_topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 60.0
@@ -85,7 +85,7 @@ class WorkerProcess:
     def create_topic(self) -> Topic:
         """The worker's topics, created where they are missing; that of the cell runs."""
         ensure_topics(self.broker, self.configured)
-        return require_topic(self.broker, cell_runs_topic(self.configured), self.configured)
+        return require_topic(self.broker, self.configured.topic(CELL_RUNS), self.configured)
 
     @property
     def pid(self) -> int:
@@ -199,26 +199,26 @@ class WorkerProcess:
     def log_ends(self) -> dict[int, int]:
         """Partition → the offset after Kafka's last."""
         settings = self.configured
-        ranges = self.broker.log_ranges(cell_runs_topic(settings), range(settings.partitions))
+        ranges = self.broker.log_ranges(settings.topic(CELL_RUNS), range(settings.partitions))
         return {partition: found.end for partition, found in ranges.items()}
 
     def produce(self, events: Iterable[Event]) -> None:
         """Send records to the worker's topic, and wait until Kafka has them."""
         settings = self.configured
-        send(_producer(settings.kafka_bootstrap), cell_runs_topic(settings), events)
+        send(_producer(settings.kafka_bootstrap), settings.topic(CELL_RUNS), events)
 
     def bill(self, events: Iterable[AccountEvent]) -> None:
         """Send account events, as billing does, and wait until Kafka has them."""
         settings = self.configured
         records = [Event(event.workspace_id.encode(), encode_account_event(event)) for event in events]
-        send(_producer(settings.kafka_bootstrap), account_events_topic(settings), records)
+        send(_producer(settings.kafka_bootstrap), settings.topic(ACCOUNT_EVENTS), records)
 
     def wait_until_told(self, seconds: float = WAIT_S_MAX) -> None:
         """Until Kafka's commit is at the end of both topics: rows are in the ledger, and alerts and states are out."""
         settings = self.configured
         group, topics = (
             f"{settings.topic_prefix}creditstream",
-            (cell_runs_topic(settings), account_events_topic(settings)),
+            (settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)),
         )
         broker, partitions = self.broker, range(settings.partitions)
         ends = {(name, p): found.end for name in topics for p, found in broker.log_ranges(name, partitions).items()}

@@ -87,7 +87,7 @@ class Gate(GateRules):
             stale_after_s=stale_after_s,
             clock=clock,
         )
-        self._topic: Final = settings.topic_prefix + LIMIT_STATES
+        self._topic: Final = settings.topic(LIMIT_STATES)
         self._bootstrap: Final = settings.kafka_bootstrap
         self._config: Final = connection(settings, _OURS, kafka)
         self._positions: dict[int, int] = {}

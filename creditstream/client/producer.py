@@ -21,7 +21,7 @@ from creditstream.producing import PRODUCER_CONFIG
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
-from streams.topics import cell_runs_topic
+from streams.topics import CELL_RUNS
 
 MEMORY_S_MAX: Final = 5
 SPOOL_MB_MAX: Final = 256
@@ -202,7 +202,7 @@ class CellRunProducer:
             )
 
     def _prepare(self) -> None:
-        topic = cell_runs_topic(self._settings)
+        topic = self._settings.topic(CELL_RUNS)
         self._spool: Spool | None = Spool(self._directory, topic, self._bytes_max) if self._on_full == "spool" else None
         self._outbox = Outbox(topic, self._spool, self._on_full, *self._options)
         self._thread: threading.Thread | None = None
@@ -270,7 +270,7 @@ class CellRunProducer:
     def _connected(self) -> Producer | None:
         """A producer whose broker knows the topic. KafkaException when there is none, or not yet."""
         self._candidate = self._candidate or self._open()
-        partitions(self._candidate, cell_runs_topic(self._settings))
+        partitions(self._candidate, self._settings.topic(CELL_RUNS))
         producer, self._candidate = self._candidate, None
         return producer
 

@@ -89,8 +89,8 @@ class Notifier:
         self._to_own: set[int] = set()
         self._is_crowded = False
         self._tidied_at_ms = 0
-        self._alerts_topic: Final = settings.topic_prefix + LIMIT_ALERTS
-        self._outbox: Final = Outbox(settings, settings.topic_prefix + WEBHOOK_DELIVERIES)
+        self._alerts_topic: Final = settings.topic(LIMIT_ALERTS)
+        self._outbox: Final = Outbox(settings, settings.topic(WEBHOOK_DELIVERIES))
         self._consumer: Final = Consumer(_consumer_config(settings))
         self._consumer.subscribe(
             [self._alerts_topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost

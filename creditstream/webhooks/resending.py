@@ -64,7 +64,7 @@ def resend(
     A delivery that was given up is noted as delivered when this one succeeds; one that a notifier still has is left
     to it. UnknownId when ``limit-alerts`` does not have the alert, Problem when it is for nobody.
     """
-    topic = require_topic(Broker(settings), settings.topic_prefix + LIMIT_ALERTS, settings)
+    topic = require_topic(Broker(settings), settings.topic(LIMIT_ALERTS), settings)
     found = find_alert(settings, topic.name, range(topic.partitions), alert_id)
     if found is None:
         fix = "Copy the id from the log; alerts are kept for 40 days."
@@ -75,7 +75,7 @@ def resend(
     chosen = [endpoints[only]] if only else [endpoint for endpoint in endpoints.values() if endpoint.wants(alert)]
     if not chosen:
         raise Problem(f"nobody wants alert {alert_id}", "no endpoint matches it", "Name one with --endpoint.")
-    outbox = Outbox(settings, settings.topic_prefix + WEBHOOK_DELIVERIES)
+    outbox = Outbox(settings, settings.topic(WEBHOOK_DELIVERIES))
     known = outbox.read([partition], lambda _: None)[partition]
     for endpoint in chosen:
         now = datetime.now(UTC)
@@ -96,7 +96,7 @@ FAILED_FIRST: Final = (DeliveryState.FAILED, DeliveryState.WAITING, DeliveryStat
 
 def deliveries(settings: Settings) -> list[Delivery]:
     """Every delivery that is known: those that failed first, then the next ones, then what is done."""
-    topic = require_topic(Broker(settings), settings.topic_prefix + WEBHOOK_DELIVERIES, settings)
+    topic = require_topic(Broker(settings), settings.topic(WEBHOOK_DELIVERIES), settings)
     found = Outbox(settings, topic.name).read(range(topic.partitions), lambda _: None)
     records = [record for newest in found.values() for record in newest.values()]
     return sorted(

@@ -50,7 +50,7 @@ def run_notifier(settings: Settings, path: Path) -> int:
     endpoints = load_endpoints(path)
     broker = Broker(settings)
     for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
-        require_topic(broker, settings.topic_prefix + name, settings)
+        require_topic(broker, settings.topic(name), settings)
     notifier = Notifier(settings, endpoints)
     log.info("notifier_started", kafka=settings.kafka_bootstrap, endpoints=sorted(endpoints), pid=os.getpid())
     try:
