@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic, ResourceType
 
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
@@ -89,7 +89,7 @@ class Broker:
 
     def topic(self, name: str) -> Topic | None:
         """What the broker says of a topic; None when it does not exist."""
-        metadata = self._call(self._admin.list_topics, name, timeout=ANSWER_TIMEOUT_S)
+        metadata = self._call(self._metadata, name)
         if error := metadata.topics[name].error:
             if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return None
@@ -136,6 +136,19 @@ class Broker:
             return {(place.topic, place.partition): place.offset if place.offset >= 0 else None for place in found}
         finally:
             consumer.close()
+
+    def _metadata(self, name: str) -> ClusterMetadata:
+        """librdkafka tries a refused login again until its time is over, and tells of it only between two calls: so it
+        is asked twice for a moment.
+        """
+        for moment_s in (0.5, 1.0):
+            try:
+                return self._admin.list_topics(name, timeout=moment_s)
+            except KafkaException:
+                self._admin.poll(0)
+                if self._refusal:
+                    raise
+        return self._admin.list_topics(name, timeout=ANSWER_TIMEOUT_S)
 
     def _answer(self, futures: Mapping[Any, Any]) -> dict[Any, Any]:
         return {key: self._call(future.result, timeout=ANSWER_TIMEOUT_S) for key, future in futures.items()}
