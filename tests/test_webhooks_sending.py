@@ -5,6 +5,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -23,7 +24,6 @@ from schemas.webhook import Format
 from tests.webhook_receiver import DIE, DRIP, GARBAGE, HALF_BODY, STALL, Behaviour, Reply, WebhookReceiver
 
 NOW = datetime.now(UTC)
-NOW_S = int(NOW.timestamp())
 SECRET, OLD_SECRET = new_secret(), new_secret()
 ALERT = example_alert(NOW)
 SHORT_S = 0.4
@@ -36,6 +36,11 @@ def endpoint(url: str, *secrets: str, allow_private: bool = True, form: Format =
     return Endpoint("test", Address.parse(url, allow_private=True), keys, format=form, allow_private=allow_private)
 
 
+def now_s() -> int:
+    """Unix seconds: a verifier takes no attempt of five minutes ago, as which this module may have been loaded."""
+    return int(time.time())
+
+
 @pytest.fixture
 def receiver() -> Iterator[WebhookReceiver]:
     with WebhookReceiver() as receiver:
@@ -45,7 +50,7 @@ def receiver() -> Iterator[WebhookReceiver]:
 def attempt(receiver: WebhookReceiver, behaviour: Behaviour = 204) -> Answer:
     receiver.behave = lambda _: behaviour
     patience_s = SHORT_S if behaviour in (STALL, DRIP) else LONG_S
-    return send(endpoint(receiver.url, SECRET), ALERT, NOW_S, answer_s_max=patience_s)
+    return send(endpoint(receiver.url, SECRET), ALERT, now_s(), answer_s_max=patience_s)
 
 
 def test_the_reference_library_accepts_the_signature(receiver: WebhookReceiver) -> None:
@@ -67,7 +72,7 @@ def test_the_reference_library_accepts_the_signature(receiver: WebhookReceiver) 
 
 def test_while_secrets_rotate_either_one_verifies(receiver: WebhookReceiver) -> None:
     """With a previous secret there are two signatures, the new one first."""
-    send(endpoint(receiver.url, SECRET, OLD_SECRET), ALERT, NOW_S)
+    send(endpoint(receiver.url, SECRET, OLD_SECRET), ALERT, now_s())
     (got,) = receiver.received
 
     assert len(got.headers["webhook-signature"].split(" ")) == 2
@@ -77,7 +82,7 @@ def test_while_secrets_rotate_either_one_verifies(receiver: WebhookReceiver) -> 
 
 def test_slack_gets_its_form_unsigned(receiver: WebhookReceiver) -> None:
     """A Slack message has text and blocks, and no headers of ours."""
-    send(endpoint(receiver.url, form=Format.SLACK), ALERT, NOW_S)
+    send(endpoint(receiver.url, form=Format.SLACK), ALERT, now_s())
     (got,) = receiver.received
 
     assert not [name for name in got.headers if name.startswith("webhook-")]
@@ -118,7 +123,7 @@ def test_an_answer_that_is_only_announced_is_waited_for(raw: bytes, said: str) -
 
         thread = threading.Thread(target=serve)
         thread.start()
-        answer = send(endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/", SECRET), ALERT, NOW_S)
+        answer = send(endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/", SECRET), ALERT, now_s())
         thread.join()
     assert answer.said == said
     assert answer.is_success == said.startswith("20")
@@ -177,7 +182,9 @@ def test_retry_after_is_read_in_both_forms_and_bounded(
 
 def test_retry_after_as_a_date_counts_from_now(receiver: WebhookReceiver) -> None:
     """A date in an hour is about an hour."""
-    answer = attempt(receiver, Reply(503, ("retry-after", format_datetime(NOW + timedelta(hours=1), usegmt=True))))
+    answer = attempt(
+        receiver, Reply(503, ("retry-after", format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)))
+    )
 
     assert 3000 < (answer.retry_after_s or 0) <= 3600
 
@@ -186,7 +193,7 @@ def test_nobody_listens() -> None:
     """A refused connection is a failure like any other."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        answer = send(endpoint(f"http://127.0.0.1:{bound.getsockname()[1]}/", SECRET), ALERT, NOW_S)
+        answer = send(endpoint(f"http://127.0.0.1:{bound.getsockname()[1]}/", SECRET), ALERT, now_s())
 
     assert answer.said == "the connection was refused"
 
@@ -216,7 +223,7 @@ def test_public_addresses(address: str) -> None:
 def test_a_private_address_is_refused_without_a_packet(receiver: WebhookReceiver) -> None:
     """Unless the endpoint allows it, no connection to a private address is made, whatever name leads there."""
     named = endpoint(f"http://hooks.example:{receiver.port}/", SECRET, allow_private=False)
-    answer = send(named, ALERT, NOW_S, resolve=lambda *_: ["127.0.0.1", "169.254.169.254"])
+    answer = send(named, ALERT, now_s(), resolve=lambda *_: ["127.0.0.1", "169.254.169.254"])
 
     assert answer.said == "refused: hooks.example has no public address (127.0.0.1, 169.254.169.254)"
     assert "allow_private" in answer.fix
@@ -228,7 +235,7 @@ def test_a_name_is_resolved_once_and_the_checked_address_is_used(receiver: Webho
     answers = iter([["127.0.0.1"]])
     named = endpoint(f"http://hooks.example:{receiver.port}/a?b=c", SECRET)
 
-    assert send(named, ALERT, NOW_S, resolve=lambda *_: next(answers)).is_success
+    assert send(named, ALERT, now_s(), resolve=lambda *_: next(answers)).is_success
     (got,) = receiver.received
     assert got.headers["host"] == f"hooks.example:{receiver.port}"
     assert got.path == "/a?b=c"
@@ -238,12 +245,12 @@ def test_an_address_that_does_not_answer_is_passed_over(receiver: WebhookReceive
     """Of several addresses the next one is tried, within the same time."""
     named = endpoint(f"http://hooks.example:{receiver.port}/", SECRET)
 
-    assert send(named, ALERT, NOW_S, resolve=lambda *_: ["127.0.0.2", "::1", "127.0.0.1"]).is_success
+    assert send(named, ALERT, now_s(), resolve=lambda *_: ["127.0.0.2", "::1", "127.0.0.1"]).is_success
 
 
 def test_a_name_that_is_not_known() -> None:
     """Without an address there is no attempt, and the reason names the host."""
-    answer = send(endpoint("https://nowhere.invalid/", SECRET, allow_private=False), ALERT, NOW_S)
+    answer = send(endpoint("https://nowhere.invalid/", SECRET, allow_private=False), ALERT, now_s())
 
     assert answer.said.startswith("the name nowhere.invalid is not known")
 
@@ -271,7 +278,7 @@ def test_tls_is_checked_against_the_name_of_the_url(certificate: Path) -> None:
         wrong = endpoint(f"https://other.example:{receiver.port}/", SECRET)
 
         def ask(whom: Endpoint, tls: ssl.SSLContext | None) -> Answer:
-            return send(whom, ALERT, NOW_S, resolve=lambda *_: ["127.0.0.1"], tls=tls)
+            return send(whom, ALERT, now_s(), resolve=lambda *_: ["127.0.0.1"], tls=tls)
 
         assert ask(right, trusting).is_success
         assert "the certificate is not valid: Hostname mismatch" in ask(wrong, trusting).said
@@ -285,7 +292,7 @@ def test_a_port_without_tls() -> None:
         answer = send(
             endpoint(f"https://hooks.example:{receiver.port}/", SECRET),
             ALERT,
-            NOW_S,
+            now_s(),
             resolve=lambda *_: ["127.0.0.1"],
             answer_s_max=LONG_S,
         )
