@@ -15,15 +15,35 @@ CONNECT_TIMEOUT_S: Final = 5
 ANSWER_TIMEOUT_S: Final = 30
 
 SESSION: Final[dict[str, Any]] = {
+    # An insert keeps its token, and is one part.
     "async_insert": 0,
+    "insert_deduplicate": 1,
+    # An answer is of now, and of all rows: where a limit is reached it fails.
+    "use_query_cache": 0,
+    **{
+        f"{what}_overflow_mode": "throw"
+        for what in ("read", "result", "timeout", "group_by", "sort", "distinct", "set", "join")
+    },
+    # What is not there is 0 or empty, not NULL, and a name means what it means by default.
+    "join_use_nulls": 0,
+    "aggregate_functions_null_for_empty": 0,
+    "empty_result_for_aggregation_by_empty_set": 0,
+    "prefer_column_name_to_alias": 0,
+    "single_join_prefer_left_table": 1,
+    "output_format_arrow_string_as_string": 1,
+    "output_format_arrow_low_cardinality_as_dictionary": 0,
+    "optimize_use_projections": 1,
+    # Look-ups of duplicates name many runs.
+    "max_query_size": 16 * 1024 * 1024,
+    # Indexes are few and small: more threads for them, or a look at them while reading, cost more than they spare.
     "max_threads_for_indexes": 1,
     "use_skip_indexes_on_data_read": 0,
-    "insert_deduplicate": 1,
-    "optimize_use_projections": 1,
-    "max_query_size": 16 * 1024 * 1024,
 }
-"""Set on every connection: an asynchronous insert loses its token, and duplicate look-ups name many runs. Indexes are
-few and small: more threads for them, or a look at them while reading, cost more than they spare.
+"""Set on every connection: what the protocol and the questions rest on is not left to the profile of the ledger's user.
+"""
+_NEWER: Final = {"deduplicate_insert": "enable", "use_strict_insert_block_limits": 0}
+"""The same where the server knows them (26.2, 26.4): the first stands above ``insert_deduplicate``, the second would
+part an insert.
 """
 
 # What it logs it also raises; without a handler Python would print it beside a command's one line.
@@ -66,6 +86,7 @@ def _open_chdb(directory: Path, database: str) -> Client:
     directory.mkdir(parents=True, exist_ok=True)
     try:
         client = clickhouse_connect.get_client(interface="chdb", path=str(directory), settings=SESSION, tz_mode="aware")
+        _set_newer(client)
     except ImportError as error:
         raise Problem(
             "chDB is not installed", str(error), "Install creditstream[embedded] or set CREDITSTREAM_LEDGER_URL."
@@ -91,7 +112,7 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
     port = parts.port or (8443 if parts.scheme == "https" else 8123)
     place = f"{host}:{port}"
     try:
-        return clickhouse_connect.get_client(
+        client = clickhouse_connect.get_client(
             interface=parts.scheme,
             host=host,
             port=port,
@@ -104,6 +125,8 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
             tz_mode="aware",
             settings=SESSION,
         )
+        _set_newer(client)
+        return client
     except ClickHouseError as error:
         if isinstance(error, OperationalError):
             raise Unreachable(
@@ -114,6 +137,14 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
             first_line(error),
             "Check user, password and database; run `creditstream migrate`.",
         ) from error
+
+
+def _set_newer(client: Client) -> None:
+    known = client.query(
+        "SELECT name FROM system.settings WHERE name IN %(names)s", parameters={"names": list(_NEWER)}
+    ).result_rows
+    for (name,) in known:
+        client.set_client_setting(name, _NEWER[name])
 
 
 def first_line(error: Exception) -> str:
