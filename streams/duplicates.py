@@ -22,6 +22,9 @@ Mask = npt.NDArray[np.bool_]
 MERGE_RATIO: Final = 4
 """A sorted run is merged into the one before it unless that is this many times longer: few runs to search."""
 
+KEYS_AT_ONCE: Final = 100_000
+"""Keys whose places in a Bloom filter are computed together: seventy bytes each."""
+
 
 class KeyFilter:
     """A superset of the ids of one unit, in two tiers under one bound of memory.
@@ -118,8 +121,9 @@ class BloomFilter:
             return
         if not len(self._bits):
             self._bits = np.zeros(self._lines * 8, np.uint64)
-        for word, bit in self._probes(keys):
-            np.bitwise_or.at(self._bits, word, bit)
+        for start in range(0, len(keys), KEYS_AT_ONCE):
+            for word, bit in self._probes(keys[start : start + KEYS_AT_ONCE]):
+                np.bitwise_or.at(self._bits, word, bit)
 
     def contains(self, keys: Keys) -> Mask:
         """Which keys may have been added; all of those that were."""

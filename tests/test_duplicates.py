@@ -1,6 +1,7 @@
 """One debit per run: a filter that never forgets, copies decided exactly, and the same rows however a stream is cut."""
 
 import random
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -105,6 +106,22 @@ def test_the_older_tier_rarely_suspects_others(made: str, bits_a_key: int, rate_
 
     assert bloom.contains(both[:size]).all()
     assert bloom.contains(both[size:]).mean() <= rate_max
+
+
+def test_many_keys_at_once_need_no_memory_of_their_own() -> None:
+    """A month's runs enter the older tier together, when a partition is assigned: what computes their places does not
+    grow with them.
+    """
+    keys = np.random.default_rng(3).integers(0, 2**64 - 1, 1_000_000, np.uint64)
+    bloom = BloomFilter(len(keys))
+    tracemalloc.start()
+    try:
+        bloom.add(keys)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - bloom.nbytes < 2 * keys.nbytes
+    assert bloom.contains(keys).all()
 
 
 def test_repeats_within_a_batch_are_suspected() -> None:
