@@ -14,6 +14,7 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.answers import By, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
 from schemas.catalogue import Catalogue, Version
+from schemas.cell_run import to_milliseconds
 from schemas.credits import format_credits, millicredits_of
 from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, UnknownId
@@ -79,8 +80,8 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
 
 def _refuse_late(client: Client, version: Version) -> None:
     ((late,),) = client.query(
-        "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= {starts:DateTime64(3)}",
-        parameters={"starts": version.effective_from},
+        "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= fromUnixTimestamp64Milli({starts:Int64}, 'UTC')",
+        parameters={"starts": to_milliseconds(version.effective_from)},
     ).result_rows
     if late:
         raise Problem(

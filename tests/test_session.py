@@ -5,13 +5,17 @@ from typing import Any, Final
 import pytest
 from clickhouse_connect.driver.client import Client
 
+from schemas.catalogue import Catalogue, Version
+from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool, Reason
+from schemas.problem import Problem
 from sinks import account_queries, accounts, clickhouse, dead_letters, filter_keys
 from sinks.clickhouse import DatabaseError, connect
 from sinks.ledger import Chain, Insert, Ledger
+from sinks.queries import pin_catalogue
 from streams.recovery import names_of
 from tests.account_rows import AccountRows, at
-from tests.ledger_rows import assert_books_close, batch, run_id, write
+from tests.ledger_rows import assert_books_close, batch, recorded_ms, run_id, write
 
 CHAIN: Final = Chain("cell-runs", "topic-1", 0)
 EVENTS: Final = Chain("account-events", "topic-2", 0)
@@ -122,3 +126,19 @@ def test_an_answer_that_reaches_a_limit_fails_and_is_not_cut(
         pytest.raises(DatabaseError, match=r"(?i)limit"),
     ):
         filter_keys.recent_run_keys(client, CHAIN, 0)
+
+
+@pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
+def test_a_late_catalogue_version_is_seen_in_any_time_zone(
+    client: Client, ledger_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its effective_from is an instant: read as one of the server's zone, a version would come in behind its runs."""
+    write(Ledger(client), CHAIN, ROWS - 1)
+    late = Version(
+        number=1, effective_from=from_milliseconds(recorded_ms(0)), content_hash="", actions={}, file="v1.toml"
+    )
+    with (
+        connect_under({"session_timezone": "America/New_York"}, ledger_url, monkeypatch) as abroad,
+        pytest.raises(Problem, match=f"{ROWS} runs since its effective_from"),
+    ):
+        pin_catalogue(abroad, Catalogue([late]))
