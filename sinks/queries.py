@@ -53,9 +53,26 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
     """Record versions at their first use. Problem when one was changed, removed, or comes after its own time.
 
     A version is immutable and deployed before it takes effect, so that a run is priced the same whenever it is rated.
+    Of workers that use a version first at the same time, the first one's content stands.
     """
+    new = _unpinned(client, catalogue)
+    for version in new:
+        _refuse_late(client, version)
+    if new:
+        client.insert(
+            "catalogue_versions",
+            [[version.number, version.content_hash, version.effective_from, version.file] for version in new],
+            column_names=["number", "content_hash", "effective_from", "file"],
+        )
+        _unpinned(client, catalogue)
+
+
+def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
+    """Versions that no worker has loaded yet. Problem when one that was is not as it was then."""
     pinned: dict[int, str] = dict(
-        client.query("SELECT number, any(content_hash) FROM catalogue_versions GROUP BY number").result_rows  # type: ignore[arg-type]
+        client.query(
+            "SELECT number, argMin(content_hash, (first_used_at, content_hash)) FROM catalogue_versions GROUP BY number"
+        ).result_rows  # type: ignore[arg-type]
     )
     by_number = {version.number: version for version in catalogue.versions}
     for number, content in sorted(pinned.items()):
@@ -67,15 +84,7 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
                 f"{by_number[number].file}: a worker has loaded version {number} with another content",
                 "Restore the file; a new price is a new version.",
             )
-    new = [version for version in catalogue.versions if version.number not in pinned]
-    for version in new:
-        _refuse_late(client, version)
-    if new:
-        client.insert(
-            "catalogue_versions",
-            [[version.number, version.content_hash, version.effective_from, version.file] for version in new],
-            column_names=["number", "content_hash", "effective_from", "file"],
-        )
+    return [version for version in catalogue.versions if version.number not in pinned]
 
 
 def _refuse_late(client: Client, version: Version) -> None:

@@ -12,6 +12,7 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.catalogue import Catalogue, Version
 from schemas.problem import Problem
+from sinks import queries
 from sinks.clickhouse import DatabaseError, connect
 from sinks.ledger import Chain, Ledger
 from sinks.migrate import migrate, pending, read_migrations, require_migrated
@@ -182,6 +183,22 @@ def test_a_changed_version_is_refused(client: Client) -> None:
     with pytest.raises(Problem, match=r"changed: renamed.toml: a worker has loaded version 1 with another content"):
         pin_catalogue(client, Catalogue([changed]))
     assert pinned(client) == [(1, "as it was")]
+
+
+def test_of_two_contents_that_come_at_once_the_first_stands(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers look, and neither finds the version: the one that writes it down second must not price by its own."""
+    others = version(1, LONG_AGO)
+    own = msgspec.structs.replace(others, content_hash="changed", file="mine.toml")
+
+    def another_is_first(_: Client, found: Version) -> None:
+        monkeypatch.undo()
+        pin_catalogue(client, Catalogue([others]))
+        assert found is own
+
+    monkeypatch.setattr(queries, "_refuse_late", another_is_first)
+    with pytest.raises(Problem, match=r"changed: mine.toml: a worker has loaded version 1 with another content"):
+        pin_catalogue(client, Catalogue([own]))
+    pin_catalogue(client, Catalogue([others]))
 
 
 def test_a_removed_version_is_refused(client: Client) -> None:
