@@ -18,7 +18,7 @@ from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.balances import METERED, Balances, Notice
-from streams.duplicates import KeyFilter
+from streams.duplicates import KEYS_AT_ONCE, KeyFilter
 from streams.facts import openings
 from streams.limits import FOREVER_MS
 from streams.messages import Source
@@ -30,8 +30,6 @@ from streams.voice import Outlets, Voice
 
 EXACT_DAYS: Final = 30
 """Runs since the batch month of so many days ago are in the filter's exact tier; older ones in its Bloom filter."""
-OLDER_KEYS_AT_ONCE: Final = 100_000
-"""Keys that go into the Bloom filter between two breaths of the event loop."""
 LOAD_S_MAX: Final = 60
 """How long an assignment waits for an answer of the ledger."""
 RECOVERY_S_MAX: Final = 300
@@ -163,11 +161,13 @@ class Loader:
         return run_filter
 
     async def _load_older(self, run_filter: KeyFilter, chain: Chain, since: float) -> None:
-        """The Bloom tier, month by month; meanwhile every run is a candidate."""
+        """The Bloom tier, month by month, a breath of the event loop between its parts; meanwhile every run is a
+        candidate.
+        """
         for month in await self._look_up_aside(filter_keys.older_months, chain, since):
             keys = await self._look_up_aside(filter_keys.run_keys_of, chain, month)
-            for start in range(0, len(keys), OLDER_KEYS_AT_ONCE):
-                run_filter.add_older(keys[start : start + OLDER_KEYS_AT_ONCE])
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                run_filter.add_older(keys[start : start + KEYS_AT_ONCE])
                 await asyncio.sleep(0)
         run_filter.is_complete = True
 
