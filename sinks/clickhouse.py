@@ -35,16 +35,20 @@ SESSION: Final[dict[str, Any]] = {
     "optimize_use_projections": 1,
     # Look-ups of duplicates name many runs.
     "max_query_size": 16 * 1024 * 1024,
-    # Indexes are few and small: more threads for them, or a look at them while reading, cost more than they spare.
+    # Indexes are few and small: more threads for them cost more than they spare.
     "max_threads_for_indexes": 1,
-    "use_skip_indexes_on_data_read": 0,
 }
 """Set on every connection: what the protocol and the questions rest on is not left to the profile of the ledger's user.
 """
-_NEWER: Final = {"deduplicate_insert": "enable", "use_strict_insert_block_limits": 0}
-"""The same where the server knows them (26.2, 26.4): the first stands above ``insert_deduplicate``, the second would
-part an insert.
-"""
+_NEWER: Final[dict[str, Any]] = {
+    # Stands above ``insert_deduplicate`` (since 26.2).
+    "deduplicate_insert": "enable",
+    # Would part an insert (26.4).
+    "use_strict_insert_block_limits": 0,
+    # A look at indexes while reading costs more than it spares, too (25.9).
+    "use_skip_indexes_on_data_read": 0,
+}
+"""The same, where the server knows them: one that does not refuses them."""
 
 # What it logs it also raises; without a handler Python would print it beside a command's one line.
 logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())

@@ -52,6 +52,15 @@ def test_an_insert_is_one_part_and_lands_once(
         assert_books_close(client, CHAIN, range(ROWS))
 
 
+def test_an_older_server_is_not_asked_for_what_it_does_not_know(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse every statement; and it has no switch of that name to turn over."""
+    monkeypatch.setattr(clickhouse, "_NEWER", {"a_switch_of_tomorrow": 1})
+    with connect(database_url) as client:
+        assert client.query("SELECT 1").result_rows == [(1,)]
+
+
 def answers(client: Client) -> dict[str, Any]:
     """Questions of which each has something that a profile could turn over."""
     tail = accounts.tail_of(client, CHAIN, -1, EVENTS, -1)
