@@ -83,7 +83,7 @@ def ask(settings: Settings, url: str = "") -> Iterator["Answers"]:
     elif not home.ledger.exists():
         raise Problem(
             "there is no ledger yet",
-            f"{home.path} is empty",
+            f"{home.path} holds none",
             "Run `creditstream demo` or `creditstream worker --embedded`.",
         )
     else:

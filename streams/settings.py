@@ -119,7 +119,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str | int]:
         stem = name.removesuffix("_FILE")
         if name in known:
             values[known[name]] = value
-        elif known.get(stem) in SECRETS:
+        elif known.get(stem) in SECRETS and stem not in environ:
             values[known[stem]] = _read_secret(name, value)
     return values
 
@@ -133,9 +133,10 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def _read_secret(name: str, path: str) -> str:
     try:
-        return Path(path).read_text().rstrip("\n")
-    except OSError as error:
-        raise Problem("a secret cannot be read", f"{name}={path}: {error.strerror}", "Check the file.") from error
+        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise Problem("a secret cannot be read", f"{name}={path}: {why}", "Check the file.") from error
 
 
 def origins(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[Origin]:

@@ -196,7 +196,12 @@ def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
     [
         (("plan", "set", WORKSPACE, "gold"), 4, "no plan 'gold': the plan lists name cancelled, "),
         (("grant", WORKSPACE, "0"), 1, "the premium_granted event is wrong: `credits` must be more than 0"),
-        (("grant", WORKSPACE, "1.2345"), 2, "'1.2345' is no amount; write 500 or 0.5, with at most 3 decimals."),
+        (
+            ("grant", WORKSPACE, "1.2345"),
+            2,
+            "'1.2345' is no amount; write 500 or 0.5, at most 12 digits and 3 decimals.",
+        ),
+        (("grant", WORKSPACE, "1" * 13), 2, "is no amount; write 500 or 0.5, at most 12 digits and 3 decimals."),
         (("grant", WORKSPACE, "0,5"), 2, "'0,5' is no amount"),
         (("limits", "set", WORKSPACE, "--remaining-below", "1e3"), 2, "'1e3' is no amount"),
         (("grant", "", "5"), 1, "the premium_granted event is wrong: field `workspace_id`"),

@@ -2,10 +2,13 @@
 
 from importlib import import_module
 from inspect import Parameter, signature
+from pathlib import Path
 
 import pytest
 
-from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers
+from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers, ask
+from schemas.problem import Problem
+from streams.settings import Settings
 
 
 def test_what_a_worker_is_asked_the_ledger_is_asked_too() -> None:
@@ -23,3 +26,10 @@ def test_both_ways_take_the_same_and_give_the_same(question: str) -> None:
     named = [name for name, one in over_http.parameters.items() if one.kind != Parameter.VAR_KEYWORD]
     assert list(of_ledger.parameters)[: len(needed) + len(named) - 1] == [*needed, *named[1:]]
     assert of_ledger.return_annotation == over_http.return_annotation
+
+
+def test_a_directory_without_a_ledger_is_not_called_empty(tmp_path: Path) -> None:
+    """Anything else may lie in it: a mistyped home."""
+    (tmp_path / "letter").touch()
+    with pytest.raises(Problem, match=f"no ledger yet: {tmp_path} holds none"), ask(Settings(home=str(tmp_path))):
+        pass

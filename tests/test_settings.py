@@ -47,12 +47,24 @@ def test_a_value_out_of_its_bounds_is_refused_by_name(name: str, value: str) -> 
 
 
 def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
-    """Without the line break that editors add; a missing file is named."""
+    """Without the line break that editors add; a file that is missing, or no text, is named."""
     secret = tmp_path / "password"
     secret.write_text("chosen\n")
     assert read_settings({"CREDITSTREAM_LEDGER_PASSWORD_FILE": str(secret)}).ledger_password == "chosen"
     with pytest.raises(Problem, match="CREDITSTREAM_LEDGER_PASSWORD_FILE"):
         read_settings({"CREDITSTREAM_LEDGER_PASSWORD_FILE": str(tmp_path / "none")})
+    secret.write_bytes(b"\xff\xfe")
+    with pytest.raises(Problem, match=r"CREDITSTREAM_LEDGER_PASSWORD_FILE=.*it is not UTF-8"):
+        read_settings({"CREDITSTREAM_LEDGER_PASSWORD_FILE": str(secret)})
+
+
+def test_a_secret_that_is_given_itself_wins_over_its_file(tmp_path: Path) -> None:
+    """In whatever order the environment has them: `config` names the same one as the origin."""
+    secret = tmp_path / "password"
+    secret.write_text("of the file")
+    both = {"CREDITSTREAM_KAFKA_PASSWORD": "given", "CREDITSTREAM_KAFKA_PASSWORD_FILE": str(secret)}
+    for environ in (both, dict(reversed(both.items()))):
+        assert read_settings(environ).kafka_password == "given"
 
 
 def test_config_shows_value_origin_bounds_and_meaning_and_no_secret() -> None:

@@ -227,7 +227,7 @@ class Credits(click.ParamType):
         try:
             return msgspec.convert(value, account.Credits)
         except msgspec.ValidationError:
-            self.fail(f"{value!r} is no amount; write 500 or 0.5, with at most 3 decimals.", param, ctx)
+            self.fail(f"{value!r} is no amount; write 500 or 0.5, at most 12 digits and 3 decimals.", param, ctx)
 
 
 def as_of_option(command: F) -> F:
