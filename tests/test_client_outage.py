@@ -59,10 +59,11 @@ def _configuration(process: psutil.Process) -> str:
 
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
 def test_an_outage_is_noticed_by_the_gate_and_survived_by_the_producer(
-    mortal: EmbeddedKafka, tmp_path: Path, how: str
+    mortal: EmbeddedKafka, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    """While Kafka is gone, or its connection brings nothing, the gate says that it is stale, and recording goes on.
-    Afterwards the gate goes on where it was, no run is lost, and no first copy has overtaken another.
+    """While Kafka is gone, or its connection brings nothing, the gate says that it is stale, in its log once, and
+    recording goes on. Afterwards the gate goes on where it was, no run is lost, and no first copy has overtaken
+    another.
     """
     settings = fresh_settings(mortal.bootstrap, LIMIT_STATES, CELL_RUNS, home=str(tmp_path))
     publish(settings, [record_of(limit_state(f"ws_{number}", "5", 1)) for number in range(50)])
@@ -87,6 +88,7 @@ def test_an_outage_is_noticed_by_the_gate_and_survived_by_the_producer(
         mortal.stop() if how == "stopped" else java.suspend()
         record(producer, 200)
         wait_until(lambda: gate.check("ws_1", "enrich_person").reason == Because.STALE, "stale")
+        assert caplog.text.count("the gate has trouble") <= 1
         wait_until(lambda: producer.counts().waiting_in_spool, "in the spool")
         record(producer, 200)
         if how == "stopped":

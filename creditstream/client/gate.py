@@ -170,6 +170,7 @@ class _Ends:
 
     def __init__(self, admin: AdminClient, topic: str, count: int, learned: Callable[[], bool]) -> None:
         self.learned: Final = learned
+        self.is_reached = False
         self._asked_s: Final = time.monotonic()
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         places = {TopicPartition(topic, partition): latest for partition in range(count)}
@@ -183,14 +184,15 @@ class _Ends:
         return time.monotonic() - self._asked_s
 
     def is_answered(self) -> bool:
-        """Whether `reached` may be asked."""
+        """Whether `reach` may be asked."""
         return all(future.done() for future in self._futures.values())
 
-    def reached(self, positions: dict[int, int]) -> bool:
+    def reach(self, positions: dict[int, int]) -> bool:
         """Whether the positions have come to these ends. KafkaException when the broker did not say."""
-        return all(
+        self.is_reached = all(
             positions.get(place.partition, -1) >= future.result(0).offset for place, future in self._futures.items()
         )
+        return self.is_reached
 
 
 class _Follower(threading.Thread):
@@ -280,14 +282,16 @@ class _Follower(threading.Thread):
         """Ask for the ends now and then; when they are reached, say so."""
         if ends is None:
             return _Ends(admin, self._topic, count, self._learn_fresh())
+        if ends.is_reached:  # said once: by now there may be another trouble, of which this answer knows nothing
+            return None if ends.age_s >= ASK_EVERY_S else ends
         if not ends.is_answered():
             return ends
         try:
-            if ends.reached(self._positions):
+            if ends.reach(self._positions):
                 self.trouble.end()
                 if ends.learned():
                     self.caught_up.set()
-                return None if ends.age_s >= ASK_EVERY_S else ends
+                return ends
         except KafkaException as error:
             if error.args[0].code() in _NO_TOPIC:
                 raise
