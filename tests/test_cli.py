@@ -174,7 +174,7 @@ def test_runs(settings: dict[str, str | int]) -> None:
     assert creditstream("runs", "ws_none", settings=settings).out == "ws_none has no such runs.\n"
     assert "there may be more" not in text.out
     assert (
-        "--limit 1 is reached: there may be more."
+        "\n\n--limit 1 is reached: there may be more."
         in creditstream("runs", WORKSPACE, "--limit", "1", settings=settings).out
     )
 

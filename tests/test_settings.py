@@ -109,3 +109,9 @@ def test_commands_go_to_the_kafka_that_the_variable_names(tmp_path: Path, monkey
         assert (shown["value"], shown["origin"]) == ("kafka:9", "CREDITSTREAM_KAFKA_BOOTSTRAP")
         monkeypatch.delenv("CREDITSTREAM_KAFKA_BOOTSTRAP")
         assert kafka_settings_of(str(tmp_path)).kafka_bootstrap == "127.0.0.1:5"
+
+
+def test_a_home_that_cannot_be_read_is_a_problem_for_those_who_need_its_kafka(tmp_path: Path) -> None:
+    """As it is for those who ask its ledger: what is wrong with the directory."""
+    with pytest.raises(Problem, match=r"cannot be read: File name too long\. Choose a directory"):
+        kafka_settings_of(str(tmp_path / ("long" * 100)))

@@ -72,7 +72,7 @@ def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
 def kafka_settings_of(home: str | None = None) -> Settings:
     """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
     place = Home.at(home)
-    if variable("kafka_bootstrap") not in os.environ and place.kafka.exists() and not place.worker():
+    if variable("kafka_bootstrap") not in os.environ and not place.worker() and place.kafka.exists():
         if pid := place.starting():
             why = f"process {pid} holds {place.path}: a worker that starts, or another command"
             raise Unreachable("Kafka does not run yet", why, "Try again in a few seconds.")
@@ -107,7 +107,7 @@ def show_rows(
     else:
         _print_table(rows, read or columns)
         if len(rows) == limit:
-            say(f"--limit {limit} is reached: there may be more.")
+            say("", f"--limit {limit} is reached: there may be more.")
 
 
 def show_record(record: msgspec.Struct) -> None:
