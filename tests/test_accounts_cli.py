@@ -127,6 +127,8 @@ def test_it_is_said_what_an_event_means(settings: dict[str, str | int]) -> None:
     )
     again = said("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE, "--wait")
     assert again[1].startswith("Nothing has changed: the run was reversed at accounts-account-events[")
+    (_, more) = said("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE)
+    assert re.search(rf"explain {MAILS[0].run_id} --workspace {WORKSPACE}` shows what became of it", more)
 
 
 def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> None:

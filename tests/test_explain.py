@@ -313,6 +313,15 @@ def test_when_a_dead_letter_ran_is_left_to_its_bytes() -> None:
     )
 
 
+def test_of_a_run_that_only_its_reversal_names_nothing_is_said_that_nobody_knows() -> None:
+    """Neither a cell nor an outcome."""
+    unknown = letter(2, Reason.UNKNOWN_RUN, table_id="", column_id="", row_id="", outcome="", action="")
+    lines = explained(explain([unknown], 0, EXAMPLES))
+
+    assert "  where      workspace ws_1" in lines
+    assert not any(line.startswith("  outcome") for line in lines)
+
+
 def test_another_workspace_is_not_told_of() -> None:
     """Two workspaces that use one run id have two runs; neither hears of the other's."""
     rows = [row(), copy(9, workspace_id="ws_2"), letter(10, Reason.CONFLICTING_DUPLICATE, workspace_id="ws_2")]
@@ -372,7 +381,7 @@ def test_a_run_id_of_two_workspaces_needs_the_workspace(client: Client) -> None:
     assert {name: (one.workspace_id, one.credits) for name, one in found.items()} == {
         "ws_1": ("ws_1", "2"), "ws_2": ("ws_2", "1")
     }  # fmt: skip
-    with pytest.raises(UnknownId, match="no event of ws_3 carried this id"):
+    with pytest.raises(UnknownId, match="no event of ws_3 that could be read carried this id"):
         explanation(client, run_id(1), EXAMPLES, "ws_3")
 
 

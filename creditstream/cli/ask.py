@@ -118,15 +118,16 @@ def explained(run: Explanation) -> list[str]:
         filter(None, [run.triggered_by and f"triggered by {run.triggered_by}", run.actor and f"by {run.actor}"])
     )
     is_parked = run.kind == Kind.DEAD_LETTER
+    cell = f", table {run.table_id}, column {run.column_id}, row {run.row_id}" if run.table_id else ""
     lines = [
         run.sentence,
         "",
         f"  rule       {run.rule}: {run.rule_text}",
         f"  priced by  {version}",
         f"  when       {'' if is_parked else f'ran {utc(run.ran_at)}, '}received {utc(run.recorded_at)}",
-        f"  where      workspace {run.workspace_id}, table {run.table_id}, column {run.column_id}, row {run.row_id}",
+        f"  where      workspace {run.workspace_id}{cell}",
         *([f"  who        {who}"] if who else []),
-        f"  outcome    {run.outcome or '-'}, own API key: {'yes' if run.own_api_key else 'no'}",
+        *([f"  outcome    {run.outcome}, own API key: {'yes' if run.own_api_key else 'no'}"] if run.outcome else []),
     ]
     if run.not_free_because:
         lines.append(f"  not free   {'; '.join(run.not_free_because)}")

@@ -39,13 +39,13 @@ def of_plan(workspace: str, plan: Plan, since: datetime, restarts: bool, metered
             "A larger allowance counts from then on; a smaller one, too, on the first day of a billing period, "
             "and otherwise from the next period on."
         )
-    return [*told, *_known(metered), _more("plan show", workspace, metered)]
+    return [*told, *_known(metered), _more(f"plan show {quote(workspace)}", metered)]
 
 
 def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | None) -> list[str]:
     """Premium credits."""
     told = f"{workspace} is granted {grouped(credits)} premium credits from {utc(since)} on; they never expire."
-    return [told, *_moved(metered), _more("balance", workspace, metered)]
+    return [told, *_moved(metered), _more(f"balance {quote(workspace)}", metered)]
 
 
 def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
@@ -54,18 +54,13 @@ def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[s
     if metered and metered.row.kind == Kind.REVERSAL:
         drawn = group_credits(-metered.row.credits)
         told = f"Run {run_id} of {workspace} is taken back: {drawn} credits are given back, on the day that it ran."
-    more = (
-        f"More: `creditstream explain {run_id} --workspace {quote(workspace)}`"
-        if metered
-        else _more("balance", workspace, None)
-    )
-    return [told, *_moved(metered), more]
+    return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quote(workspace)}", metered)]
 
 
 def of_limits(workspace: str, metered: Metered | None) -> list[str]:
     """Thresholds."""
     told = told_limits(metered.limits) if metered else f"{workspace} has other thresholds as soon as it is metered."
-    return [told, *_known(metered), _more("limits show", workspace, metered)]
+    return [told, *_known(metered), _more(f"limits show {quote(workspace)}", metered)]
 
 
 def told_limits(found: LimitsInForce) -> str:
@@ -101,6 +96,6 @@ def _known(metered: Metered | None) -> list[str]:
     return [f"Nothing has changed: {metered.row.detail}."]
 
 
-def _more(command: str, workspace: str, metered: Metered | None) -> str:
-    asked = f"`creditstream {command} {quote(workspace)}`"
+def _more(words: str, metered: Metered | None) -> str:
+    asked = f"`creditstream {words}`"
     return f"More: {asked}" if metered else f"It is on its way; {asked} shows what became of it."

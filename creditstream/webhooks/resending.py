@@ -67,7 +67,7 @@ def resend(
     topic = require_topic(Broker(settings), settings.topic(LIMIT_ALERTS), settings)
     found = find_alert(settings, topic.name, range(topic.partitions), alert_id)
     if found is None:
-        fix = "Copy the id from the log; alerts are kept for 40 days."
+        fix = "See `creditstream alerts list`; alerts are kept for 40 days."
         raise UnknownId(f"no alert {alert_id}", f"{topic.name} does not have it", fix)
     partition, message = found
     alert = decode_alert(message)
