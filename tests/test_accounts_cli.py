@@ -255,7 +255,7 @@ def test_a_crossing_is_explained_by_the_run_that_caused_it(
     assert (alert.used, alert.allowance, alert.thresholds, alert.run_id) == ("2", "4", [50], str(runs[1].run_id))
     worker.wait_until_metered()  # an alert leaves before its row is in the ledger
     done = creditstream("explain", str(runs[1].run_id), settings=settings)
-    assert "  balance    3 -> 2 of 4 premium credits left, no plan" in done.out
+    assert "  balance    3 -> 2 of 4 premium credits left\n" in done.out
     assert "  alert      crossed 50 %, sent " in done.out
     periods = worker.answers._get("/v1/periods", list[PeriodRow], workspace_id="ws_close")
     assert [row.period_end > NOW.date() for row in periods] == [True]

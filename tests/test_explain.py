@@ -5,11 +5,12 @@ from decimal import Decimal
 from typing import Any, Final
 from uuid import UUID
 
+import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
 from creditstream.cli.ask import explained
-from schemas.answers import Delivery
+from schemas.answers import BalanceMove, Delivery
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
@@ -320,6 +321,23 @@ def test_of_a_run_that_only_its_reversal_names_nothing_is_said_that_nobody_knows
 
     assert "  where      workspace ws_1" in lines
     assert not any(line.startswith("  outcome") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("move", "line"),
+    [
+        (("0", "-1", "0", "50k"), "0 -> 1 premium credits drawn"),
+        (("3", "2", "4", "50k"), "3 -> 2 of 4 premium credits left"),
+        (("0", "-1", "4", ""), "0 -> -1 of 4 premium credits left"),
+    ],
+)
+def test_a_plan_says_nothing_of_premium_credits(move: tuple[str, str, str, str], line: str) -> None:
+    """What a premium run moved is measured by grants alone, whatever the workspace's plan is."""
+    before, after, allowance, plan = move
+    balance = BalanceMove(pool=Pool.PREMIUM, before=before, after=after, allowance=allowance, plan=plan)
+    lines = explained(msgspec.structs.replace(explain([row()], 1, EXAMPLES), balance=balance))
+
+    assert f"  balance    {line}" in lines
 
 
 def test_another_workspace_is_not_told_of() -> None:

@@ -148,15 +148,17 @@ def _moved(run: Explanation) -> list[str]:
     """What the run did to the balance, and whom it alarmed."""
     lines = []
     if move := run.balance:
-        period = f", period {move.period_start} to before {move.period_end}" if move.period_start else ""
-        if move.plan or move.allowance != "0":
+        terms = ""
+        if move.period_start:  # neither period nor plan say anything of the premium pool
+            plan = f"plan {move.plan}" if move.plan else "no plan"
+            terms = f", period {move.period_start} to before {move.period_end}, {plan}"
+        if move.allowance != "0" or (move.plan and terms):
             moved = f"{grouped(move.before)} -> {grouped(move.after)}"
             balance = f"{moved} of {grouped(move.allowance)} {move.pool} credits left"
         else:
             drawn = (grouped(text).removeprefix("-") for text in (move.before, move.after))
             balance = f"{' -> '.join(drawn)} {move.pool} credits drawn"
-        plan = f", plan {move.plan}" if move.plan else ", no plan"
-        lines.append(f"  balance    {balance}{period}{plan}")
+        lines.append(f"  balance    {balance}{terms}")
     if alert := run.alert:
         percents = ", ".join(f"{percent} %" for percent in alert.thresholds)
         lines.append(f"  alert      {alert.kind}{f' {percents}' if percents else ''}, sent {utc(alert.published_at)}")
