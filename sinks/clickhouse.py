@@ -133,8 +133,11 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
         return client
     except ClickHouseError as error:
         if isinstance(error, OperationalError):
+            cause: BaseException = error
+            while cause.__cause__:
+                cause = cause.__cause__
             raise Unreachable(
-                f"ClickHouse at {place} does not answer", first_line(error), "Start it or set CREDITSTREAM_LEDGER_URL."
+                f"ClickHouse at {place} does not answer", first_line(cause), "Start it or set CREDITSTREAM_LEDGER_URL."
             ) from error
         raise Problem(
             f"ClickHouse at {place} refused the connection",
@@ -151,6 +154,6 @@ def _set_newer(client: Client) -> None:
         client.set_client_setting(name, _NEWER[name])
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a database error says, without its stack."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

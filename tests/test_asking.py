@@ -1,5 +1,6 @@
 """Who answers a question: both ways are one, which no type checker sees."""
 
+import re
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers, ask
-from schemas.problem import Problem
+from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 
 
@@ -33,3 +34,12 @@ def test_a_directory_without_a_ledger_is_not_called_empty(tmp_path: Path) -> Non
     (tmp_path / "letter").touch()
     with pytest.raises(Problem, match=f"no ledger yet: {tmp_path} holds none"), ask(Settings(home=str(tmp_path))):
         pass
+
+
+def test_a_server_that_does_not_answer_is_said_in_the_transports_own_words(tmp_path: Path) -> None:
+    """Without what each library on the way has wrapped around them."""
+    nobody = Settings(home=str(tmp_path), ledger_url="http://127.0.0.1:1")
+    line = r"^ClickHouse at 127\.0\.0\.1:1 does not answer: \[Errno \d+\] Connection refused\. Start it or set"
+    with pytest.raises(Unreachable) as refused, ask(nobody):
+        pass
+    assert re.match(line, str(refused.value))
