@@ -265,9 +265,10 @@ def _instant(as_of: datetime | None) -> str | None:
 
 
 def _problem_of(error: "HTTPError") -> Problem:
-    body = error.read()
+    body, said = error.read(), f"{error.code} {error.reason}"
     try:
         told = msgspec.json.decode(body, type=dict[str, Any])
+        said = f"{error.code}: {told['detail']}" if "detail" in told else said
         return _PROBLEMS[told["exit_code"]](told["what"], told["why"], told["fix"])
     except (msgspec.MsgspecError, KeyError):
-        return Problem("the worker refused the question", f"{error.code}: {body[:200].decode(errors='replace')}")
+        return Problem("the worker refused the question", said, "Is this the read API of a worker of this version?")

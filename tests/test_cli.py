@@ -456,21 +456,37 @@ def test_what_does_not_answer_is_exit_code_5(tmp_path: Path) -> None:
     assert "does not answer" in line_of(creditstream("usage", WORKSPACE, settings=elsewhere), 5)
 
 
-def test_a_refusal_that_breaks_off_is_exit_code_5() -> None:
-    """A worker that ends in the middle of its answer does not answer, also where that would have been a no."""
+def refused_with(answer: bytes) -> Finished:
+    """A question to somebody who answers so."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def refuse() -> None:
             asked, _ = server.accept()
             with asked:
                 asked.recv(65_536)
-                asked.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{")
+                asked.sendall(answer)
 
         refusing = Thread(target=refuse)
         refusing.start()
         done = creditstream("balance", WORKSPACE, "--url", f"http://127.0.0.1:{server.getsockname()[1]}")
         refusing.join()
+    return done
+
+
+def test_a_refusal_that_breaks_off_is_exit_code_5() -> None:
+    """A worker that ends in the middle of its answer does not answer, also where that would have been a no."""
+    done = refused_with(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{")
     assert "does not answer" in line_of(done, 5)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [(b"<!DOCTYPE HTML>\n<html>\n", "404 Not Found"), (b'{"detail":"no such path"}', "404: no such path")],
+)
+def test_a_server_that_is_no_worker_is_told_from_one(page: bytes, said: str) -> None:
+    """In one line, whatever page it answers with, and with what to look at."""
+    line = line_of(refused_with(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page)), 1)
+    assert line.endswith(f"the worker refused the question: {said}. Is this the read API of a worker of this version?")
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
