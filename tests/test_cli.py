@@ -145,7 +145,9 @@ def test_usage(settings: dict[str, str | int]) -> None:
 
 def test_usage_of_nobody(settings: dict[str, str | int]) -> None:
     """A workspace without runs is an answer, not an error."""
-    assert creditstream("usage", "ws_none", settings=settings).out == "ws_none has no runs in these days.\n"
+    assert creditstream("usage", "ws_none", settings=settings).out == "ws_none has no runs.\n"
+    dated = creditstream("usage", "ws_none", "--from", "2026-01-01", settings=settings)
+    assert dated.out == "ws_none has no runs in these days.\n"
     assert read_json(creditstream("usage", "ws_none", "--format", "json", settings=settings)) == []
 
 

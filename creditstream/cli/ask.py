@@ -60,7 +60,7 @@ def usage(
             else answers.usage(workspace, By(by), *days)
         )
     columns = (*By(by).keys, "pool", "credits", "runs", "free_runs")
-    show_rows(rows, form, columns, f"{workspace} has no runs in these days.")
+    show_rows(rows, form, columns, f"{workspace} has no runs{' in these days' if start or end or period else ''}.")
     if rows and form == "text":
         say("", f"More: `creditstream runs {quote(workspace)}`")
 

@@ -63,7 +63,7 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
         f"{letter.position} was set aside as {letter.reason}: {letter.detail}",
         "",
         f"  received   {utc(letter.recorded_at)}",
-        f"  key        {letter.raw_key}",
+        f"  key        {letter.raw_key or '-'}",
         f"  headers    {letter.raw_headers or '-'}",
         f"  sent again {letter.closed_by or '-'}",
         f"  value      {letter.raw_bytes:,} bytes",
