@@ -41,7 +41,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     waiting_in_memory: int = 0
     """Handed to librdkafka and not acknowledged. Those that are not in the spool as well are lost by a ``kill -9``."""
     waiting_in_spool: int = 0
-    """On disk, and not yet handed over."""
+    """On disk, and not yet handed over; after `close` others take it over, and it is not counted here."""
     spool_bytes: int = 0
     unreadable_segments: int = 0
     """Files of the spool that could not be read when that was last tried: their runs wait. The log names them."""
