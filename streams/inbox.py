@@ -154,7 +154,7 @@ def _up_to(last_ms: int, waiting: deque[Event]) -> Event:
     event = waiting[0]
     number = len(event.chunk)
     if event.chunk[-1].timestamp > last_ms:
-        number = bisect_right(event.chunk, last_ms, key=lambda record: record.timestamp) or 1
+        number = bisect_right(event.chunk, last_ms, key=lambda record: record.timestamp)
     if number == len(event.chunk):
         return waiting.popleft()
     part = event.chunk[:number]

@@ -77,12 +77,15 @@ async def test_account_events_wait_for_runs_that_kafka_still_has() -> None:
     box = Inbox(lambda: False, lambda: (unread[0], unread[1]))
     box.put(backlog(5, of_account=True))
     assert await everything(box) == []
+    assert not box.has_account_events, "nothing that is to be written waits for them"
     box.put(backlog(1, 4, 5))
+    assert box.has_account_events
     assert await everything(box) == [(False, [1, 4, 5])], "another of that instant may follow, and is first"
     box.put(backlog(5, 6))
     assert await everything(box) == [(False, [5]), (True, [5]), (False, [6])]
     box.put(backlog(7, of_account=True))
     unread[0] = 0
+    assert box.has_account_events
     assert await everything(box) == [(True, [7])]
 
 
@@ -95,8 +98,12 @@ async def test_runs_wait_for_account_events_that_kafka_still_has() -> None:
     unread[1] = 2
     box.put(backlog(4, of_account=True))
     assert await everything(box) == [(False, [3, 4]), (True, [4])]
-    unread[1] = 0
+    box.put(backlog(8, of_account=True))
+    assert await everything(box) == [(False, [8]), (True, [8])]
+    box.put(backlog(8, 9))
     assert await everything(box) == [(False, [8])]
+    unread[1] = 0
+    assert await everything(box) == [(False, [9])]
 
 
 async def test_a_topic_of_which_nothing_comes_holds_up_the_other_for_a_bounded_time(
@@ -178,8 +185,10 @@ async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypat
     assert instants(box.take_account_events()) == [1, 3, 5]
 
     behind = True
+    monkeypatch.setattr(inbox, "HELD_S_MAX", 0.05)
+    await asyncio.sleep(0.06)
     box.put(event(7, of_account=True))
-    assert box.take_account_events() == []
+    assert box.take_account_events() == [], "they have not been held yet"
     monkeypatch.setattr(inbox, "HELD_S_MAX", 0.0)
     assert instants(box.take_account_events()) == [7]
 
@@ -191,4 +200,22 @@ async def test_a_full_take_and_a_deadline_end_the_waiting() -> None:
         box.put(event(at_ms, records=40))
     assert instants(await box.take_runs(100, None)) == [0, 1, 2]
     assert instants(await box.take_runs(100, asyncio.get_running_loop().time() + 0.01)) == [3, 4]
-    assert await box.take_runs(100, asyncio.get_running_loop().time() + 0.01) == []
+    box.nudge()
+    assert await box.take_runs(100, None) == []
+    deadline = asyncio.get_running_loop().time() + 0.01
+    assert await box.take_runs(100, deadline) == []
+    assert asyncio.get_running_loop().time() >= deadline, "a nudge is used up"
+
+
+async def test_only_a_long_chunk_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells of a backlog; a run of live traffic goes on at once."""
+    monkeypatch.setattr(inbox, "GATHER_S", 600.0)
+    box = Inbox(lambda: False)
+    async with asyncio.timeout(60):
+        box.put(event(1))
+        assert instants(await box.take_runs(10_000, None)) == [1]
+        box.put(event(2, records=inbox.BACKLOG_CHUNK))
+        gathering = asyncio.create_task(box.take_runs(10_000, None))
+        await asyncio.sleep(0.01)
+        box.put(event(3))
+        assert instants(await gathering) == [2, 3]
