@@ -275,6 +275,17 @@ def test_retry_after_only_lengthens() -> None:
     assert after(waiting(), DOWN._replace(retry_after_s=1), NOW_MS, 0).next_at_ms == NOW_MS + 5_000
 
 
+def test_chance_spreads_a_delay_over_a_fifth_of_it() -> None:
+    """Receivers that were down are not all asked at once."""
+    delays = {after(waiting(), DOWN, NOW_MS, chance).next_at_ms - NOW_MS for chance in range(2000)}
+    assert delays == set(range(5_000, 6_001))
+
+
+def test_only_2xx_is_a_success() -> None:
+    """A receiver that sends elsewhere has not taken it."""
+    assert [status for status in range(100, 600) if Answer(status, "").is_success] == list(range(200, 300))
+
+
 def test_410_ends_a_delivery() -> None:
     """Gone is gone; any other answer is tried again."""
     assert after(waiting(), Answer(410, "410 Gone"), NOW_MS, 0).state is DeliveryState.FAILED
@@ -343,6 +354,9 @@ def test_a_slow_endpoint_is_waited_for_once() -> None:
             found.put(0, after(attempt.delivery, OK, now_ms, 0))
             found.landed(attempt)
 
+    for _ in range(share - 1):
+        found.put(0, waiting("slow"))
+    assert not found.is_crowded(share, NOW_MS), "it has not been full yet"
     fill()
     assert found.is_crowded(share, NOW_MS)
     for second in range(1, 10):
@@ -359,6 +373,19 @@ def test_a_slow_endpoint_is_waited_for_once() -> None:
     assert not found.is_crowded(share, NOW_MS + 100_000)
     fill()
     assert found.is_crowded(share, NOW_MS + 101_000)
+
+
+def test_what_gives_way_is_the_oldest_where_most_waits() -> None:
+    """Not before reading has waited in vain, no more than is too much, and nothing that is in flight."""
+    found = owned(waiting("slow", NOW_MS + 1))
+    most = [waiting("slow") for _ in range(IN_FLIGHT_MAX + 3)]
+    found.own(1, most)
+    share = found.waiting - 2
+    assert len(found.take_due(NOW_MS)) == IN_FLIGHT_MAX
+    found.is_crowded(share, NOW_MS)
+
+    assert found.giving_way(share, NOW_MS + deliveries.PATIENCE_MS - 1) == []
+    assert found.giving_way(share, NOW_MS + deliveries.PATIENCE_MS) == [(1, each) for each in most[IN_FLIGHT_MAX:-1]]
 
 
 def test_a_clock_that_is_set_back_lengthens_no_wait() -> None:
@@ -438,4 +465,6 @@ def test_memory_of_what_ended_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(deliveries, "OVER_MAX", 3)
     done = [after(waiting(), OK, NOW_MS + number, 0) for number in range(5)]
 
-    assert owned(*done).forget_old(NOW_MS) == [(0, done[0].key), (0, done[1].key)]
+    found = owned(*done[:4])
+    found.own(1, done[4:])
+    assert found.forget_old(NOW_MS) == [(0, done[0].key), (0, done[1].key)]

@@ -137,7 +137,7 @@ class Deliveries:
 
     def take_due(self, now_ms: int) -> list[Attempt]:
         """What is to be sent now; each counts as in flight until it is `landed`."""
-        return [attempt for endpoint in list(self._queues) for attempt in self._due_of(endpoint, now_ms)]
+        return [attempt for endpoint in self._queues for attempt in self._due_of(endpoint, now_ms)]
 
     def _due_of(self, endpoint: str, now_ms: int) -> Iterator[Attempt]:
         queue, in_flight = self._queues[endpoint], self._in_flight.setdefault(endpoint, set())
@@ -148,8 +148,6 @@ class Deliveries:
             if found := owned.waiting[endpoint].get(turn.key):
                 in_flight.add((owned.assignment, turn.key))
                 yield Attempt(turn.partition, owned.assignment, found)
-        if not queue:
-            del self._queues[endpoint]
 
     def landed(self, attempt: Attempt) -> bool:
         """The attempt is over. Whether its outcome counts: False when its partition was given to another notifier."""

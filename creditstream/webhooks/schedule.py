@@ -17,6 +17,7 @@ JITTER: Final = 5
 """A delay is longer by chance, by up to one part in so many: receivers that were down are not all asked at once."""
 
 RETRY_AFTER_S_MAX: Final = DELAYS_S[-1]
+"""What a receiver may ask for (`sending`)."""
 BUSY_S: Final = 5
 """How long an endpoint that is overloaded is left alone when it does not say."""
 
@@ -53,7 +54,7 @@ class Answer(NamedTuple):
     def leave_alone_s(self) -> int:
         """For how long nothing should be sent to this endpoint."""
         if self.status in OVERLOADED:
-            return min(self.retry_after_s or BUSY_S, RETRY_AFTER_S_MAX)
+            return self.retry_after_s or BUSY_S
         return 0
 
 
@@ -66,7 +67,7 @@ def after(delivery: Delivery, answer: Answer, now_ms: int, chance: int) -> Deliv
         return _over(delivery, DeliveryState.FAILED, attempts, now_ms, answer.said, delivery.alert)
     delay_ms = DELAYS_S[attempts] * 1000
     delay_ms += chance % (delay_ms // JITTER + 1)
-    wait_ms = max(delay_ms, min(answer.retry_after_s or 0, RETRY_AFTER_S_MAX) * 1000)
+    wait_ms = max(delay_ms, (answer.retry_after_s or 0) * 1000)
     return msgspec.structs.replace(delivery, attempts=attempts, next_at_ms=now_ms + wait_ms, said=answer.said)
 
 
