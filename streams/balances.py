@@ -79,7 +79,7 @@ class Account:
     def __init__(self, name: str, opening: "Opening", now_ms: int) -> None:
         self.name, self.facts = name, opening.facts
         self._first_day = day_of(now_ms) - DAYS_KEPT
-        self._days = array("q", bytes(8 * (DAYS_KEPT + 2)))
+        self._days = array("q")
         for day, credits in opening.enrichment.items():
             self._add(day, credits)
         self._used: Millicredits = 0
@@ -183,7 +183,7 @@ class Account:
         place = METERED.index(pool)
         used = self.standing(pool).used
         drawn, self._looked_at[place] = used - self._looked_at[place], used
-        return drawn > 0 and used + 3 * drawn >= self._next_lines[place]
+        return used + 3 * drawn >= self._next_lines[place]
 
     def aim(self) -> None:
         """Look up the next lines, after a balance has crossed one or fallen."""
@@ -291,8 +291,6 @@ class Balances:
 
     def fold(self, debits: Debits) -> list[Notice]:
         """Fold one take's debits. All its workspaces are in memory."""
-        if not len(debits.offsets):
-            return []
         latest_ms, last = int(debits.recorded_ms.max()), int(debits.offsets[-1])
         notices: list[Notice] = []
         drawing = np.flatnonzero(debits.credits)
@@ -339,7 +337,6 @@ class Balances:
             instant, name = heapq.heappop(self._boundaries)
             account = self._accounts.get(name)
             if account and account.awaited_ms == instant:
-                account.awaited_ms = FOREVER_MS
                 notices += self._advance(account, instant)
                 self.now_ms = max(self.now_ms, instant)
         return notices

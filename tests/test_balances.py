@@ -27,7 +27,17 @@ from streams.unit import Unit
 from tests.account_records import Step, Story, at
 from tests.ledger_rows import wait_until_grown
 from tests.limit_histories import NAMES, SILENCE_MAX, Life, histories, live, referred
-from tests.limit_voices import Rated, Seen, account_row_of, kafka_record, rated, seen_by_sql, seen_of, told_of
+from tests.limit_voices import (
+    Rated,
+    Seen,
+    account_row_of,
+    debits_of,
+    kafka_record,
+    rated,
+    seen_by_sql,
+    seen_of,
+    told_of,
+)
 from tests.records import STEADY
 from tests.reference_limits import ReferenceLimits, Told
 from tests.unit_bench import Bench
@@ -170,6 +180,84 @@ def test_f19_an_eviction_looks_at_a_bounded_number(monkeypatch: pytest.MonkeyPat
     assert [account.name for account in held] == names
     held.evict(0, 0)
     assert [account.name for account in held] == names[3:] + names[:3]
+
+
+def test_f19_who_was_touched_longest_ago_is_evicted_down_to_the_bound() -> None:
+    """A bound that holds lets nobody go."""
+    names = ["ws_a", "ws_b", "ws_c", "ws_a"]
+    stories = [Story(name) for name in names]
+    for hour, story in enumerate(stories):
+        story.run(at(f"Jan 15 0{hour}:00"))
+    held = balances.Balances(2, to_milliseconds(at("Jan 15")))
+    held.load(dict.fromkeys(names, balances.NOTHING))
+    for record in rated([step for story in stories for step in story.steps]):
+        held.fold(debits_of([record]))
+    held.moved.clear()
+    for _ in range(2):
+        held.evict(3, -1)
+        assert [account.name for account in held] == ["ws_c", "ws_a"]
+
+
+def test_alerts_of_a_take_are_told_in_kafkas_order() -> None:
+    """Whatever workspace, and whatever kind they are of."""
+    late, early = Story("ws_a"), Story("ws_b")
+    for story in (late, early):
+        story.plan("4", at("Jan 15"))
+    plans = [account_row_of(record) for record in rated([*late.steps, *early.steps])]
+    for story, hour in ((early, 1), (early, 2), (late, 3), (late, 4), (early, 5), (early, 6)):
+        story.run(at(f"Jan 16 0{hour}:00"))
+    steps = sorted([*late.steps[1:], *early.steps[1:]], key=lambda step: step.recorded)
+    held = balances.Balances(2, to_milliseconds(at("Jan 16")))
+    held.load(openings(["ws_a", "ws_b"], filter(None, plans), []))
+    told = held.fold(debits_of(rated(steps)))
+    assert [(notice.workspace_id, notice.row) for notice in told] == [("ws_b", 1), ("ws_a", 3), ("ws_b", 5)]
+
+
+def test_an_instant_of_one_pool_is_no_news_of_the_other() -> None:
+    """What a planned grant changes is told at once, by itself; of the other pool ``used`` has moved."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.grant("1", at("Jan 15"))
+    story.run(at("Jan 16"), "clearbit_enrich_company")
+    story.grant("5", at("Jan 18"), at("Jan 16 12:00"))
+    story.run(at("Jan 19"))
+    life = Life(accounts_max=100)
+    for record in rated(story.steps):
+        life.tell_states()
+        (life.take_events if record.step.of_account else life.take)([record])
+    assert (life.balances.moved, list(life.balances.urgent)) == (
+        {("ws_1", Pool.ENRICHMENT)}, [("ws_1", Pool.PREMIUM)]
+    )  # fmt: skip
+    assert [(told.kind, told.cause) for told in life.told.values()][-1] == ("recovered", "time")
+
+
+def test_a_line_is_seen_ahead_at_the_pace_of_what_was_drawn() -> None:
+    """What an alert will say is asked for before it is due, and not of a pool that stands still."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    now_ms = to_milliseconds(at("Jan 16"))
+    opening = openings(["ws_1"], filter(None, map(account_row_of, rated(story.steps))), [])["ws_1"]
+    account = balances.Account("ws_1", opening, now_ms)
+    seen = []
+    for credits in (1_000, 1_000, 0, 1_999):
+        account.draw(Pool.ENRICHMENT, day_of(now_ms), credits)
+        seen.append(account.look_ahead(Pool.ENRICHMENT))
+    assert seen == [False, True, False, True]
+
+
+def test_an_account_that_lives_on_keeps_its_last_days() -> None:
+    """Those that a period may hold are there however long it is in memory; what is drawn late for an earlier one is
+    none of theirs.
+    """
+    account = balances.Account("ws_1", balances.NOTHING, to_milliseconds(at("Jan 15")))
+    first = day_of(to_milliseconds(at("Jan 15")))
+    for day in range(first, first + 200):
+        account.draw(Pool.ENRICHMENT, day, day)
+        kept = range(max(first, day - balances.DAYS_KEPT + 1), day + 1)
+        assert [account.used_on(each) for each in kept] == list(kept)
+    for late in range(first - 50, kept[0] - balances.DAYS_KEPT):
+        account.draw(Pool.ENRICHMENT, late, 1)
+    assert [account.used_on(each) for each in kept] == list(kept)
 
 
 def test_runs_ahead_of_the_broker_move_the_state_when_their_period_begins() -> None:

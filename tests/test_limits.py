@@ -52,11 +52,15 @@ def test_lines_are_exact(allowance: int, thresholds: tuple[int, ...], below: int
 
 
 @settings(STEADY)
-@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=4), percents, st.integers(0, 4 * 10**6))
-def test_premium_lines_are_of_the_newest_grant(grants: list[int], thresholds: tuple[int, ...], used: int) -> None:
-    """Percent p stands crossed exactly when at most (100 - p) % of the newest grant remain."""
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=4), percents, st.integers(0, 4 * 10**6), st.integers(1, 4))
+def test_premium_lines_are_of_the_newest_grant(
+    grants: list[int], thresholds: tuple[int, ...], used: int, together: int
+) -> None:
+    """Percent p stands crossed exactly when at most (100 - p) % of the newest grant remain: of the last that arrived,
+    where some take effect together.
+    """
     facts = Facts(
-        grants=tuple(Grant(n, (n, n), granted) for n, granted in enumerate(grants)),
+        grants=tuple(Grant(n // together, (n, n), granted) for n, granted in enumerate(grants)),
         thresholds=Thresholds((0, 0), thresholds, None),
     )
     standing = Standing(terms_of(facts, Pool.PREMIUM, NOON), used)
