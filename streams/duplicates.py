@@ -81,9 +81,7 @@ class KeyFilter:
 
 
 def contains(ordered: Keys, keys: Keys) -> Mask:
-    """Which keys stand in a sorted array."""
-    if not len(ordered):
-        return np.zeros(len(keys), np.bool_)
+    """Which keys stand in a sorted array, which is not empty."""
     place = np.searchsorted(ordered, keys)
     found: Mask = ordered[np.minimum(place, len(ordered) - 1)] == keys
     return found

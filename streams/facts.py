@@ -22,8 +22,6 @@ def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
         else:
             account.facts = with_event(account.facts, row)
 
-    if row.kind == Kind.REVERSAL and row.pool == Pool.NONE:
-        return []
     return balances.apply(row.workspace_id, _CAUSES.get(row.kind), change, row.recorded_ms, row.offset)
 
 

@@ -68,10 +68,8 @@ def add_months(day: Day, months: int) -> Day:
 
 def history(changes: Iterable[PlanChange]) -> tuple[PlanChange, ...]:
     """Plan events in any order → one for each ``effective_ms``, in its order: the last one that arrived stands."""
-    standing: dict[int, PlanChange] = {}
-    for change in sorted(changes, key=lambda change: change.arrival):
-        standing[change.effective_ms] = change
-    return tuple(standing[effective_ms] for effective_ms in sorted(standing))
+    ordered = sorted(changes, key=lambda change: (change.effective_ms, change.arrival))
+    return tuple({change.effective_ms: change for change in ordered}.values())
 
 
 def in_effect(plans: Sequence[PlanChange], as_of_ms: int) -> Sequence[PlanChange]:

@@ -102,7 +102,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     @property
     def as_of(self) -> AsOf | None:
         """Up to where the meter had folded when it wrote the state that decided; None when none did."""
-        return self._gate.states.as_of(self._row, self._offset) if self._row else None
+        return self._gate.states.as_of(self._row, self._offset)
 
     @property
     def age_ms(self) -> int | None:
