@@ -25,9 +25,11 @@ from streams.account_events import (
     rate_events,
     receive,
     substance,
+    with_rows,
 )
 from streams.balances import NOTHING, Balances
 from streams.facts import fold_event, openings
+from streams.limits import Thresholds
 from streams.records import partition_of
 from streams.topics import ACCOUNT_EVENTS
 from tests.account_records import PLANS, PLANS_DIR, Story, Topics, account_record, at, event_id
@@ -105,6 +107,8 @@ def test_the_checks_come_in_the_published_order() -> None:
         (encode_account_event(plan()).replace(b'"10"', b"10"), "`plan`"),
         (b'{"type":"premium_granted","event_id":"%s","workspace_id":"ws_1","effective_at":"2026-01-01T00:00:00Z",'
          b'"credits":"0"}' % str(event_id(1)).encode(), "more than 0"),
+        (b'{"type":"premium_granted","event_id":"%s","workspace_id":"ws_1","effective_at":"2019-12-31T23:59:59Z",'
+         b'"credits":"1"}' % str(event_id(1)).encode(), "before 2020"),
         (b'{"type":"limits_changed","event_id":"%s","workspace_id":"ws_1","thresholds":[101]}'
          % str(event_id(1)).encode(), "thresholds"),
         (b"[" * 2000, ""),
@@ -185,6 +189,20 @@ def test_a_dead_letter_occupies_no_event_id() -> None:
     """Once the plan list knows the plan, the same event is taken."""
     rows = rows_of(account_record(0, plan(plan="later"), NOW), account_record(1, plan(), NOW))
     assert said(rows) == ["dead_letter/unknown_plan", "plan/plan_changed"]
+    on_its_way = with_rows(NOTHING_KNOWN, rows[:1], str)
+    assert said(rows_of(account_record(1, plan(), NOW), known=on_its_way)) == ["plan/plan_changed"]
+
+
+def test_the_newest_limits_stand_in_whatever_order_the_ledger_gives_them() -> None:
+    """Its answer has none. A line at 0 is a line, as that of somebody who wants no other."""
+    story = Story()
+    story.limits(at("Jan 1"), thresholds=[90])
+    story.limits(at("Jan 2"), below="0")
+    records = [account_record(n, step.event, step.recorded) for n, step in enumerate(story.steps)]
+    rows = [account_row(row) for row in rows_of(*records)]
+    for given_by_ledger in (rows, rows[::-1]):
+        found = openings(["ws_1"], given_by_ledger, [])["ws_1"].facts.thresholds
+        assert found == Thresholds((to_milliseconds(at("Jan 2")), 1), (), 0)
 
 
 # Reversals.

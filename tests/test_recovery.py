@@ -83,6 +83,16 @@ def test_an_instant_tells_what_was_known_then() -> None:
     assert instants_of(rows[1:], from_ms, to_ms) == ()
 
 
+def test_a_grant_that_came_tells_of_what_the_pool_had_drawn() -> None:
+    """Of all time: the premium pool has no period."""
+    effective = "Jan 20 12:00"
+    grant = plan_row("Jan 10", effective, 0)._replace(kind=Kind.GRANT, pool="premium", plan="")
+    instant = to_milliseconds(at(effective))
+    opening = openings(["ws_1"], [], [("ws_1", "premium", 0, 6_000)])["ws_1"]
+    ((notice, _),) = told_at("ws_1", [grant], instant, opening)
+    assert (notice.kind, notice.standing.used, [line.percent for line in notice.lines]) == ("recovered", 6_000, [50])
+
+
 async def live(
     client: Client,
     committed: Sequence[int | None],
