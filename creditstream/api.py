@@ -5,17 +5,20 @@ It has no login: whoever reaches the port may read. OpenAPI is generated from th
 
 import contextlib
 import errno
+import functools
 import socket
 import time
 from collections.abc import Iterator
 from datetime import date, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import mode
 import uvicorn
 from litestar import Litestar, Request, Response, get
+from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi import ResponseSpec
 from litestar.openapi.config import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, PathParameter, QueryParameter
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -33,6 +36,7 @@ from schemas.answers import (
     Delivery,
     Estimate,
     Explanation,
+    Failure,
     LedgerRow,
     LimitsInForce,
     ParkedEvent,
@@ -65,11 +69,24 @@ from streams.unit import Unit
 STATUS_OF_EXIT_CODE = {3: 409, 4: 404, 5: 503}
 ROWS_MAX = 100_000
 
+_FAILURES: Final = {
+    400: "the question is wrong",
+    404: "nothing is known under this id",
+    503: "the ledger, or the worker, does not answer now",
+}
+answer: Final = functools.partial(
+    get,
+    responses={
+        status: ResponseSpec(Failure, description=what, generate_examples=False) for status, what in _FAILURES.items()
+    },
+)
+"""A question's route."""
+
 
 def create_api(meter: Meter) -> Litestar:
     """The API over one meter."""
 
-    @get("/v1/usage")
+    @answer("/v1/usage")
     async def usage(
         workspace_id: FromQuery[str],
         by: FromQuery[By] = By.COLUMN,
@@ -83,12 +100,12 @@ def create_api(meter: Meter) -> Litestar:
             return await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))
         return await meter.ask(queries.usage, workspace_id, by, start, end)
 
-    @get("/v1/runs/example")
+    @answer("/v1/runs/example")
     async def example(reason: FromQuery[Reason] = Reason.CHARGED) -> UUID | None:
         """The id of a recent run with this reason."""
         return await meter.ask(queries.example_run, reason)
 
-    @get("/v1/runs")
+    @answer("/v1/runs")
     async def runs(
         workspace_id: FromQuery[str],
         table_id: FromQuery[str] = "",
@@ -101,33 +118,33 @@ def create_api(meter: Meter) -> Litestar:
             queries.runs, workspace_id, table_id=table_id, column_id=column_id, reason=reason or "", limit=limit
         )
 
-    @get("/v1/runs/{run_id:uuid}")
+    @answer("/v1/runs/{run_id:uuid}")
     async def explain(run_id: FromPath[UUID], workspace_id: FromQuery[str] = "") -> Explanation:
         """Why a run cost what it cost, and every delivery of it. Ids are each workspace's own."""
         return await meter.ask(accounts.explanation, meter.catalogue, run_id, workspace_id)
 
-    @get("/v1/actions")
+    @answer("/v1/actions")
     async def actions() -> list[Price]:
         """The catalogue in force now."""
         return prices(meter.catalogue, now_ms())
 
-    @get("/v1/actions/{action:str}")
+    @answer("/v1/actions/{action:str}")
     async def action(action: FromPath[str], own_api_key: FromQuery[bool] = False) -> Price:
         """What a run of an action would cost now (R13)."""
         return price_of(meter.catalogue, action, now_ms(), own_api_key)
 
-    @get("/v1/audit/partitions")
+    @answer("/v1/audit/partitions")
     async def audit_partitions() -> list[PartitionAudit]:
         """What each partition's rows say of themselves, of both topics. Reads every row of them."""
         topics = meter.topic.name, meter.event_topic.name
         return [audit for topic in topics for audit in await meter.ask(queries.audit_partitions, topic)]
 
-    @get("/v1/audit/sums")
+    @answer("/v1/audit/sums")
     async def audit_sums() -> SumAudit:
         """Sums through projections beside sums over raw rows."""
         return await meter.ask(queries.audit_sums)
 
-    @get("/v1/audit/rows")
+    @answer("/v1/audit/rows")
     async def audit_rows(
         topic_id: FromQuery[str],
         partition: Annotated[int, QueryParameter(ge=0, le=PARTITION_MAX)],
@@ -137,7 +154,7 @@ def create_api(meter: Meter) -> Litestar:
         """Rows of one partition in Kafka's order."""
         return await meter.ask(queries.ledger_rows, topic_id, partition, after, limit)
 
-    @get("/v1/status")
+    @answer("/v1/status")
     async def status() -> Status:
         """What the worker does now."""
         return status_of(meter)
@@ -161,7 +178,9 @@ def create_api(meter: Meter) -> Litestar:
             audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
-        exception_handlers={Problem: _answer_problem, DatabaseError: _answer_database_error},
+        exception_handlers={
+            Problem: _answer_problem, DatabaseError: _answer_database_error, HTTPException: _answer_refusal
+        },
         openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
         logging_config=None,
     )  # fmt: skip
@@ -178,7 +197,7 @@ Cells = Annotated[int, QueryParameter(ge=1, le=CELLS_MAX)]
 def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
     """What could not be metered: `sinks.dead_letters`."""
 
-    @get("/v1/dead-letters")
+    @answer("/v1/dead-letters")
     async def dead_letters(
         reason: FromQuery[Reason | None] = None,
         limit: Limit = 100,
@@ -187,17 +206,17 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
         """The newest dead letters; ``only_open``: those that were not sent again."""
         return await meter.ask(letters.dead_letters, reason or "", limit, only_open)
 
-    @get("/v1/parked-events")
+    @answer("/v1/parked-events")
     async def parked_events(reasons: FromQuery[list[Reason]], limit: Limit = 1000) -> list[ParkedEvent]:
         """Open dead letters of these reasons with their bytes (base64), the oldest first."""
         return await meter.ask(letters.parked_events, reasons, limit)
 
-    @get("/v1/parked-events/{topic:str}/{partition:int}/{offset:int}")
+    @answer("/v1/parked-events/{topic:str}/{partition:int}/{offset:int}")
     async def parked_event(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> ParkedEvent:
         """One dead letter with its bytes."""
         return await meter.ask(letters.parked_event, Position(topic, partition, offset))
 
-    @get("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
+    @answer("/v1/dead-letters/{topic:str}/{partition:int}/{offset:int}")
     async def dead_letter(topic: FromPath[str], partition: PathPartition, offset: PathOffset) -> DeadLetter:
         """One dead letter by its position."""
         return await meter.ask(letters.dead_letter, Position(topic, partition, offset))
@@ -208,17 +227,17 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
 def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
     """Plans, balances and alerts: `creditstream.accounts`."""
 
-    @get("/v1/balance")
+    @answer("/v1/balance")
     async def balance(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PoolBalance]:
         """Where both pools of a workspace stand."""
         return await meter.ask(accounts.balance, workspace_id, as_of)
 
-    @get("/v1/periods")
+    @answer("/v1/periods")
     async def periods(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PeriodRow]:
         """Every billing period of a workspace up to now."""
         return await meter.ask(accounts.periods, workspace_id, as_of)
 
-    @get("/v1/statement")
+    @answer("/v1/statement")
     async def statement(
         workspace_id: FromQuery[str],
         day: Annotated[date | None, QueryParameter(name="period", description="any UTC day of the period")] = None,
@@ -227,22 +246,22 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         """Both pools over one billing period, from opening to closing."""
         return await meter.ask(accounts.statement, workspace_id, day, as_of)
 
-    @get("/v1/plans")
+    @answer("/v1/plans")
     async def plans(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[PlanRow]:
         """A workspace's plans, also those to come."""
         return await meter.ask(accounts.plans, workspace_id, as_of)
 
-    @get("/v1/limits")
+    @answer("/v1/limits")
     async def limits(workspace_id: FromQuery[str], as_of: AsOf = None) -> LimitsInForce:
         """At what a workspace is told, and who said so."""
         return await meter.ask(accounts.limits, workspace_id, as_of)
 
-    @get("/v1/account-events/{event_id:uuid}")
+    @answer("/v1/account-events/{event_id:uuid}")
     async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[Delivery]:
         """What became of an account event; empty while it is not metered."""
         return await meter.ask(account_queries.event_rows, workspace_id, event_id)
 
-    @get("/v1/alerts")
+    @answer("/v1/alerts")
     async def alerts(
         workspace_id: FromQuery[str] = "",
         kind: FromQuery[AlertKind | None] = None,
@@ -258,7 +277,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
 def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
     """Credits that are not drawn yet: `creditstream.spending`."""
 
-    @get("/v1/check")
+    @answer("/v1/check")
     async def check(
         workspace_id: FromQuery[str],
         action: FromQuery[str],
@@ -273,7 +292,7 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
             cells=cells, own_api_key=own_api_key, on_unknown=on_unknown, as_of=as_of,
         )  # fmt: skip
 
-    @get("/v1/estimate")
+    @answer("/v1/estimate")
     async def estimate(
         workspace_id: FromQuery[str],
         action: FromQuery[str],
@@ -289,7 +308,7 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
             cells=cells, table_id=table_id, column_id=column_id, own_api_key=own_api_key, as_of=as_of,
         )  # fmt: skip
 
-    @get("/v1/top")
+    @answer("/v1/top")
     async def top(by: FromQuery[TopBy] = TopBy.USED, limit: Limit = 20, as_of: OnDay = None) -> list[TopRow]:
         """Pools that are closest to their limit, or will be used up soonest."""
         return await meter.ask(spending.top, by, limit, as_of)
@@ -345,15 +364,23 @@ def _require_days(start: date | None, end: date | None, period: date | None) -> 
         raise Problem("no day is asked for", f"to={end} is not after from={start}", "`to` is the day after the last.")
 
 
-def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[dict[str, str | int]]:
-    body: dict[str, str | int] = {
-        "what": problem.what, "why": problem.why, "fix": problem.fix, "exit_code": problem.exit_code
-    }  # fmt: skip
-    return Response(body, status_code=STATUS_OF_EXIT_CODE.get(problem.exit_code, 400))
+def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[Failure]:
+    return _failure(problem, STATUS_OF_EXIT_CODE.get(problem.exit_code, 400))
 
 
-def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError) -> Response[dict[str, str | int]]:
+def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError) -> Response[Failure]:
     return _answer_problem(request, ledger_failed(error))
+
+
+def _answer_refusal(request: Request[Any, Any, Any], error: HTTPException) -> Response[Failure]:
+    """What Litestar refuses before anything is asked, as we say it."""
+    wrong = error.extra if isinstance(error.extra, list) else []
+    why = "; ".join(f"{one['key']}: {one['message']}" for one in wrong) or error.detail
+    return _failure(Problem(f"{request.method} {request.url.path} is refused", why, "See /schema."), error.status_code)
+
+
+def _failure(problem: Problem, status: int) -> Response[Failure]:
+    return Response(Failure(problem.what, problem.why, problem.fix, problem.exit_code), status_code=status)
 
 
 class _Server(uvicorn.Server):

@@ -20,6 +20,7 @@ from schemas.answers import (
     DeadLetter,
     Estimate,
     Explanation,
+    Failure,
     LedgerRow,
     LimitsInForce,
     ParkedEvent,
@@ -265,10 +266,10 @@ def _instant(as_of: datetime | None) -> str | None:
 
 
 def _problem_of(error: "HTTPError") -> Problem:
-    body, said = error.read(), f"{error.code} {error.reason}"
+    body = error.read()
     try:
-        told = msgspec.json.decode(body, type=dict[str, Any])
-        said = f"{error.code}: {told['detail']}" if "detail" in told else said
-        return _PROBLEMS[told["exit_code"]](told["what"], told["why"], told["fix"])
+        told = msgspec.json.decode(body, type=Failure)
+        return _PROBLEMS[told.exit_code](told.what, told.why, told.fix)
     except (msgspec.MsgspecError, KeyError):
+        said = f"{error.code} {error.reason}"
         return Problem("the worker refused the question", said, "Is this the read API of a worker of this version?")

@@ -97,6 +97,15 @@ class PublishedAlert(msgspec.Struct, frozen=True, kw_only=True):
     published_at: datetime
 
 
+class Failure(msgspec.Struct, frozen=True):
+    """Why a question has no answer: a `schemas.problem.Problem`. ``exit_code``: what a command would end with."""
+
+    what: str
+    why: str
+    fix: str
+    exit_code: int
+
+
 class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     """One metered run, free ones too."""
 

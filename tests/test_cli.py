@@ -481,14 +481,13 @@ def test_a_refusal_that_breaks_off_is_exit_code_5() -> None:
     assert "does not answer" in line_of(done, 5)
 
 
-@pytest.mark.parametrize(
-    ("page", "said"),
-    [(b"<!DOCTYPE HTML>\n<html>\n", "404 Not Found"), (b'{"detail":"no such path"}', "404: no such path")],
-)
-def test_a_server_that_is_no_worker_is_told_from_one(page: bytes, said: str) -> None:
+@pytest.mark.parametrize("page", [b"<!DOCTYPE HTML>\n<html>\n", b'{"detail":"no such path"}'])
+def test_a_server_that_is_no_worker_is_told_from_one(page: bytes) -> None:
     """In one line, whatever page it answers with, and with what to look at."""
     line = line_of(refused_with(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page)), 1)
-    assert line.endswith(f"the worker refused the question: {said}. Is this the read API of a worker of this version?")
+    assert line.endswith(
+        "the worker refused the question: 404 Not Found. Is this the read API of a worker of this version?"
+    )
 
 
 def test_wrong_usage_is_exit_code_2() -> None:

@@ -196,6 +196,27 @@ def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str
     assert (found.status_code, found.json()["why"]) == (400, why)
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "why"),
+    [
+        ("/v1/usage", 400, "Missing required query parameter 'workspace_id' for path /v1/usage"),
+        ("/v1/runs?workspace_id=ws_1&limit=0", 400, "limit: Expected `int` >= 1"),
+        ("/v1/balance?workspace_id=ws_1&as_of=2026-11-01", 400, "as_of: Invalid RFC3339 encoded datetime"),
+        ("/v1/runs/nothing", 404, "Not Found"),
+    ],
+)
+def test_what_is_refused_before_it_is_asked_is_said_alike(tmp_path: Path, path: str, status: int, why: str) -> None:
+    """As every other failure, and as OpenAPI describes them."""
+    with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA))) as api:
+        found = api.get(path)
+        described = api.get("/schema/openapi.json").json()
+    assert (found.status_code, found.json()["why"]) == (status, why)
+    for code in ("400", "404", "503"):
+        shape = described["paths"]["/v1/usage"]["get"]["responses"][code]["content"]["application/json"]["schema"]
+        name = shape["$ref"].removeprefix("#/components/schemas/")
+        assert described["components"]["schemas"][name]["properties"].keys() == found.json().keys()
+
+
 def test_a_worker_that_stops_says_so(tmp_path: Path) -> None:
     """Its API outlives its ledger by moments: a question is told to come again, and is no failure of ours."""
     meter = Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA)
