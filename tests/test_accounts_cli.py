@@ -190,7 +190,8 @@ def test_plans_are_listed(settings: dict[str, str | int]) -> None:
 def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
     """Thresholds and the absolute line, each with its origin."""
     done = creditstream("limits", "show", WORKSPACE, settings=settings)
-    assert done.out == f"{WORKSPACE} is told at 90 %, 100 % (workspace), 12.5 credits left (workspace).\n"
+    line = "12.5 credits left if the allowance is larger (workspace)"
+    assert done.out == f"{WORKSPACE} is told at 90 %, 100 % (workspace), {line}.\n"
 
 
 @pytest.mark.parametrize(

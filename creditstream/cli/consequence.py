@@ -66,7 +66,9 @@ def of_limits(workspace: str, metered: Metered | None) -> list[str]:
 def told_limits(found: LimitsInForce) -> str:
     """At what a workspace is told, and who said so."""
     percents = ", ".join(f"{percent} %" for percent in found.thresholds)
-    left = f"{grouped(found.remaining_below)} credits left" if found.remaining_below else "no absolute line"
+    left = "no absolute line"
+    if found.remaining_below:
+        left = f"{grouped(found.remaining_below)} credits left if the allowance is larger"
     return f"{found.workspace_id} is told at {percents} ({found.thresholds_by}), {left} ({found.remaining_below_by})."
 
 
