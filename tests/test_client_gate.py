@@ -128,6 +128,23 @@ def test_without_kafka_it_answers_and_says_why(caplog: pytest.LogCaptureFixture)
         wait_until(lambda: "the gate has trouble" in caplog.text, "told")
 
 
+def test_an_answer_ends_no_trouble_that_came_after_its_question(kafka: str) -> None:
+    """It knows nothing of it, and the log would tell of one trouble twice; the next answer does."""
+    with open_gate(fresh_settings(kafka, LIMIT_STATES)) as gate:
+        gate.wait_ready()
+    follower = gate._follower
+    assert follower
+    admin = AdminClient({"bootstrap.servers": kafka})  # the thread has ended: its turns are taken here
+    for reason in ("gone", ""):
+        ends = follower._confirm(None, admin, 2)
+        assert ends
+        if reason:
+            follower.trouble.note(reason)
+        wait_until(ends.is_answered, "answered")
+        follower._confirm(ends, admin, 2)
+        assert follower.trouble.reason == reason
+
+
 def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str) -> None:
     """A gate may start before the meter has ever run, says so, and is ready once the topic is there."""
     settings = fresh_settings(kafka)

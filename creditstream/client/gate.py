@@ -168,9 +168,10 @@ class Gate(GateRules):
 class _Ends:
     """A question for the ends of all partitions, and what becomes of it."""
 
-    def __init__(self, admin: AdminClient, topic: str, count: int, learned: Callable[[], bool]) -> None:
+    def __init__(self, admin: AdminClient, topic: str, count: int, learned: Callable[[], bool], noted: int) -> None:
         self.learned: Final = learned
-        self.is_reached = False
+        self.noted: Final = noted
+        """What trouble had been noted by then."""
         self._asked_s: Final = time.monotonic()
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         places = {TopicPartition(topic, partition): latest for partition in range(count)}
@@ -184,15 +185,14 @@ class _Ends:
         return time.monotonic() - self._asked_s
 
     def is_answered(self) -> bool:
-        """Whether `reach` may be asked."""
+        """Whether `reached` may be asked."""
         return all(future.done() for future in self._futures.values())
 
-    def reach(self, positions: dict[int, int]) -> bool:
+    def reached(self, positions: dict[int, int]) -> bool:
         """Whether the positions have come to these ends. KafkaException when the broker did not say."""
-        self.is_reached = all(
+        return all(
             positions.get(place.partition, -1) >= future.result(0).offset for place, future in self._futures.items()
         )
-        return self.is_reached
 
 
 class _Follower(threading.Thread):
@@ -281,17 +281,16 @@ class _Follower(threading.Thread):
     def _confirm(self, ends: _Ends | None, admin: AdminClient, count: int) -> _Ends | None:
         """Ask for the ends now and then; when they are reached, say so."""
         if ends is None:
-            return _Ends(admin, self._topic, count, self._learn_fresh())
-        if ends.is_reached:  # said once: by now there may be another trouble, of which this answer knows nothing
-            return None if ends.age_s >= ASK_EVERY_S else ends
+            return _Ends(admin, self._topic, count, self._learn_fresh(), self.trouble.noted)
         if not ends.is_answered():
             return ends
         try:
-            if ends.reach(self._positions):
-                self.trouble.end()
+            if ends.reached(self._positions):
+                if ends.noted == self.trouble.noted:  # of one that came after the question its answer knows nothing
+                    self.trouble.end()
                 if ends.learned():
                     self.caught_up.set()
-                return ends
+                return None if ends.age_s >= ASK_EVERY_S else ends
         except KafkaException as error:
             if error.args[0].code() in _NO_TOPIC:
                 raise

@@ -20,6 +20,8 @@ class Trouble:
     def __init__(self, what: str) -> None:
         self.reason = ""
         """Empty while all is well."""
+        self.noted = 0
+        """How often something was noted."""
         self._what: Final = what
         self._defect = ""
 
@@ -28,6 +30,7 @@ class Trouble:
         if isinstance(error, KafkaException):
             error = error.args[0]
         reason = error.str() if isinstance(error, KafkaError) else str(error)
+        self.noted += 1
         if not self.reason:
             _log.warning("%s: %s", self._what, reason)
         self.reason = reason
