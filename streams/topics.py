@@ -84,12 +84,14 @@ class Broker:
         self._connection = librdkafka(settings) | {"log_level": 0}
         self._refusal = ""
         """What a broker said of a login or a certificate: librdkafka's own answer is then that there is none."""
+        self._was_let_in = False
         # The client lives as long as this object: one that is dropped early fails its pending futures.
         self._admin = AdminClient(self._connection | {"error_cb": self._heard})
 
     def topic(self, name: str) -> Topic | None:
         """What the broker says of a topic; None when it does not exist."""
         metadata = self._call(self._metadata, name)
+        self._was_let_in = True
         if error := metadata.topics[name].error:
             if error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 return None
@@ -139,9 +141,10 @@ class Broker:
 
     def _metadata(self, name: str) -> ClusterMetadata:
         """librdkafka tries a refused login again until its time is over, and tells of it only between two calls: so it
-        is asked twice for a moment.
+        is asked twice for a moment, until it was let in. Later a handshake that once broke off is no reason why Kafka
+        is slow.
         """
-        for moment_s in (0.5, 1.0):
+        for moment_s in () if self._was_let_in else (0.5, 1.0):
             try:
                 return self._admin.list_topics(name, timeout=moment_s)
             except KafkaException:

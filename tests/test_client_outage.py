@@ -1,5 +1,6 @@
 """A broker that freezes, stops and comes back, under a gate and a producer that were at work."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Final
 
 import psutil
 import pytest
+from confluent_kafka import KafkaError
 
 from creditstream.client import Because, CellRunProducer, Gate
 from creditstream.client.place import KafkaOptions
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
-from streams.topics import CELL_RUNS, LIMIT_STATES
+from streams.topics import CELL_RUNS, LIMIT_STATES, Broker
 from tests.client_kafka import (
     a_run,
     first_copies,
@@ -132,3 +134,19 @@ def test_a_slow_kafka_is_waited_for(mortal: EmbeddedKafka, tmp_path: Path) -> No
         assert (producer.counts().spooled, producer.counts().delivered) == (0, SLOW_RUNS)
     assert waited, "Kafka was not slow"
     assert [len(runs) for runs in recorded(settings).values() if runs] == [SLOW_RUNS]
+
+
+def test_a_handshake_that_once_broke_off_makes_no_slow_broker_a_refusal(mortal: EmbeddedKafka, tmp_path: Path) -> None:
+    """A worker asks of its topics as long as it lives; whoever was let in waits for the answer."""
+    settings = fresh_settings(mortal.bootstrap, CELL_RUNS, home=str(tmp_path))
+    broker = Broker(settings)
+    assert broker.topic(settings.topic(CELL_RUNS))
+    broker._heard(KafkaError(KafkaError._SSL))
+    java = java_of(mortal)
+    waking = threading.Timer(1, java.resume)
+    java.suspend()
+    waking.start()
+    try:
+        assert broker.topic(settings.topic(CELL_RUNS))
+    finally:
+        waking.join()
