@@ -20,6 +20,9 @@ SESSION: Final[dict[str, Any]] = {
     "insert_deduplicate": 1,
     # An answer is of now, and of all rows: where a limit is reached it fails.
     "use_query_cache": 0,
+    "limit": 0,
+    "offset": 0,
+    "read_overflow_mode_leaf": "throw",
     **{
         f"{what}_overflow_mode": "throw"
         for what in ("read", "result", "timeout", "group_by", "sort", "distinct", "set", "join")

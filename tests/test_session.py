@@ -102,6 +102,8 @@ def filled(client: Client) -> Client:
         {"output_format_arrow_string_as_string": 0},
         {"output_format_arrow_low_cardinality_as_dictionary": 1},
         {"use_query_cache": 1},
+        {"limit": 1},
+        {"offset": 1},
         {"compatibility": "22.8"},
         {"session_timezone": "America/New_York"},
     ],
@@ -122,6 +124,7 @@ def test_questions_have_the_same_answers(
     "profile",
     [
         {"read_overflow_mode": "break", "max_rows_to_read": 10},
+        {"read_overflow_mode_leaf": "break", "max_rows_to_read_leaf": 10},
         {"result_overflow_mode": "break", "max_result_rows": 10},
     ],
     ids=str,
