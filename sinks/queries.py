@@ -192,7 +192,7 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
         raise UnknownId(
             f"no run {run_id}{of_whom} in the ledger",
             f"no event{of_whom} that could be read carried this id",
-            "Is it older than the ledger? Those that could not: `creditstream dead-letters list --reason malformed`.",
+            "Is it older than the ledger? What could not be read: `creditstream dead-letters list --reason malformed`.",
         )
     if len(names := sorted({row["workspace_id"] for row in rows if row["kind"] == Kind.RUN})) > 1:
         raise Problem(

@@ -37,7 +37,9 @@ def endpoint(url: str, *secrets: str, allow_private: bool = True, form: Format =
 
 
 def now_s() -> int:
-    """Unix seconds: a verifier takes no attempt of five minutes ago, as which this module may have been loaded."""
+    """Unix seconds, read anew for each attempt: a verifier refuses a time of more than five minutes ago, and this
+    module may have been loaded before that.
+    """
     return int(time.time())
 
 
