@@ -112,10 +112,11 @@ class Account:
     @property
     def waits(self) -> bool:
         """Whether time alone may have something to tell: it is not `ok`, something is to take effect, in this period or
-        later, or runs whose clocks were ahead have drawn from the next one.
+        later, or of the next one nothing remains (it was cancelled), or runs whose clocks were ahead have drawn.
         """
-        is_drawn_ahead = any(self._days[max(0, self.period.end - self._first_day) :])
-        return is_drawn_ahead or self.enrichment.state in NOT_OK or self._last_effect_ms >= self.until_ms
+        if self._enrichment.next_allowance == 0 or any(self._days[max(0, self.period.end - self._first_day) :]):
+            return True
+        return self.enrichment.state in NOT_OK or self._last_effect_ms >= self.until_ms
 
     @property
     def period(self) -> Period:

@@ -198,6 +198,20 @@ def test_f19_who_was_touched_longest_ago_is_evicted_down_to_the_bound() -> None:
         assert [account.name for account in held] == ["ws_c", "ws_a"]
 
 
+def test_a_cancelled_workspace_that_stands_still_is_told_of() -> None:
+    """It was ok when the cancelling plan came: with the next period nothing remains, and each one after tells so."""
+    cancelled, other = Story("ws_a"), Story("ws_b")
+    cancelled.plan("10", at("Jan 15"))
+    cancelled.plan("cancelled", at("Jan 20"))
+    other.run(at("Apr 20"))
+    records = rated([*cancelled.steps, *other.steps])
+    life, reference = live(records), referred(records)["ws_a"]
+    assert Counter(life.told.values()) == Counter(reference.alerts)
+    assert [(told.kind, told.cause) for told in life.told.values()] == [("period_started", "time")] * 2
+    told = life.states["ws_a", Pool.ENRICHMENT]
+    assert (told.state, told.period) == ("exhausted", reference.balance(Pool.ENRICHMENT, at("Apr 20")).period)
+
+
 def test_alerts_of_a_take_are_told_in_kafkas_order() -> None:
     """Whatever workspace, and whatever kind they are of."""
     late, early = Story("ws_a"), Story("ws_b")
