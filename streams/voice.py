@@ -75,7 +75,7 @@ class Voice:
 
     def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
         """Hand over the states of which only ``used`` has moved, and ask ahead for pools that near a line."""
-        near = [key for key in balances.moved if key[0] in balances and balances[key[0]].look_ahead(key[1])]
+        near = [(name, pool) for name, pool in balances.moved if balances[name].look_ahead(pool)]
         self._outlets.courtesies.watch(self._partition, [_top_question(balances[name], pool) for name, pool in near])
         self._publish_states(balances, folded, list(balances.moved))
 
@@ -114,9 +114,8 @@ class Voice:
             return
         as_of = self.as_of(balances, folded)
         for name, pool in keys:
-            balances.moved.discard((name, pool))
-            if name in balances:
-                self._publish_state(balances[name], pool, as_of)
+            balances.moved.discard((name, pool))  # an account that has something to tell is never let go
+            self._publish_state(balances[name], pool, as_of)
         self.has_unflushed = True
         self._outlets.told("states", len(keys))
 
