@@ -100,6 +100,7 @@ def test_what_is_taken_back_goes_in_front(spool: Spool) -> None:
     assert taken is not None
     put(outbox, 3)
     assert (outbox.producer, places(outbox), outbox.in_memory_only) == (None, (0, 3), 0)
+    assert outbox.counts().spooled == 3
     assert read(spool) == [encode_run(a_run(number)) for number in (1, 2, 3)]
 
 

@@ -86,6 +86,52 @@ def test_what_was_in_memory_goes_in_front(tmp_path: Path) -> None:
     assert [value for _ in range(3) for value in numbers(heir.read(10))] == [one, two, one, three, four]
 
 
+def test_what_goes_in_front_goes_before_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many lie there unread; of those that were read nothing is left on disk once it is there, or is read again
+    and acknowledged. An heir reads them in the same order.
+    """
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    written = values(*range(20))
+    for value in written[1:]:
+        spool.append(value)
+    assert numbers(spool.read(1)) == written[1:2]
+    spool.put_first(written[:2])
+    assert len(files(tmp_path)) == 1 + 19
+    entries = [entry for _ in range(3) for entry in spool.read(2)]
+    assert numbers(entries) == written[:4]
+    spool.rewind(entries)
+    spool.close()
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert adopt(heir) == 20
+    entries = [entry for _ in range(19) for entry in heir.read(2)]
+    assert numbers(entries) == written
+    heir.rewind(entries)
+    for entry in [entry for _ in range(19) for entry in heir.read(2)]:
+        heir.acknowledge(entry)
+    assert files(tmp_path) == []
+
+
+def test_a_file_that_is_full_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a run in it is told so at once, and no descriptor is left open."""
+    synced: list[int] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    before = len(os.listdir("/dev/fd"))
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    ticket = spool.append(values(1)[0])
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", note)
+    spool.append(values(2)[0])
+    assert ticket.segment.path.stat().st_ino in synced
+    spool.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
 actions = st.lists(st.sampled_from(["append", "read", "acknowledge", "rewind", "front", "heir"]), max_size=40)
 
 
