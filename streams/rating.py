@@ -99,7 +99,7 @@ class RatingTable:
 
     def _rate_one(self, era: int, name: str, outcome: int, own_api_key: bool) -> tuple[int, int, int, int, int]:
         found = self.catalogue.find(name, era)
-        if not found or not outcome:
+        if not found:
             return number_of(Kind.DEAD_LETTER), number_of(Reason.UNKNOWN_ACTION), number_of(Pool.NONE), 0, 0
         version, action = found
         debit = rate(action, OUTCOMES[outcome - 1], own_api_key)

@@ -21,6 +21,7 @@ from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome, to_milliseconds
 from schemas.codec import decode_run, name_field
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
 from sinks.clickhouse import connect
+from streams import intake, rating
 from streams.balances import Balances, Opening
 from streams.intake import (
     AGE_MS_MAX,
@@ -32,7 +33,7 @@ from streams.intake import (
 from streams.limits import Facts, Grant
 from streams.periods import PlanChange
 from streams.records import Refusal, headers_text, partition_of
-from streams.rows import Take, drawn, join_takes, ledger_rows, source_of
+from streams.rows import Take, counts, drawn, join_takes, ledger_rows, source_of
 from streams.topics import CELL_RUNS
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import AUGUST_MS
@@ -604,8 +605,37 @@ def test_offsets_may_have_gaps() -> None:
 
     assert first.column("offset_gap").to_pylist() == [1, 4, 1]
     assert second.column("offset_gap").to_pylist() == [10]
+    from_the_first = Road()
+    assert from_the_first.table([Record(0, event(run=1))]).column("offset_gap").to_pylist() == [1]
+    assert from_the_first.table([Record(4, event(run=2))]).column("offset_gap").to_pylist() == [4]
     assert pa.types.is_uint32(first.schema.field("offset_gap").type)
     assert first.column("run_id").to_pylist() == [run_id(number).bytes for number in (1, 2, 3)]
+
+
+def test_rows_are_counted_by_kind_and_reason() -> None:
+    """For the metrics and the live view."""
+    runs = [event(run=1), event(run=2, outcome="no_data"), event(run=1), event(run=3, action="find_yeti"), b"{"]
+    take = Road().take([Record(offset, value) for offset, value in enumerate([*runs, event(run=4)])])
+    assert counts(take) == {
+        "run/charged": 2, "run/no_data": 1, "duplicate/duplicate": 1, "dead_letter/unknown_action": 1,
+        "dead_letter/malformed": 1,
+    }  # fmt: skip
+
+
+def test_what_is_remembered_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actions and workspaces are anybody's to invent; what was forgotten is found out again."""
+    monkeypatch.setattr(rating, "COMBINATIONS_MAX", 3)
+    monkeypatch.setattr(intake, "ROUTES_MAX", 3)
+    monkeypatch.setattr(intake, "_routes", routes := {})
+    road, chunk = Road(), []
+    for number in range(8):
+        name = f"ws_{number % 4}"
+        action = "find_work_email" if number % 4 == 0 else f"find_yeti_{number % 4}"
+        chunk.append(Record(number, event(run=number, action=action, workspace_id=name), name.encode()))
+        kinds = [row.kind for row in road.rows(chunk[-1:])]
+        assert kinds == ["run" if number % 4 == 0 else "dead_letter"]
+        assert len(routes) <= 3
+        assert len(road._table._answers) <= 3
 
 
 # However records are cut into takes.
