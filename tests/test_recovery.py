@@ -9,7 +9,7 @@ import pytest
 from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import to_milliseconds
-from schemas.ledger import Kind, Pool
+from schemas.ledger import Kind, Pool, number_of
 from schemas.limits import AlertKind
 from schemas.problem import Unreachable
 from sinks import accounts
@@ -17,7 +17,7 @@ from sinks.accounts import AccountRow, Tail
 from sinks.ledger import Chain
 from streams import assignment, recovery
 from streams.facts import openings
-from streams.recovery import TAIL_ROWS_MAX, Start, instants_of, starting_point, told_at, without
+from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_of, starting_point, told_at, without
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import Story, Topics, at
 from tests.limit_voices import seen_of
@@ -32,6 +32,8 @@ NO_DEBITS: Final = pa.table({name: pa.array([], pa.int64()) for name in ("worksp
     [
         ((-1, -1), (None, None), Start(-1, -1, False)),
         ((-1, -1), (0, 0), Start(-1, -1, False)),
+        ((0, 0), (0, 0), Start(-1, -1, False)),
+        ((0, -1), (None, None), Start(0, -1, True)),
         ((9, 3), (10, 4), Start(9, 3, False)),
         ((9, 3), (5, 4), Start(4, 3, False)),
         ((9, 3), (None, 4), Start(9, 3, True)),
@@ -68,6 +70,55 @@ def test_f13_a_tail_takes_out_its_own_events_and_not_those_of_a_deleted_topic() 
     old, new = plan_row("Jan 1", "Jan 1", 0), plan_row("Feb 1", "Feb 1", 0)
     events, _ = without(Tail(NO_DEBITS, [(1, new)]), [old, new], [])
     assert events == [old]
+
+
+def test_a_tail_takes_out_what_it_drew_and_gave_back() -> None:
+    """Each with the other sign: debits of one pool and day together, premium ones of all time."""
+    debits = pa.table({
+        "workspace_id": ["ws_1", "ws_1", "ws_1", "ws_2"],
+        "pool": [number_of(Pool.ENRICHMENT), number_of(Pool.ENRICHMENT), number_of(Pool.PREMIUM), 0],
+        "credits": [1_000, 2_000, 500, 0],
+        "day": [7, 7, 8, 9],
+        "recorded_ms": [30, 40, 50, 60],
+    })  # fmt: skip
+    given_back = plan_row("Jan 2", "Jan 1", 0)._replace(kind=Kind.REVERSAL, credits=-3_000, day=9)
+    premium = given_back._replace(recorded_ms=20, offset=1, pool="premium", credits=-250)
+    tail = Tail(debits, [(1, premium), (2, given_back)])
+    before = [("ws_1", "enrichment", 6, 10_000)]
+    _, draws = without(tail, [], before)
+    assert sorted(draw for draw in draws if draw[3]) == sorted([
+        *before, ("ws_1", "enrichment", 7, -3_000), ("ws_1", "premium", 0, -500),
+        ("ws_1", "enrichment", 9, 3_000), ("ws_1", "premium", 0, 250),
+    ])  # fmt: skip
+    assert (first_ms(tail), first_ms(Tail(debits, [])), first_ms(Tail(debits[:0], tail.events))) == (20, 30, 20)
+
+
+def test_accounts_are_loaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left out, and none comes twice."""
+    monkeypatch.setattr(recovery, "LOADED_AT_ONCE", 2)
+    assert list(in_parts("abcde")) == ["ab", "cd", "e"]
+
+
+def test_instants_come_in_their_order_with_what_is_learnt_between_them() -> None:
+    """Two that were known long ago, one that was learnt between, and one that was learnt last."""
+    known = [
+        ("Jan 10", "Jan 20 12:00"), ("Jan 10", "Jan 20 14:00"), ("Jan 20 18:00", "Jan 21 06:00"),
+        ("Jan 21 12:00", "Jan 21 18:00"), ("Jan 21 19:00", "Jan 23"),
+    ]  # fmt: skip
+    rows = [plan_row(recorded, effective, offset) for offset, (recorded, effective) in enumerate(known)]
+    from_ms, to_ms = to_milliseconds(at("Jan 19")), to_milliseconds(at("Jan 22"))
+    assert instants_of(rows, from_ms, to_ms) == tuple(to_milliseconds(at(effective)) for _, effective in known[:4])
+
+
+def test_an_instant_tells_what_was_known_right_before_it() -> None:
+    """What is recorded in the same millisecond comes behind it."""
+    instant = to_milliseconds(at("Jan 20 12:00"))
+    first = plan_row("Jan 10", "Jan 20 12:00", 0, 0, "cancelled")
+    opening = openings(["ws_1"], [], [])["ws_1"]
+    for recorded_ms, plan in ((instant - 1, "10"), (instant, "cancelled")):
+        second = plan_row("Jan 11", "Jan 20 12:00", 1)._replace(recorded_ms=recorded_ms)
+        told = told_at("ws_1", [first, second], instant, opening)
+        assert [notice.standing.terms.plan for notice, _ in told] == ([] if plan == "10" else [plan])
 
 
 def test_an_instant_tells_what_was_known_then() -> None:
