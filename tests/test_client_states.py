@@ -110,8 +110,10 @@ def test_no_record_stops_the_gate(key: bytes | None, value: bytes | None) -> Non
         {"period_end": "2300-01-01"},
         {"as_of": {"log": "one", "cell_runs": 2**63, "account_events": 0, "at": "2026-11-25T00:00:00Z"}},
         {"as_of": {"log": "one", "cell_runs": 1, "account_events": 0, "at": "2026-11-25T00:00:00"}},
+        {"remaining": "-0.001"},
+        {"next_allowance": "1000000000000000"},
     ],
-    ids=["far_away", "too_large", "no_offset"],
+    ids=["far_away", "too_large", "no_offset", "negative", "too_many"],
 )
 def test_a_state_out_of_bounds_is_ignored(fields: dict[str, object]) -> None:
     """It neither ends the gate's thread nor touches what was known before."""
@@ -130,6 +132,17 @@ def test_a_state_with_one_wrong_field_is_ignored(field: str, value: str) -> None
     plain = msgspec.to_builtins(limit_state()) | {field: value}
     mirror.apply(b"enrichment/ws_1", msgspec.json.encode(plain))
     assert mirror.unreadable == (not mirror.rows)
+
+
+def test_what_is_not_taken_is_counted() -> None:
+    """A state that is older than the one held, and a tombstone of no pool."""
+    mirror = StateMirror()
+    mirror.apply(*record_of(limit_state()))
+    as_of = limit_state().as_of
+    older = msgspec.structs.replace(as_of, at=as_of.at - timedelta(seconds=1))
+    mirror.apply(*record_of(limit_state(as_of=older)))
+    mirror.apply(b"ws_1", None)
+    assert (mirror.overtaken, mirror.unreadable) == (1, 1)
 
 
 def test_a_row_is_small() -> None:
