@@ -126,9 +126,11 @@ def test_a_file_that_is_full_is_on_disk_before_it_is_closed(tmp_path: Path, monk
     ticket = spool.append(values(1)[0])
     monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(os, "fsync", note)
-    spool.append(values(2)[0])
+    tail = spool.append(values(2)[0]).segment.path.stat().st_ino
     assert ticket.segment.path.stat().st_ino in synced
+    assert tail not in synced
     spool.close()
+    assert tail in synced
     assert len(os.listdir("/dev/fd")) == before
 
 

@@ -3,18 +3,25 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Final
+from uuid import uuid4
 
 import msgspec
 import pytest
 
 from creditstream.asking import WorkerAnswers
 from creditstream.reconcile import Reconciliation, reconcile
-from creditstream.reference import ReferenceRater
+from creditstream.reference import ReferenceBilling, ReferenceRater
+from schemas.account import RunReversed
 from schemas.answers import LedgerRow, PartitionAudit
 from schemas.catalogue import EXAMPLE_CATALOGUES
-from schemas.cell_run import CellRun, Outcome
-from schemas.codec import encode_run
+from schemas.cell_run import CellRun, Outcome, to_milliseconds
+from schemas.codec import encode_account_event, encode_run
+from schemas.ledger import Reason
 from schemas.problem import Problem
+from streams.records import partition_of
+from streams.topics import CELL_RUNS
+from tests.account_records import PLANS_DIR
+from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.worker_process import WorkerProcess, cell_run, event_of
 
 NOW: Final = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -72,6 +79,49 @@ def test_a_copy_that_says_the_same_is_a_duplicate() -> None:
         msgspec.json.encode(plain | {"mood": "good", "own_api_key": False}),
     ]
     assert verdicts(*copies) == ["charged", *["duplicate"] * 4]
+
+
+@pytest.mark.parametrize("example", dead_letter_examples(), ids=lambda example: str(example.reason))
+def test_the_reference_sets_aside_what_the_meter_does(example: DeadLetterExample) -> None:
+    """For the same reason, of either topic; on another partition all of it is misrouted."""
+    home, recorded_ms = partition_of(example.events[0][0].decode(), 4), to_milliseconds(RECORDED_AT)
+    for partition in (home, (home + 1) % 4):
+        rater = ReferenceRater(EXAMPLE_CATALOGUES, partition, 4)
+        billing = ReferenceBilling(PLANS_DIR, partition, 4, rater.debits)
+        found = [
+            rater.expect(key, value, recorded_ms) if example.topic == CELL_RUNS else billing.expect(key, value)
+            for key, value in example.events
+        ]
+        if partition == home or example.reason in (Reason.TOO_LARGE, Reason.MALFORMED):
+            assert (found[-1].kind, found[-1].reason) == ("dead_letter", example.reason)
+        else:
+            assert {(each.kind, each.reason) for each in found} == {("dead_letter", "misrouted")}
+
+
+def test_the_reference_knows_the_edges_of_time() -> None:
+    """Five minutes ahead and 366 days back are in time, a millisecond more is not."""
+    millisecond = timedelta(milliseconds=1)
+    for edge, beyond, reason in (
+        (timedelta(minutes=5), millisecond, "future_run"),
+        (timedelta(days=-366), -millisecond, "stale_run"),
+    ):
+        runs = [msgspec.structs.replace(RUN, ran_at=NOW + ahead) for ahead in (edge, edge + beyond)]
+        assert [verdicts(encode_run(run)) for run in runs] == [["charged"], [reason]]
+
+
+def test_what_the_reference_forgets_it_rates_again() -> None:
+    """A run that was set aside and sent again later is charged then; so is an event whose run had not arrived."""
+    rater = ReferenceRater(EXAMPLE_CATALOGUES, 0, 1)
+    billing = ReferenceBilling(PLANS_DIR, 0, 1, rater.debits)
+    key, run, recorded_ms = RUN.workspace_id.encode(), encode_run(RUN), int(NOW.timestamp()) * 1000
+    reversal = RunReversed(event_id=uuid4(), workspace_id=RUN.workspace_id, run_id=RUN.run_id)
+    assert rater.expect(key, run, recorded_ms).reason == "charged"
+    rater.forget(RUN.workspace_id, str(RUN.run_id))
+    assert billing.expect(key, encode_account_event(reversal)).reason == "unknown_run"
+    assert rater.expect(key, run, recorded_ms).reason == "charged"
+    for _ in range(2):
+        assert billing.expect(key, encode_account_event(reversal)).reason == "reversed"
+        billing.forget()
 
 
 @pytest.fixture(scope="module")
