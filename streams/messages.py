@@ -99,13 +99,13 @@ def runs_out_on(account: Account, now_ms: int) -> Day | None:
     """The day on which the period's enrichment credits will be gone, at the mean of the last days, up to seven; None
     when that is not before the period's end, or when too few days tell.
     """
-    terms, remaining = account.enrichment.terms, account.enrichment.remaining
-    if not terms.period or not remaining:
+    period, remaining = account.period, account.enrichment.remaining
+    if not remaining:
         return None
     today = day_of(now_ms)
-    days = [account.used_on(day) for day in range(max(terms.period.start, today - FORECAST_DAYS + 1), today + 1)]
+    days = [account.used_on(day) for day in range(max(period.start, today - FORECAST_DAYS + 1), today + 1)]
     drawn = sum(days)
     if sum(day > 0 for day in days) < FORECAST_DAYS_MIN:
         return None
     last = today + int(Fraction(remaining * len(days), drawn))
-    return last if last < terms.period.end else None
+    return last if last < period.end else None
