@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
@@ -14,11 +15,13 @@ from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
 from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
+from streams import follower
 from streams.assignment import Place, examine
-from streams.follower import Heard, answer
+from streams.follower import Heard, answer, foreign_to
 from streams.meter import Meter
 from streams.settings import read_settings
 from streams.topics import LogRange, Topic
+from streams.unit import Unit
 from tests.account_records import Story, Topics, at
 from tests.records import Record, Road, event, write_rows
 from tests.unit_bench import CHAINS, NO_KAFKA, SOON_S, Bench
@@ -145,6 +148,52 @@ async def test_f18_a_rebalance_amid_an_answer_forgets_it_not(client: Client, tmp
     await load_again(meter, bench)
     assert await told(bench) == "3"
     await meter.release()
+
+
+async def do_chores(unit: Unit) -> None:
+    """Those that wait now, as a tick does."""
+    for _ in range(len(unit.chores)):
+        await unit.chores.popleft()(unit)
+
+
+@ON_CHDB
+async def test_f18_what_is_older_is_answered_and_nothing_else(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some at a time. What knew more runs and fewer account events is kept in mind until the unit is past it; what is
+    as new as the unit, or of deleted topics, is not; what is said again meanwhile is answered again.
+    """
+    bench = await settled(client)
+    unit, premium, key = bench.unit, ("ws_1", Pool.PREMIUM), state_key(*KEY)
+    now = unit.voice.as_of(unit.balances, unit.folded)
+    ahead = msgspec.structs.replace(now, cell_runs=now.cell_runs + 1, account_events=-1)
+    deleted = msgspec.structs.replace(STALE, log="of deleted topics")
+    await do_chores(unit)
+    bench.states.clear()
+    assert foreign_to("me", [Heard(*KEY, "me", STALE), Heard(*premium, "you", deleted)]) == {premium: deleted}
+    answer(unit, {KEY: ahead, premium: deleted})
+    answer(unit, {("ws_2", Pool.ENRICHMENT): now})
+    assert len(unit.chores) == 1
+    await do_chores(unit)
+    assert (bench.states, unit.voice.unanswered, len(unit.chores)) == ({}, {KEY: ahead}, 1)
+
+    monkeypatch.setattr(follower, "LOADED_AT_ONCE", 1)
+    unit._folded += 1
+    answer(unit, {premium: STALE})
+    await do_chores(unit)
+    assert bench.states.keys() == {key}
+    await do_chores(unit)
+    assert (bench.states.keys(), unit.voice.unanswered, len(unit.chores)) == ({key, state_key(*premium)}, {}, 0)
+
+    async def say_again() -> None:
+        answer(unit, {KEY: msgspec.structs.replace(STALE, cell_runs=1)})
+
+    bench.states_told.clear()
+    del unit.balances._accounts["ws_1"]
+    unit.balances.knows_all = False
+    bench.on_load = say_again
+    answer(unit, {KEY: STALE})
+    await do_chores(unit)
+    await do_chores(unit)
+    assert (bench.states_told[key], unit.voice.unanswered, len(unit.chores)) == (2, {}, 0)
 
 
 @ON_CHDB
