@@ -89,7 +89,7 @@ class Account:
         self.renew(now_ms)
         self._looked_at = [self._used, self._used_premium]
         self.awaited_ms = FOREVER_MS
-        """The instant for which it stands in the heap of boundaries."""
+        """The last instant for which it was put into the heap of boundaries."""
         self.offset = self.event_offset = -1
         """The last offset of the run chain, and of the account chain, that was folded into it."""
         self.told = self.outline()
