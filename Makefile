@@ -18,7 +18,7 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 	@$(BIN)/creditstream demo
 
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/installed  ## throughput, latency of limits, the gate, overshoot, the views: about 20 minutes
 	@$(BIN)/python -m bench.throughput
