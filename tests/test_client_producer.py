@@ -21,12 +21,13 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
 from creditstream.client import producer as producers
 from creditstream.client import spool as spools
+from creditstream.client.forking import STUCK
 from creditstream.client.spool import Entry, Spool, prepare_root
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
-from streams.topics import CELL_RUNS
+from streams.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import Door, a_run, complaints, first_copies, fresh_settings, make_topics, recorded, wait_until
 
 ROOT: Final = Path(__file__).parent.parent
@@ -71,9 +72,10 @@ def spool_files(settings: Settings) -> list[Path]:
 def run_program(program: str, settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A worker in a process of its own; ``settings`` is in its hands."""
     head = (
-        "import os, signal, sys, time\n"
+        "import os, signal, socket, sys, threading, time\n"
         "import msgspec\n"
-        "from creditstream.client import CellRunProducer, RunRefused\n"
+        "from creditstream.client import CellRunProducer, Gate, RunRefused\n"
+        "from schemas.problem import Unreachable\n"
         "from streams.settings import Settings\n"
         "from tests.client_kafka import a_run\n"
         "settings = msgspec.json.decode(sys.argv[1], type=Settings)\n"
@@ -323,6 +325,49 @@ def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, doo
         with CellRunProducer(settings) as heir:
             assert heir.flush(60) == 0
     assert first_copies(settings) == {"ws_1": list(range(100)), "ws_2": list(range(1000, 1050))}
+
+
+FORKS_AMID_A_RESOLUTION = """
+def resolve():
+    while True:
+        socket.getaddrinfo(b"127.0.0.1", 0, flags=socket.AI_ADDRCONFIG)
+
+for _ in range(2):
+    threading.Thread(target=resolve, daemon=True).start()
+producer, gate = CellRunProducer(settings), Gate(settings, on_unknown="deny", on_stale="deny")
+for number in range(300):
+    if child := os.fork():
+        if ended := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            os._exit(ended)
+        continue
+    signal.alarm(30)  # its end, should it wait for ever
+    producer.record(a_run(number))
+    while not producer.trouble:
+        if not producer.flush(0.2):
+            os._exit(0)
+    producer.record(a_run(1000))
+    try:
+        gate.wait_ready(4)
+    except Unreachable as unreachable:
+        print(number, producer.counts().waiting_in_spool, producer.trouble, unreachable, sep=";")
+        sys.exit(7)
+    os._exit(3)
+"""
+
+
+def test_a_child_that_cannot_resolve_names_says_so_and_spools(settings: Settings) -> None:
+    """The parent was in glibc's resolver at the fork, whose lock stays taken: no run waits in memory for nothing."""
+    make_topics(settings, LIMIT_STATES)
+    done = run_program(FORKS_AMID_A_RESOLUTION, settings)
+    if done.returncode == 0:
+        pytest.skip("this C library resolves names in every forked child")
+    assert done.returncode == 7, done.stderr
+    number, spooled, *troubles = done.stdout.split(";")
+    assert spooled == "2"
+    assert all(STUCK in trouble for trouble in troubles)
+    with CellRunProducer(settings) as heir:
+        assert heir.flush(60) == 0
+    assert first_copies(settings) == {"ws_1": [*range(int(number) + 1), 1000]}
 
 
 SIGNALLED_AT_ITS_START = """

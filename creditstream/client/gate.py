@@ -19,7 +19,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
-from creditstream.client.forking import abandon, survive_forks
+from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.states import StateMirror
 from creditstream.client.trouble import Trouble
@@ -227,6 +227,7 @@ class _Follower(threading.Thread):
 
     def run(self) -> None:
         """Follow; begin again where it was when something goes wrong."""
+        await_resolver(self._enough, self.trouble.note)
         while not self._enough.is_set():
             with self.trouble:
                 try:

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from confluent_kafka import KafkaException, Producer
 
-from creditstream.client.forking import abandon, survive_forks
+from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
 from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_value
@@ -68,7 +68,9 @@ class CellRunProducer:
     the home, for one cluster; each process has its own below it, and takes over what dead ones left for the same topic.
     Problem when it cannot be used.
 
-    A forked child has a connection and a spool of its own; what its parent accepted stays with the parent.
+    A forked child has a connection and a spool of its own; what its parent accepted stays with the parent. Where the
+    parent was resolving a host name at the fork, glibc resolves none in the child: `trouble` says so, and its runs go
+    to the spool. A producer that is made after the fork is safe from that.
     """
 
     def __init__(
@@ -241,11 +243,17 @@ class CellRunProducer:
             raise Problem("Kafka options refused", error.args[0].str(), "Correct `kafka=`.") from error
 
     def _work(self) -> None:
+        await_resolver(self._enough, self._on_stuck)
         while not self._enough.is_set():
             with self._outbox.trouble:
                 self._step()
                 continue
             self._enough.wait(RETRY_S)  # after trouble
+
+    def _on_stuck(self, reason: str) -> None:
+        self._outbox.trouble.note(reason)
+        abandon(producer := self._outbox.take_back())
+        _dispose(producer)
 
     def _step(self) -> None:
         """One turn of the thread: connect, hand over, collect deliveries, take back, adopt, sleep."""
