@@ -20,6 +20,8 @@ SESSION: Final[dict[str, Any]] = {
     "insert_deduplicate": 1,
     # An answer is of now, and of all rows: where a limit is reached it fails.
     "use_query_cache": 0,
+    "additional_table_filters": "{}",
+    "additional_result_filter": "",
     "limit": 0,
     "offset": 0,
     "read_overflow_mode_leaf": "throw",

@@ -102,6 +102,8 @@ def filled(client: Client) -> Client:
         {"output_format_arrow_string_as_string": 0},
         {"output_format_arrow_low_cardinality_as_dictionary": 1},
         {"use_query_cache": 1},
+        {"additional_table_filters": "{'ledger': 'workspace_id = 0'}"},
+        {"additional_result_filter": "0"},
         {"limit": 1},
         {"offset": 1},
         {"compatibility": "22.8"},
