@@ -17,7 +17,7 @@ LEDGER_SCHEMA: Final = pa.schema(
         ("topic_id", pa.string()),
         ("kafka_partition", pa.uint16()),
         ("kafka_offset", pa.uint64()),
-        ("offset_gap", pa.uint32()),
+        ("offset_gap", pa.uint64()),
         ("recorded_at", pa.timestamp("ms", "UTC")),
         ("kind", pa.int8()),
         ("run_id", pa.binary(16)),

@@ -181,7 +181,7 @@ def ledger_rows(take: Take) -> pa.Table:
         "topic_id": constant(take.chain.topic_id, length, pa.string()),
         "kafka_partition": constant(take.chain.partition, length, pa.uint16()),
         "kafka_offset": pa.array(runs.offsets.astype(np.uint64)),
-        "offset_gap": pa.array(_gaps(take).astype(np.uint32)),
+        "offset_gap": pa.array(_gaps(take).astype(np.uint64)),
         "recorded_at": instants(runs.recorded_ms),
         "kind": pa.array(debits.kind),
         **runs.columns,

@@ -80,7 +80,7 @@ def _rows(
     ran = instants([recorded_ms(run) for run in runs])
     arrays: dict[str, Any] = {
         "kafka_offset": pa.array(offsets, pa.uint64()),
-        "offset_gap": pa.array(gaps.astype(np.uint32)),
+        "offset_gap": pa.array(gaps.astype(np.uint64)),
         "recorded_at": instants([recorded(offset) for offset in offsets]),
         "kind": pa.array(np.where(is_copy, number_of(Kind.DUPLICATE), number_of(Kind.RUN)).astype(np.int8)),
         "run_id": pa.array([run_id(chain, run).bytes for run in runs], pa.binary(16)),

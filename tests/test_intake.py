@@ -601,14 +601,13 @@ def test_offsets_may_have_gaps() -> None:
     """A row says how far the record before it lies; the first of a chain stands for itself."""
     road = Road()
     first = road.table([Record(5, event(run=1)), Record(9, event(run=2))], [Record(10, event(run=3))])
-    second = road.table([Record(20, event(run=4))])
+    second = road.table([Record(20 + 2**32, event(run=4))])
 
     assert first.column("offset_gap").to_pylist() == [1, 4, 1]
-    assert second.column("offset_gap").to_pylist() == [10]
+    assert second.column("offset_gap").to_pylist() == [10 + 2**32]
     from_the_first = Road()
     assert from_the_first.table([Record(0, event(run=1))]).column("offset_gap").to_pylist() == [1]
     assert from_the_first.table([Record(4, event(run=2))]).column("offset_gap").to_pylist() == [4]
-    assert pa.types.is_uint32(first.schema.field("offset_gap").type)
     assert first.column("run_id").to_pylist() == [run_id(number).bytes for number in (1, 2, 3)]
 
 

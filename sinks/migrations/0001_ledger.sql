@@ -17,7 +17,7 @@ CREATE TABLE IF NOT EXISTS ledger
     topic_id LowCardinality(String),
     kafka_partition UInt16 CODEC(ZSTD(1)),
     kafka_offset UInt64 CODEC(DoubleDelta, ZSTD(1)),
-    offset_gap UInt32 DEFAULT 1 CODEC(ZSTD(1)),
+    offset_gap UInt64 DEFAULT 1 CODEC(ZSTD(1)),
     recorded_at DateTime64(3, 'UTC') CODEC(DoubleDelta, ZSTD(1)),
     kind Enum8(
         'run' = 1, 'duplicate' = 2, 'dead_letter' = 3, 'reversal' = 4, 'plan' = 5, 'grant' = 6, 'limits' = 7),
