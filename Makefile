@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint generated lock clean
+.PHONY: demo test proof bench lint generated lock clean
 .DEFAULT_GOAL := demo
 
 .venv/installed: requirements-dev.lock pyproject.toml
@@ -19,6 +19,9 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+proof: .venv/installed  ## 240 kills, cuts and stops of a pipeline at work, and the count of what was lost: about 25 minutes
+	@$(BIN)/python -m tests.proof
 
 bench: .venv/installed  ## throughput, latency of limits, the gate, overshoot, the views: about 20 minutes
 	@$(BIN)/python -m bench.throughput

@@ -385,3 +385,46 @@ def _values(settings: Settings, topic: str) -> list[bytes]:
     finally:
         consumer.close()
     return [value for partition in values.values() for value in partition]
+
+
+class Verdict(NamedTuple):
+    """What left on both topics beside what the ledger implies."""
+
+    alerts: int
+    """Distinct ones: a replay may have sent one again."""
+    implied: int
+    """Crossings, by the order in which the ledger was written."""
+    untold: set[Told]
+    unexplained: set[Told]
+    """Alerts of which no order of the two topics is the reason."""
+    ambiguous_ids: set[str]
+    """Ids that stand for two crossings, or share one."""
+    pools: int
+    without_state: set[tuple[str, str]]
+    wrong_states: dict[tuple[str, str], tuple[Stands, Stands]]
+    """What was said last, and what the ledger says."""
+
+
+def judge(settings: Settings, reference: Reference) -> Verdict:
+    """Compare everything that was published under these settings with a second fold."""
+    alerts = published_alerts(settings)
+    published, implied = {told_by(alert) for alert in alerts}, reference.crossings()
+    whats: dict[str, set[Any]] = {}
+    names: dict[Any, set[str]] = {}
+    for alert in alerts:
+        name, what = str(alert.alert_id), (alert.position, alert.pool, alert.kind)
+        whats.setdefault(name, set()).add(what)
+        names.setdefault(what, set()).add(name)
+    shared = {name for found in names.values() if len(found) > 1 for name in found}
+    states = {key: stands_by(state) for key, state in newest_states(settings).items()}
+    balances = reference.states()
+    return Verdict(
+        alerts=len(whats),
+        implied=len(implied),
+        untold=implied - published,
+        unexplained={told for told in published - implied if not reference.explains(told)},
+        ambiguous_ids={name for name, found in whats.items() if len(found) > 1} | shared,
+        pools=len(states),
+        without_state=reference.told_pools() - states.keys(),
+        wrong_states={key: (state, balances[key]) for key, state in states.items() if state != balances[key]},
+    )

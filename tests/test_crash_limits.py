@@ -31,11 +31,11 @@ from tests.limit_messages import (
     ROWS,
     SMALL_PLAN_NAMES,
     Reference,
+    judge,
     newest_states,
     published_alerts,
     small_plans,
     stands_by,
-    told_by,
 )
 from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, cell_run, event_of, send
 
@@ -62,12 +62,14 @@ class Traffic:
 
     def __init__(self, seed: int) -> None:
         self._dice = random.Random(seed)
-        self._started = datetime.now(UTC)
+        self.started: Final = datetime.now(UTC)
         self.runs: list[CellRun] = []
+        self.workspaces = WORKSPACES
+        self.billed = WORKSPACES[:-2]
 
     def first_plans(self) -> list[AccountEvent]:
         """Of nearly all: two workspaces never have one, one has it late."""
-        return [self._plan(name, self._started - PLANNED_DAYS_AGO) for name in WORKSPACES[:-3]]
+        return [self.plan(name, self.started - PLANNED_DAYS_AGO) for name in WORKSPACES[:-3]]
 
     def cell_runs(self, count: int) -> Iterator[Event]:
         """The next runs; some are copies, some late for the period."""
@@ -78,13 +80,13 @@ class Traffic:
                 continue
             ago = timedelta(days=10) if dice.random() < 0.05 else timedelta(minutes=dice.randrange(600))
             run = cell_run(
-                dice.choice(WORKSPACES),
+                dice.choice(self.workspaces),
                 run_id=self._id(),
                 table_id=f"tbl_{dice.randrange(3)}",
                 column_id=f"col_{dice.randrange(5)}",
                 action=dice.choice(ACTIONS),
                 outcome=dice.choice((Outcome.DATA, Outcome.DATA, Outcome.NO_DATA, Outcome.ERROR)),
-                ran_at=self._started - ago,
+                ran_at=self.started - ago,
             )
             self.runs.append(run)
             yield event_of(run)
@@ -98,7 +100,7 @@ class Traffic:
             yield event
 
     def _account_event(self) -> AccountEvent:
-        dice, name, now = self._dice, self._dice.choice(WORKSPACES[:-2]), datetime.now(UTC)
+        dice, name, now = self._dice, self._dice.choice(self.billed), datetime.now(UTC)
         fate = dice.random()
         if fate < 0.6 and self.runs:
             run = dice.choice(self.runs[: len(self.runs) // 4])
@@ -115,9 +117,9 @@ class Traffic:
             return LimitsChanged(
                 event_id=self._id(), workspace_id=name, thresholds=percents, remaining_below=str(dice.randrange(80))
             )
-        return self._plan(name, now)
+        return self.plan(name, now)
 
-    def _plan(self, name: str, effective_at: datetime) -> PlanChanged:
+    def plan(self, name: str, effective_at: datetime) -> PlanChanged:
         plan = self._dice.choice(SMALL_PLAN_NAMES)
         return PlanChanged(event_id=self._id(), workspace_id=name, effective_at=effective_at, plan=plan)
 
@@ -174,21 +176,13 @@ def draw(name: str, count: int) -> list[Event]:
 
 def assert_told(worker: WorkerProcess, reference: Reference) -> None:
     """What left is what the ledger implies: every crossing, no alert that nothing explains, every pool's state."""
-    alerts = published_alerts(worker.configured)
-    published = {told_by(alert) for alert in alerts}
-    implied = reference.crossings()
-    assert implied
-    assert implied - published == set(), "crossings that nobody was told"
-    unexplained = {found for found in published - implied if not reference.explains(found)}
-    assert unexplained == set(), "alerts that no order of the two topics explains"
-    ids = {(alert.alert_id, (alert.position, alert.pool, alert.kind)) for alert in alerts}
-    assert len(ids) == len({name for name, _ in ids}) == len({what for _, what in ids}), "an id is one crossing's"
-
-    states = {key: stands_by(state) for key, state in newest_states(worker.configured).items()}
-    balances = reference.states()
-    assert reference.told_pools() - states.keys() == set(), "pools without a state"
-    wrong = {key: (state, balances[key]) for key, state in states.items() if state != balances[key]}
-    assert wrong == {}, "states that are not the ledger's balances"
+    verdict = judge(worker.configured, reference)
+    assert verdict.implied
+    assert verdict.untold == set(), "crossings that nobody was told"
+    assert verdict.unexplained == set(), "alerts that no order of the two topics explains"
+    assert verdict.ambiguous_ids == set(), "an id is one crossing's"
+    assert verdict.without_state == set(), "pools without a state"
+    assert verdict.wrong_states == {}, "states that are not the ledger's balances"
 
 
 def assert_books_close(books: Reconciliation) -> None:
