@@ -28,7 +28,7 @@ from creditstream.producing import open_producer
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitState, State, state_key
 from streams.settings import Settings, read_settings
-from streams.topics import LIMIT_STATES, Broker, ensure_topic
+from streams.topics import LIMIT_STATES, Broker
 
 CHECKS = 200_000
 REPEATS = 9
@@ -143,7 +143,7 @@ def main() -> None:
         EmbeddedKafka(Home.at(Path(directory)), Console(stderr=True).print) as kafka,
     ):
         settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-        ensure_topic(Broker(settings), LIMIT_STATES, settings)
+        Broker(settings).ensure(LIMIT_STATES)
         produce(settings, given.workspaces, given.premium)
         argument = msgspec.json.encode(settings).decode()
         for _ in range(given.rounds):

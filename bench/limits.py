@@ -43,7 +43,7 @@ from sinks.ledger import YOUNG_SERVER_S
 from sinks.migrate import migrate
 from sinks.queries import pin_catalogue
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 RATE = 1_000
 ALLOWANCE = 100
@@ -289,7 +289,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base / "kafka"), Console(stderr=True).print) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topics(Broker(settings), settings)
+            Broker(settings).ensure_all()
             say = Console(width=140).print
             if given.seconds:
                 say(report(measure(settings, Home.at(base / "worker"), base / "plans", given.seconds)))

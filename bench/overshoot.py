@@ -26,7 +26,7 @@ from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, Broker, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, Broker
 
 WORKERS: Final = 8
 ASKED_ON: Final = 20
@@ -138,7 +138,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base / "kafka"), Console(stderr=True).print) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topics(Broker(settings), settings)
+            Broker(settings).ensure_all()
             worker = {"kafka_bootstrap": kafka.bootstrap, "plans_dir": str(base / "plans")}
             with child_worker(Home.at(base / "worker"), **worker):
                 Console(width=140).print(report(cells_s, measure(settings, cells_s, given.workspaces)))

@@ -36,7 +36,7 @@ from creditstream.simulate import bulk_runs
 from schemas.account import PlanChanged
 from schemas.codec import encode_account_event
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
@@ -259,7 +259,7 @@ def main() -> None:
     try:
         with EmbeddedKafka(Home.at(base), say) as kafka:
             settings = read_settings({}, kafka_bootstrap=kafka.bootstrap)
-            ensure_topics(Broker(settings), settings)
+            Broker(settings).ensure_all()
             say(f"producing {given.runs:,} cell runs")
             produce(settings, given.runs)
             figures: dict[str, list[Figure]] = {road: [] for road in ROADS}

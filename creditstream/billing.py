@@ -56,9 +56,9 @@ def send_event(settings: Settings, event: AccountEvent) -> tuple["Topic", Positi
     """Deliver one event; where it lies in Kafka. Unreachable when it was not delivered."""
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_account_event
-    from streams.topics import ACCOUNT_EVENTS, Broker, require_topic
+    from streams.topics import ACCOUNT_EVENTS, Broker
 
-    topic = require_topic(Broker(settings), settings.topic(ACCOUNT_EVENTS), settings)
+    topic = Broker(settings).require(ACCOUNT_EVENTS)
     record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))
     fix = f"Send it again with --event-id {event.event_id}: it counts once."
     (place,) = deliver(settings, [record], "account events were", fix)

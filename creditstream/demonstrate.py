@@ -22,7 +22,7 @@ from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
 from streams.settings import DEBUG_VARIABLE, PREFIX, Settings, read_settings, variable
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, ensure_topics
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 CATCH_UP_S_MAX: Final = 60.0
 LOOK_S: Final = 0.25
@@ -41,7 +41,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
         settings = read_settings({}, home=str(place.path), **kafka.settings)
-        ensure_topics(Broker(settings), settings)
+        Broker(settings).ensure_all()
         with child_worker(place, instance=EMBEDDED_INSTANCE, **kafka.settings) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
             with _Scene(settings, seconds, rate) as scene:

@@ -15,7 +15,7 @@ from schemas.codec import decode_account_event, decode_run
 from schemas.ledger import REDRIVE_HEADER, Position, Reason
 from schemas.problem import Problem
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, require_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 WHY_NOT: Final = {
     Reason.TOO_LARGE: "it is still too large",
@@ -37,8 +37,8 @@ def redrive(settings: Settings, answers: Answers, letters: Sequence[ParkedEvent]
     for letter in letters:
         if why := _why_not(letter, ours):
             raise Problem(f"{letter.position} cannot be sent again", why, "Nothing was sent.")
-    broker = Broker(settings)
-    topics = [require_topic(broker, name, settings) for name in {letter.topic for letter in letters}]
+    broker, named = Broker(settings), {letter.topic for letter in letters}
+    topics = [broker.require(name) for name in (CELL_RUNS, ACCOUNT_EVENTS) if settings.topic(name) in named]
     fix = "Try again: those that were delivered are closed, and a copy is never charged twice."
     places = deliver(settings, [_record(settings, letter) for letter in letters], "dead letters were", fix)
     rows: dict[Position, LedgerRow] = {}

@@ -36,7 +36,7 @@ from streams.reading import Offsets, Reading
 from streams.records import partition_of
 from streams.settings import Settings
 from streams.threads import Threads
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic, require_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
 from streams.unit import Lanes, Unit
 from streams.voice import Outlets
 
@@ -79,10 +79,10 @@ class Meter:
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
         self._writer = self.threads.open(ledger_url(settings), settings.ledger_password, self._prepare)
         self.broker = Broker(settings)
-        self.topic: Topic = require_topic(self.broker, settings.topic(CELL_RUNS), settings)
-        self.event_topic: Topic = require_topic(self.broker, settings.topic(ACCOUNT_EVENTS), settings)
+        self.topic: Topic = self.broker.require(CELL_RUNS)
+        self.event_topic: Topic = self.broker.require(ACCOUNT_EVENTS)
         for name in (LIMIT_ALERTS, LIMIT_STATES):
-            require_topic(self.broker, settings.topic(name), settings)
+            self.broker.require(name)
         self.publisher = Publisher(settings)
         self.lanes = self._lanes()
         self._loader = Loader(

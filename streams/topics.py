@@ -62,11 +62,6 @@ class LogRange(msgspec.Struct, frozen=True):
     end: int
 
 
-def topic_names(settings: Settings) -> list[str]:
-    """All topics, under the settings' prefix."""
-    return [settings.topic(name) for name in TOPICS]
-
-
 def position_of(message: Message) -> Position:
     """Where a record that came from librdkafka, or was delivered by it, lies."""
     topic, partition, offset = message.topic(), message.partition(), message.offset()
@@ -77,10 +72,14 @@ def position_of(message: Message) -> Position:
 
 
 class Broker:
-    """Administration of one Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`."""
+    """Administration of the settings' Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`.
+
+    `require`, `ensure` and `create` take a name of `TOPICS`; the other methods take one under the settings' prefix.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.bootstrap: Final = settings.kafka_bootstrap
+        self._settings = settings
         self._connection = librdkafka(settings) | {"log_level": 0}
         self._refusal = ""
         """What a broker said of a login or a certificate: librdkafka's own answer is then that there is none."""
@@ -102,19 +101,53 @@ class Broker:
         config = {key: entry.value for key, entry in entries.items()}
         return Topic(name, str(described.topic_id), len(described.partitions), config)
 
-    def create(self, name: str, settings: Settings) -> None:
+    def require(self, name: str) -> Topic:
+        """The topic as the worker needs it. Problem when it is missing or does not fit."""
+        topic = self.topic(self._settings.topic(name))
+        if not topic:
+            missing = f"topic {self._settings.topic(name)} does not exist"
+            raise Problem(missing, f"on {self.bootstrap}", "Run `creditstream topics`.")
+        if topic.partitions != self._settings.partitions:
+            raise Problem(
+                f"topic {topic.name} does not fit",
+                f"it has {topic.partitions} partitions, the settings say {self._settings.partitions}",
+                "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
+            )
+        required, _ = TOPICS[name]
+        for key, value in required.items():
+            if topic.config.get(key) != value:
+                raise Problem(
+                    f"topic {topic.name} does not fit",
+                    f"{key} is {topic.config.get(key)}, not {value}",
+                    f"Set it: kafka-configs.sh --alter --topic {topic.name} --add-config {key}={value}",
+                )
+        return topic
+
+    def ensure(self, name: str) -> tuple[Topic, bool]:
+        """The topic as `require`, created when it does not exist (then True)."""
+        is_missing = self.topic(self._settings.topic(name)) is None
+        if is_missing:
+            self.create(name)
+        return self.require(name), is_missing
+
+    def ensure_all(self) -> None:
+        """All topics, as `ensure`."""
+        for name in TOPICS:
+            self.ensure(name)
+
+    def create(self, name: str) -> None:
         """Create a topic with the settings' partitions and the required configuration; visible when this returns."""
-        required, created = TOPICS[name.removeprefix(settings.topic_prefix)]
+        required, created = TOPICS[name]
         new = NewTopic(
-            name,
-            num_partitions=settings.partitions,
-            replication_factor=settings.replication_factor,
+            self._settings.topic(name),
+            num_partitions=self._settings.partitions,
+            replication_factor=self._settings.replication_factor,
             config={**required, **created},
         )
         self._answer(self._admin.create_topics([new]))
         # The broker's metadata follows the controller's answer a moment later.
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while self.topic(name) is None and time.monotonic() < deadline:
+        while self.topic(new.topic) is None and time.monotonic() < deadline:
             time.sleep(SETTLED_POLL_S)
 
     def log_ranges(self, name: str, partitions: Iterable[int]) -> dict[int, LogRange]:
@@ -212,39 +245,3 @@ _REFUSALS: Final = frozenset(
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     }
 )
-
-
-def ensure_topic(broker: Broker, name: str, settings: Settings) -> tuple[Topic, bool]:
-    """The topic, created when it does not exist (then True). Problem when it exists and does not fit."""
-    found = broker.topic(name)
-    if not found:
-        broker.create(name, settings)
-    return require_topic(broker, name, settings), not found
-
-
-def ensure_topics(broker: Broker, settings: Settings) -> None:
-    """All topics, as `ensure_topic`."""
-    for name in topic_names(settings):
-        ensure_topic(broker, name, settings)
-
-
-def require_topic(broker: Broker, name: str, settings: Settings) -> Topic:
-    """The topic as the worker needs it. Problem when it is missing or does not fit."""
-    topic = broker.topic(name)
-    if not topic:
-        raise Problem(f"topic {name} does not exist", f"on {broker.bootstrap}", "Run `creditstream topics`.")
-    if topic.partitions != settings.partitions:
-        raise Problem(
-            f"topic {name} does not fit",
-            f"it has {topic.partitions} partitions, the settings say {settings.partitions}",
-            "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
-        )
-    required, _ = TOPICS[name.removeprefix(settings.topic_prefix)]
-    for key, value in required.items():
-        if topic.config.get(key) != value:
-            raise Problem(
-                f"topic {name} does not fit",
-                f"{key} is {topic.config.get(key)}, not {value}",
-                f"Set it: kafka-configs.sh --alter --topic {name} --add-config {key}={value}",
-            )
-    return topic

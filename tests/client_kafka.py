@@ -21,7 +21,7 @@ from schemas.codec import decode_run
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitState, State, state_key
 from streams.settings import Settings, read_settings
-from streams.topics import CELL_RUNS, LIMIT_STATES, Broker, ensure_topic
+from streams.topics import CELL_RUNS, LIMIT_STATES, Broker
 
 WAIT_S_MAX: Final = 60.0
 POLL_S: Final = 0.02
@@ -39,7 +39,7 @@ def fresh_settings(bootstrap: str, *topics: str, partitions: int = 2, **fields: 
 def make_topics(settings: Settings, *topics: str) -> None:
     """Have these topics under the settings' prefix."""
     for topic in topics:
-        ensure_topic(Broker(settings), settings.topic(topic), settings)
+        Broker(settings).ensure(topic)
 
 
 class Door:

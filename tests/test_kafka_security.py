@@ -40,7 +40,7 @@ from creditstream.home import Home
 from creditstream.webhooks.signing import new_secret
 from schemas.cell_run import CellRun, Outcome
 from streams.settings import read_settings, variable
-from streams.topics import Broker, ensure_topics
+from streams.topics import Broker
 from tests.client_kafka import wait_until
 from tests.webhook_receiver import WebhookReceiver
 from tests.worker_process import ROOT, WAIT_S_MAX, Finished, WorkerProcess, creditstream, environment
@@ -126,7 +126,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         patch.setattr(embedded, "SERVER_PROPERTIES", embedded.SERVER_PROPERTIES + clients)
         with EmbeddedKafka(home, print) as broker:
             settings = read_settings({}, **broker.settings)
-            ensure_topics(Broker(settings), settings)
+            Broker(settings).ensure_all()
             admin = AdminClient({"bootstrap.servers": broker.bootstrap})
             scram = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
             users = [UserScramCredentialUpsertion(user, scram, password(user).encode()) for user in USERS]

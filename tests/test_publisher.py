@@ -25,7 +25,7 @@ def settings(kafka: str) -> Settings:
     """With a topic of one partition that nobody else writes."""
     settings = Settings(kafka_bootstrap=kafka, topic_prefix=f"{uuid4().hex}-", partitions=1)
     broker = Broker(settings)
-    broker.create(settings.topic(LIMIT_STATES), settings)
+    broker.create(LIMIT_STATES)
     return settings
 
 

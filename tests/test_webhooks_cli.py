@@ -20,7 +20,7 @@ from creditstream.webhooks.resending import deliveries
 from creditstream.webhooks.signing import new_secret
 from schemas.webhook import DeliveryState
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, Broker, ensure_topics
+from streams.topics import LIMIT_ALERTS, Broker
 from tests.test_webhooks_notifier import some_alert
 from tests.webhook_receiver import STALL, WebhookReceiver
 from tests.worker_process import ROOT, Finished, environment
@@ -34,7 +34,7 @@ SECRET: Final = new_secret()
 @pytest.fixture(scope="module")
 def settings(kafka: str) -> Settings:
     settings = Settings(kafka_bootstrap=kafka, topic_prefix=PREFIX, partitions=2)
-    ensure_topics(Broker(settings), settings)
+    Broker(settings).ensure_all()
     return settings
 
 

@@ -33,7 +33,7 @@ from schemas.limits import LimitAlert
 from schemas.problem import Problem, UnknownId
 from schemas.webhook import Delivery, DeliveryState
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, ensure_topic
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 from tests.webhook_receiver import STALL, Behaviour, Received, Reply, WebhookReceiver
 
 WAIT_S_MAX: Final = 60.0
@@ -77,7 +77,7 @@ class Stage:
         self.clock: Final = Clock()
         self._producer: Final = open_producer(self.settings)
         for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
-            ensure_topic(Broker(self.settings), prefix + name, self.settings)
+            Broker(self.settings).ensure(name)
 
     def alert(self, *alerts: LimitAlert, partition: int = 0) -> None:
         """The meter sends alerts."""

@@ -29,7 +29,7 @@ from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
 from schemas.problem import Problem, Unreachable
 from streams.settings import PREFIX, Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic, ensure_topics, require_topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 60.0
@@ -84,8 +84,8 @@ class WorkerProcess:
 
     def create_topic(self) -> Topic:
         """The worker's topics, created where they are missing; that of the cell runs."""
-        ensure_topics(self.broker, self.configured)
-        return require_topic(self.broker, self.configured.topic(CELL_RUNS), self.configured)
+        self.broker.ensure_all()
+        return self.broker.require(CELL_RUNS)
 
     @property
     def pid(self) -> int:

@@ -60,14 +60,11 @@ def reconcile(home: str, url: str, form: str) -> None:
 @click.option("--check", is_flag=True, help="Create nothing; fail when a topic is missing or does not fit.")
 def topics(home: str, check: bool) -> None:
     """Create the topics that are missing, and check those that exist."""
-    from streams.topics import Broker, ensure_topic, require_topic, topic_names
+    from streams.topics import TOPICS, Broker
 
-    settings = kafka_settings_of(home)
-    broker = Broker(settings)
-    for name in topic_names(settings):
-        found, created = (
-            (require_topic(broker, name, settings), False) if check else ensure_topic(broker, name, settings)
-        )
+    broker = Broker(kafka_settings_of(home))
+    for name in TOPICS:
+        found, created = (broker.require(name), False) if check else broker.ensure(name)
         done = "created" if created else "fits"
         say(f"{found.name}: {done}, {found.partitions} partitions, id {found.id}")
 

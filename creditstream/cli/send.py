@@ -59,9 +59,9 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None
     from creditstream.metering import await_rows
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_run
-    from streams.topics import CELL_RUNS, Broker, require_topic
+    from streams.topics import CELL_RUNS, Broker
 
-    topic = require_topic(Broker(settings), settings.topic(CELL_RUNS), settings)
+    topic = Broker(settings).require(CELL_RUNS)
     records = [Outgoing(topic.name, run.workspace_id, encode_run(run)) for run in runs]
     places = deliver(settings, records, "runs were", "Send the file again: a copy is never charged twice.")
     next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` tells what the last one cost"

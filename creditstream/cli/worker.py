@@ -46,10 +46,10 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
 
 def _embedded_settings(kafka: dict[str, str], home: str) -> Settings:
-    from streams.topics import Broker, ensure_topics
+    from streams.topics import Broker
 
     settings = read_settings(os.environ, home=home, instance=EMBEDDED_INSTANCE, **kafka)
-    ensure_topics(Broker(settings), settings)
+    Broker(settings).ensure_all()
     return settings
 
 

@@ -14,7 +14,7 @@ from schemas.limits import AlertKind, Cause, LimitAlert, State, TopColumn
 from schemas.problem import Problem, UnknownId
 from schemas.webhook import Delivery, DeliveryState, delivery_key
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, require_topic
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 
 
 class Resent(NamedTuple):
@@ -64,7 +64,7 @@ def resend(
     A delivery that was given up is noted as delivered when this one succeeds; one that a notifier still has is left
     to it. UnknownId when ``limit-alerts`` does not have the alert, Problem when it is for nobody.
     """
-    topic = require_topic(Broker(settings), settings.topic(LIMIT_ALERTS), settings)
+    topic = Broker(settings).require(LIMIT_ALERTS)
     found = find_alert(settings, topic.name, range(topic.partitions), alert_id)
     if found is None:
         fix = "See `creditstream alerts list`; alerts are kept for 40 days."
@@ -96,7 +96,7 @@ FAILED_FIRST: Final = (DeliveryState.FAILED, DeliveryState.WAITING, DeliveryStat
 
 def deliveries(settings: Settings) -> list[Delivery]:
     """Every delivery that is known: those that failed first, then the next ones, then what is done."""
-    topic = require_topic(Broker(settings), settings.topic(WEBHOOK_DELIVERIES), settings)
+    topic = Broker(settings).require(WEBHOOK_DELIVERIES)
     found = Outbox(settings, topic.name).read(range(topic.partitions), lambda _: None)
     records = [record for newest in found.values() for record in newest.values()]
     return sorted(

@@ -13,7 +13,7 @@ from creditstream.webhooks.endpoints import Endpoint, EndpointProblem, load_endp
 from creditstream.webhooks.notifier import Notifier
 from schemas.problem import Problem
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker, require_topic
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 
 STOP_S_MAX: Final = 9.0
 """After this long a stop that hangs, since Kafka is gone, is ended by force; what was not recorded is done again."""
@@ -50,7 +50,7 @@ def run_notifier(settings: Settings, path: Path) -> int:
     endpoints = load_endpoints(path)
     broker = Broker(settings)
     for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
-        require_topic(broker, settings.topic(name), settings)
+        broker.require(name)
     notifier = Notifier(settings, endpoints)
     log.info("notifier_started", kafka=settings.kafka_bootstrap, endpoints=sorted(endpoints), pid=os.getpid())
     try:
