@@ -7,6 +7,7 @@ sentences that ``creditstream explain`` shows; each names the charge rule that i
 import re
 from enum import StrEnum
 from typing import Final, NamedTuple, Self
+from uuid import UUID
 
 from schemas.cell_run import Outcome
 
@@ -38,6 +39,13 @@ class Position(NamedTuple):
 
 
 _POSITION: Final = re.compile(r"(?P<topic>[\w.-]+)\[(?P<partition>[0-9]{1,5})\]@(?P<offset>[0-9]{1,19})", re.ASCII)
+
+
+class Identity(NamedTuple):
+    """What names a run, or an account event: their ids are each workspace's own."""
+
+    workspace_id: str
+    id: UUID
 
 
 class Pool(StrEnum):

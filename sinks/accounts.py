@@ -16,7 +16,7 @@ import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
-from schemas.ledger import Kind, Position
+from schemas.ledger import Identity, Kind, Position
 from schemas.limits import DEFAULT_THRESHOLDS, LimitAlert, TopColumn
 from sinks.ledger import POSITION, Chain
 
@@ -166,46 +166,56 @@ class RunToReverse(NamedTuple):
     """Where its reversal lies in Kafka; empty: it stands."""
 
 
-def runs_to_reverse(client: Client, identities: Iterable[tuple[str, UUID]]) -> list[RunToReverse]:
-    """The debits under these (workspace id, run id), each with its reversal if there is one."""
+def find_runs(client: Client, identities: Iterable[Identity]) -> list[tuple[Identity, str, tuple[Any, ...]]]:
+    """The debits under these: identity, position in Kafka, and what a copy must say as well."""
+    wanted = set(identities)
+    found = client.query(
+        f"SELECT workspace_id, run_id, {POSITION}, table_id, column_id, row_id, action, outcome, own_api_key, "
+        "toUnixTimestamp64Milli(ran_at), triggered_by, actor "
+        "FROM ledger WHERE kind = 'run' AND workspace_id IN %(workspaces)s AND run_id IN %(ids)s",
+        parameters=_apart(wanted),
+    ).result_rows
+    debits = [(Identity(name, run_id), position, tuple(said)) for name, run_id, position, *said in found]
+    return [debit for debit in debits if debit[0] in wanted]
+
+
+def runs_to_reverse(client: Client, identities: Iterable[Identity]) -> list[RunToReverse]:
+    """The debits under these, each with its reversal if there is one."""
     wanted = set(identities)
     found = client.query(
         "SELECT workspace_id, run_id, anyIf(table_id, kind = 'run'), anyIf(column_id, kind = 'run'), "
         "anyIf(row_id, kind = 'run'), anyIf(action, kind = 'run'), toString(anyIf(pool, kind = 'run')), "
         "toInt64(anyIf(credits, kind = 'run') * 1000), anyIf(toUnixTimestamp64Milli(ran_at), kind = 'run'), "
         f"anyIf(catalogue, kind = 'run'), anyIf({POSITION}, kind = 'reversal') FROM ledger "
-        "WHERE kind IN ('run', 'reversal') AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s "
+        "WHERE kind IN ('run', 'reversal') AND workspace_id IN %(workspaces)s AND run_id IN %(ids)s "
         "GROUP BY workspace_id, run_id HAVING countIf(kind = 'run') > 0",
-        parameters={
-            "workspaces": sorted({workspace for workspace, _ in wanted}),
-            "runs": sorted(str(run) for _, run in wanted),
-        },
+        parameters=_apart(wanted),
     )
-    return [RunToReverse(*row) for row in found.result_rows if (row[0], row[1]) in wanted]
+    return [RunToReverse(*row) for row in found.result_rows if Identity(row[0], row[1]) in wanted]
 
 
-def known_events(
-    client: Client, identities: Iterable[tuple[str, UUID]]
-) -> dict[tuple[str, UUID], tuple[str, UUID, str, AccountRow]]:
-    """Account events in the ledger under these (workspace id, event id): position in Kafka, id of the run, actor, and
-    all else that they say.
-    """
+def known_events(client: Client, identities: Iterable[Identity]) -> dict[Identity, tuple[str, UUID, str, AccountRow]]:
+    """Account events in the ledger under these: position in Kafka, id of the run, actor, and all else that they say."""
     wanted = set(identities)
     found = client.query(
         f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_ROW} FROM ledger "
-        f"WHERE {EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(events)s",
-        parameters={
-            "workspaces": sorted({workspace for workspace, _ in wanted}),
-            "events": sorted(str(event) for _, event in wanted),
-        },
+        f"WHERE {EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(ids)s",
+        parameters=_apart(wanted),
     )
     known = {}
     for event_id, run_id, actor, topic, partition, *row in found.result_rows:
         (account_row,) = _account_rows([row])
-        if (account_row.workspace_id, event_id) in wanted:
+        identity = Identity(account_row.workspace_id, event_id)
+        if identity in wanted:
             position = str(Position(topic, partition, account_row.offset))
-            known[account_row.workspace_id, event_id] = (position, run_id, actor, account_row)
+            known[identity] = (position, run_id, actor, account_row)
     return known
+
+
+def _apart(identities: Iterable[Identity]) -> dict[str, list[str]]:
+    """Workspaces and ids as two lists, which the ledger's indexes can use: rows of other pairs are found, too."""
+    names, ids = zip(*identities, strict=True)
+    return {"workspaces": sorted(set(names)), "ids": sorted(map(str, ids))}
 
 
 class Tail(NamedTuple):

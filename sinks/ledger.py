@@ -27,6 +27,7 @@ import pyarrow as pa
 from clickhouse_connect.driver.client import Client
 
 from schemas.cell_run import from_milliseconds
+from schemas.ledger import Position
 from schemas.problem import Problem
 from sinks.clickhouse import DatabaseError, first_line
 from sinks.columns import instants
@@ -57,6 +58,10 @@ class Chain(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.topic}[{self.partition}]"
+
+    def position(self, offset: int) -> str:
+        """Where a record of it lies in Kafka, as people write it: ``cell-runs[3]@88123``."""
+        return str(Position(self.topic, self.partition, offset))
 
 
 class Mark(msgspec.Struct, frozen=True):

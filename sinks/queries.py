@@ -4,7 +4,6 @@ The worker's own come first, then those of people, which the CLI and the read AP
 theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's), dead letters in `sinks.dead_letters`.
 """
 
-from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
 from typing import Any, Final
@@ -19,25 +18,6 @@ from schemas.credits import format_credits, millicredits_of
 from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, run_of
-from sinks.ledger import POSITION
-
-
-def find_runs(
-    client: Client, identities: Iterable[tuple[str, UUID]]
-) -> list[tuple[tuple[str, UUID], str, tuple[Any, ...]]]:
-    """The debits under these (workspace id, run id): identity, position in Kafka, and what a copy must match."""
-    wanted = set(identities)
-    found = client.query(
-        f"SELECT workspace_id, run_id, {POSITION}, "
-        "table_id, column_id, row_id, action, outcome, own_api_key, toUnixTimestamp64Milli(ran_at), triggered_by, "
-        "actor "
-        "FROM ledger WHERE kind = 'run' AND workspace_id IN %(workspaces)s AND run_id IN %(runs)s",
-        parameters={
-            "workspaces": sorted({workspace for workspace, _ in wanted}),
-            "runs": sorted(str(run) for _, run in wanted),
-        },
-    )
-    return [((row[0], row[1]), row[2], tuple(row[3:])) for row in found.result_rows if (row[0], row[1]) in wanted]
 
 
 def token_window(client: Client) -> int:

@@ -4,7 +4,7 @@ A chunk of account events is rare and small; it is rated event by event, against
 way there know (`Known`). Each record becomes exactly one row.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -17,16 +17,15 @@ from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGra
 from schemas.cell_run import to_milliseconds
 from schemas.codec import decode_account_event
 from schemas.credits import parse_credits
-from schemas.ledger import ACCOUNT_KINDS, Kind, Pool, Reason, number_of
+from schemas.ledger import ACCOUNT_KINDS, Identity, Kind, Pool, Reason, number_of
 from schemas.plan import PlanLists
 from sinks.accounts import AccountRow, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
+from streams.duplicates import Original
 from streams.periods import day_of
 from streams.records import Record, Refusal, decoded, headers_text, id_keys, partition_of, redrive_of
 
-ScopedId = tuple[str, UUID]
-"""A workspace, and the id of an event or a run in it."""
 _NIL: Final = UUID(int=0)
 
 
@@ -40,21 +39,20 @@ class Received(NamedTuple):
 class Known(NamedTuple):
     """What is known of a chunk's ids."""
 
-    events: Mapping[ScopedId, tuple[str, tuple[object, ...]]]
-    """(workspace, event id) → position, and what a copy must match (`substance`)."""
-    runs: Mapping[ScopedId, RunToReverse]
+    events: Mapping[Identity, Original]
+    runs: Mapping[Identity, RunToReverse]
 
 
 NOTHING_KNOWN: Final = Known({}, {})
 
 
-def known_of(events: Mapping[ScopedId, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
+def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
     """From the ledger's answers (`sinks.accounts.known_events`, `runs_to_reverse`)."""
-    substances = {
-        identity: (position, substance_of(row, run_id, actor))
+    originals = {
+        identity: Original(position, substance_of(row, run_id, actor))
         for identity, (position, run_id, actor, row) in events.items()
     }
-    return Known(substances, {(run.workspace_id, run.run_id): run for run in runs})
+    return Known(originals, {Identity(run.workspace_id, run.run_id): run for run in runs})
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,10 +78,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-def with_rows(known: Known, rows: Iterable[Row], position: Callable[[Record], str]) -> Known:
-    """With the ids of rows that are not in the ledger yet. What they reverse is not: that must be in the ledger."""
+def with_rows(known: Known, rows: Iterable[Row], chain: Chain) -> Known:
+    """With the events of rows on their way to the ledger. A run counts as known only once it is there."""
     events = {
-        (row.workspace_id, row.event_id): (position(row.record), substance_of(account_row(row), row.run_id, row.actor))
+        Identity(row.workspace_id, row.event_id): Original(
+            chain.position(row.record.offset), substance_of(account_row(row), row.run_id, row.actor)
+        )
         for row in rows
         if row.kind in ACCOUNT_KINDS
     }
@@ -107,10 +107,10 @@ def _decode(record: Record, partition: int, partitions: int) -> AccountEvent | R
     return event
 
 
-def event_identities(chunk: Iterable[Received]) -> list[ScopedId]:
+def event_identities(chunk: Iterable[Received]) -> list[Identity]:
     """The ids under which the ledger may know these events."""
     events = [received.event for received in chunk if not isinstance(received.event, Refusal)]
-    return [(event.workspace_id, event.event_id) for event in events]
+    return [Identity(event.workspace_id, event.event_id) for event in events]
 
 
 def keys_of(chunk: Iterable[Received]) -> npt.NDArray[np.uint64]:
@@ -124,15 +124,17 @@ def to_look_up(chunk: Iterable[Received], suspected: Iterable[bool]) -> list[Rec
     return [it for it, known in zip(events, suspected, strict=True) if known or isinstance(it.event, RunReversed)]
 
 
-def run_identities(chunk: Iterable[Received]) -> list[ScopedId]:
+def run_identities(chunk: Iterable[Received]) -> list[Identity]:
     """The runs that these events reverse."""
-    return [(it.event.workspace_id, it.event.run_id) for it in chunk if isinstance(it.event, RunReversed)]
+    return [_run_of(it.event) for it in chunk if isinstance(it.event, RunReversed)]
 
 
-def rate_events(
-    chunk: Sequence[Received], position: Callable[[Record], str], known: Known, plans: PlanLists
-) -> list[Row]:
-    """Rows of a chunk, in its order. ``position`` (record → text) says where a record lies in Kafka.
+def _run_of(event: RunReversed) -> Identity:
+    return Identity(event.workspace_id, event.run_id)
+
+
+def rate_events(chunk: Sequence[Received], chain: Chain, known: Known, plans: PlanLists) -> list[Row]:
+    """Rows of a chunk of this chain, in its order.
 
     An event id that is known is a duplicate, or a dead letter where it says something else; a run is reversed once,
     under whatever event ids; what names an unknown run or plan is set aside.
@@ -145,15 +147,16 @@ def rate_events(
         if isinstance(event, Refusal):
             rows.append(_set_aside(record, event))
             continue
-        identity = event.workspace_id, event.event_id
+        identity = Identity(event.workspace_id, event.event_id)
         if first := standing.get(identity):
-            rows.append(_copy(record, event, *first))
+            rows.append(_copy(record, event, first))
             continue
         row = _fresh(record, event, known, reversed_at, plans)
         if row.kind not in (Kind.DEAD_LETTER, Kind.DUPLICATE):
-            standing[identity] = position(record), substance(event)
+            position = chain.position(record.offset)
+            standing[identity] = Original(position, substance(event))
             if isinstance(event, RunReversed):
-                reversed_at[event.workspace_id, event.run_id] = position(record)
+                reversed_at[_run_of(event)] = position
         rows.append(row)
     return rows
 
@@ -194,7 +197,7 @@ def _below(event: LimitsChanged) -> int:
 
 
 def _fresh(
-    record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[ScopedId, str], plans: PlanLists
+    record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[Identity, str], plans: PlanLists
 ) -> Row:
     plain: dict[str, Any] = {"record": record, "workspace_id": event.workspace_id, "event_id": event.event_id}
     plain["actor"] = event.actor or ""
@@ -209,7 +212,7 @@ def _fresh(
             limits: dict[str, Any] = {"thresholds": _percents(event), "remaining_below": _below(event)}
             return Row(kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, **plain, **limits)
         case RunReversed():
-            return _reversal(event, plain, known.runs.get((event.workspace_id, event.run_id)), reversed_at)
+            return _reversal(event, plain, known.runs.get(_run_of(event)), reversed_at)
 
 
 def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
@@ -226,12 +229,12 @@ def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
 
 
 def _reversal(
-    event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[ScopedId, str]
+    event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[Identity, str]
 ) -> Row:
     if run is None:
         return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, f"no run {event.run_id} in the ledger"), event)
     plain |= {"run": run, "run_id": run.run_id, "ran_ms": run.ran_ms}
-    if before := reversed_at.get((event.workspace_id, event.run_id)):
+    if before := reversed_at.get(_run_of(event)):
         return Row(kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, detail=f"the run was reversed at {before}", **plain)
     return Row(
         kind=Kind.REVERSAL, reason=Reason.REVERSED, pool=Pool(run.pool), credits=-run.credits,
@@ -239,14 +242,14 @@ def _reversal(
     )  # fmt: skip
 
 
-def _copy(record: Record, event: AccountEvent, position: str, first: tuple[object, ...]) -> Row:
-    if first != substance(event):
-        detail = f"differs from the event at {position}, which stands"
+def _copy(record: Record, event: AccountEvent, first: Original) -> Row:
+    if first.substance != substance(event):
+        detail = f"differs from the event at {first.position}, which stands"
         return _set_aside(record, Refusal(Reason.CONFLICTING_DUPLICATE, detail), event)
     return Row(
         record=record, kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, workspace_id=event.workspace_id,
         event_id=event.event_id, run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
-        actor=event.actor or "", ran_ms=record.timestamp, detail=f"a copy of the event at {position}",
+        actor=event.actor or "", ran_ms=record.timestamp, detail=f"a copy of the event at {first.position}",
     )  # fmt: skip
 
 

@@ -9,12 +9,11 @@ the ledger. Account events have another such filter.
 
 from collections.abc import Iterable
 from typing import Final, NamedTuple
-from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
 
-from schemas.ledger import Kind, Reason
+from schemas.ledger import Identity, Kind, Reason
 
 Keys = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
@@ -145,18 +144,12 @@ def _scramble(keys: Keys) -> Keys:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-class Identity(NamedTuple):
-    """What names a run."""
-
-    workspace_id: str
-    run_id: UUID
-
-
 class Original(NamedTuple):
-    """An event under an identity: where it lies in Kafka, and every field that we know, times in milliseconds."""
+    """An event under an identity: where it lies in Kafka, and what a copy must say as well."""
 
     position: str
-    facts: tuple[object, ...]
+    substance: tuple[object, ...]
+    """Every field that we know, times in milliseconds."""
 
 
 class Verdict(NamedTuple):
@@ -167,7 +160,7 @@ class Verdict(NamedTuple):
     detail: str
 
 
-FACTS: Final = (
+RUN_SUBSTANCE: Final = (
     "table_id",
     "column_id",
     "row_id",
@@ -178,7 +171,7 @@ FACTS: Final = (
     "triggered_by",
     "actor",
 )
-"""The order of `Original.facts`."""
+"""The fields of a run's `Original.substance`, in their order."""
 
 
 class Candidate(NamedTuple):
@@ -193,8 +186,8 @@ class Candidate(NamedTuple):
 def decide(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> dict[int, Verdict]:
     """Row → verdict for the copies among the candidates, which come in Kafka's order.
 
-    ``known`` holds the debits from before. The first debit under an identity stands; a later event with the same facts
-    is a duplicate, one with others conflicts. A dead letter occupies no run id.
+    ``known`` holds the debits from before. The first debit under an identity stands; a later event that says the
+    same is a duplicate, one that does not conflicts. A dead letter occupies no run id.
     """
     standing = dict(known)
     verdicts: dict[int, Verdict] = {}
@@ -203,17 +196,12 @@ def decide(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> 
         if original is None:
             if candidate.is_debit:
                 standing[candidate.identity] = candidate.event
-        elif original.facts == candidate.event.facts:
-            verdicts[candidate.row] = Verdict(
-                Kind.DUPLICATE, Reason.DUPLICATE, f"a copy of the run at {original.position}"
-            )
+        elif original.substance == candidate.event.substance:
+            detail = f"a copy of the run at {original.position}"
+            verdicts[candidate.row] = Verdict(Kind.DUPLICATE, Reason.DUPLICATE, detail)
         else:
-            fields = [
-                name for name, old, new in zip(FACTS, original.facts, candidate.event.facts, strict=True) if old != new
-            ]
-            verdicts[candidate.row] = Verdict(
-                Kind.DEAD_LETTER,
-                Reason.CONFLICTING_DUPLICATE,
-                f"differs in {', '.join(fields)} from the run at {original.position}, which stands",
-            )
+            both = zip(RUN_SUBSTANCE, original.substance, candidate.event.substance, strict=True)
+            fields = ", ".join(name for name, old, new in both if old != new)
+            detail = f"differs in {fields} from the run at {original.position}, which stands"
+            verdicts[candidate.row] = Verdict(Kind.DEAD_LETTER, Reason.CONFLICTING_DUPLICATE, detail)
     return verdicts

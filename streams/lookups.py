@@ -2,11 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from uuid import UUID
 
-from sinks import accounts, queries
+from schemas.ledger import Identity
+from sinks import accounts
+from sinks.accounts import AccountRow, RunToReverse
 from streams import account_events, facts, recovery
 from streams.balances import Opening
-from streams.duplicates import Identity, Original
+from streams.duplicates import Original
 
 
 class Lookups:
@@ -17,12 +20,13 @@ class Lookups:
 
     async def runs(self, identities: Sequence[Identity]) -> dict[Identity, Original]:
         """The ledger's debits under these, for those that it has."""
-        rows = await self._look_up(queries.find_runs, identities)
-        return {Identity(*identity): Original(position, told) for identity, position, told in rows}
+        rows = await self._look_up(accounts.find_runs, identities)
+        return {identity: Original(position, substance) for identity, position, substance in rows}
 
     async def known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
         """What the ledger knows of a chunk of account events."""
-        events, runs = dict[Any, Any](), list[Any]()
+        events: dict[Identity, tuple[str, UUID, str, AccountRow]] = {}
+        runs: list[RunToReverse] = []
         if identities := account_events.event_identities(chunk):
             events = await self._look_up(accounts.known_events, identities)
         if identities := account_events.run_identities(chunk):

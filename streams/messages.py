@@ -39,7 +39,7 @@ def alert_of(notice: Notice, source: Source | None, runs_out: Day | None) -> Lim
         kind=notice.kind,
         at=from_milliseconds(notice.at_ms),
         cause=notice.cause,
-        position=f"{source.chain}@{source.offset}" if source else "",
+        position=chain.position(source.offset) if source else "",
         run_id=source.run_id if source else None,
         table_id=source.table_id if source else "",
         column_id=source.column_id if source else "",

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from schemas.ledger import KINDS, OUTCOMES, REASONS, Kind, Pool, Reason, number_of
+from schemas.ledger import KINDS, OUTCOMES, REASONS, Identity, Kind, Pool, Reason, number_of
 from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
 from sinks.ledger import Chain
 from streams.balances import Debits
-from streams.duplicates import Candidate, Identity, Original, Verdict
+from streams.duplicates import Candidate, Original, Verdict
 from streams.intake import TEXTS, Runs
 from streams.messages import Source
 from streams.periods import DAY_MS
@@ -105,8 +105,8 @@ def candidates(take: Take, suspected: npt.NDArray[np.bool_]) -> list[Candidate]:
     """The suspected rows that have an identity, in Kafka's order."""
     rows = [row for row in map(int, np.flatnonzero(suspected)) if row not in take.runs.refusals]
     return [
-        Candidate(row, identity, Original(position(take, row), facts), bool(take.debits.kind[row] == _RUN))
-        for row, (identity, facts) in zip(rows, _identities(take, rows), strict=True)
+        Candidate(row, identity, Original(_position(take, row), substance), bool(take.debits.kind[row] == _RUN))
+        for row, (identity, substance) in zip(rows, _identities(take, rows), strict=True)
     ]
 
 
@@ -114,14 +114,13 @@ def originals(take: Take, keys: npt.NDArray[np.uint64]) -> dict[Identity, Origin
     """Debits of a take that is on its way to the ledger and whose filter keys are among ``keys``."""
     rows = list(map(int, np.flatnonzero(np.isin(take.runs.keys, keys) & (take.debits.kind == _RUN))))
     return {
-        identity: Original(position(take, row), facts)
-        for row, (identity, facts) in zip(rows, _identities(take, rows), strict=True)
+        identity: Original(_position(take, row), substance)
+        for row, (identity, substance) in zip(rows, _identities(take, rows), strict=True)
     }
 
 
-def position(take: Take, row: int) -> str:
-    """Where a record lies in Kafka, as people write it: ``cell-runs[3]@88123``."""
-    return f"{take.chain}@{take.runs.offsets[row]}"
+def _position(take: Take, row: int) -> str:
+    return take.chain.position(int(take.runs.offsets[row]))
 
 
 def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[object, ...]]]:
@@ -129,11 +128,11 @@ def _identities(take: Take, rows: list[int]) -> list[tuple[Identity, tuple[objec
     texts = zip(*(runs.texts(name, rows) for name in TEXTS), strict=True)
     found: list[tuple[Identity, tuple[object, ...]]] = []
     for row, (workspace_id, table_id, column_id, row_id, action, triggered_by, actor) in zip(rows, texts, strict=True):
-        facts = (
+        substance = (
             table_id, column_id, row_id, action, str(OUTCOMES[runs.outcome[row] - 1]), bool(runs.own_api_key[row]),
             int(runs.ran_ms[row]), triggered_by, actor,
         )  # fmt: skip
-        found.append((Identity(workspace_id, runs.run_id(row)), facts))
+        found.append((Identity(workspace_id, runs.run_id(row)), substance))
     return found
 
 

@@ -31,14 +31,14 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from schemas.ledger import ACCOUNT_KINDS, Kind
+from schemas.ledger import ACCOUNT_KINDS, Identity, Kind
 from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark, batch_month
 from streams import account_events
 from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
-from streams.duplicates import Identity, KeyFilter, Original, decide
+from streams.duplicates import KeyFilter, Original, decide
 from streams.facts import fold_event
 from streams.inbox import BACKLOG_CHUNK, Event, Inbox
 from streams.intake import read_chunk
@@ -341,11 +341,8 @@ class Unit:
         self.filters.events.add(keys)
         unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
         known = await self._lanes.lookups.known(asked) if asked else account_events.NOTHING_KNOWN
-        known = account_events.with_rows(known, unwritten, self._event_place)
-        return account_events.rate_events(received, self._event_place, known, self._lanes.plans)
-
-    def _event_place(self, record: Record) -> str:
-        return f"{self.event_chain}@{record.offset}"
+        known = account_events.with_rows(known, unwritten, self.event_chain)
+        return account_events.rate_events(received, self.event_chain, known, self._lanes.plans)
 
     def _account_batch(self, chunk: list[Record], rows: Sequence[account_events.Row]) -> AccountBatch:
         table = account_events.account_rows(

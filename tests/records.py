@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 
 from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import from_milliseconds
-from schemas.ledger import KINDS, POOLS, REASONS, Reason
+from schemas.ledger import KINDS, POOLS, REASONS, Identity, Reason
 from sinks.ledger import Batch, Chain, Ledger
-from streams.duplicates import Identity, KeyFilter, Original, decide
+from streams.duplicates import KeyFilter, Original, decide
 from streams.intake import read_chunk
 from streams.rating import RatingTable
 from streams.rows import Take, apply_verdicts, candidates, ledger_rows, originals, rate_take

@@ -15,7 +15,7 @@ from creditstream.reference import Expected, ReferenceBilling
 from schemas.account import LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import encode_account_event
-from schemas.ledger import Kind, Pool, Reason
+from schemas.ledger import Identity, Kind, Pool, Reason
 from sinks.accounts import RunToReverse, draws_of, facts_of
 from streams.account_events import (
     NOTHING_KNOWN,
@@ -28,6 +28,7 @@ from streams.account_events import (
     with_rows,
 )
 from streams.balances import NOTHING, Balances
+from streams.duplicates import Original
 from streams.facts import fold_event, openings
 from streams.limits import Thresholds
 from streams.records import partition_of
@@ -66,7 +67,7 @@ def a_run(run: int = 1, **said: Any) -> RunToReverse:
 def rows_of(*records: Record, known: Known = NOTHING_KNOWN, partition: int = 0, partitions: int = 1) -> list[Row]:
     """The rows of one chunk."""
     chunk = receive(records, partition, partitions)
-    return rate_events(chunk, lambda record: f"account-events[0]@{record.offset}", known, PLANS)
+    return rate_events(chunk, CHAINS[1], known, PLANS)
 
 
 def said(rows: Sequence[Row]) -> list[str]:
@@ -144,7 +145,7 @@ def test_f16_a_copy_is_a_duplicate_in_one_chunk_and_over_chunks() -> None:
     """An event id is taken once; a copy names the event that stands."""
     first, copy = account_record(0, plan(), NOW), account_record(1, plan(), NOW + timedelta(days=40))
     assert said(rows_of(first, copy)) == ["plan/plan_changed", "duplicate/duplicate"]
-    known = Known({("ws_1", event_id(1)): ("account-events[0]@0", substance(plan()))}, {})
+    known = Known({Identity("ws_1", event_id(1)): Original("account-events[0]@0", substance(plan()))}, {})
     (row,) = rows_of(copy, known=known)
     assert (row.kind, row.detail) == (Kind.DUPLICATE, "a copy of the event at account-events[0]@0")
 
@@ -160,7 +161,7 @@ def test_f16_a_copy_is_a_duplicate_in_one_chunk_and_over_chunks() -> None:
 )  # fmt: skip
 def test_an_event_that_says_something_else_under_a_known_id(other: Any) -> None:
     """The first stands; the second is a dead letter."""
-    known = Known({}, {("ws_1", run_id(1)): a_run()})
+    known = Known({}, {Identity("ws_1", run_id(1)): a_run()})
     rows = rows_of(account_record(0, plan(), NOW), account_record(1, other, NOW), known=known)
     assert said(rows) == ["plan/plan_changed", "dead_letter/conflicting_duplicate"]
     assert rows[1].detail == "differs from the event at account-events[0]@0, which stands"
@@ -189,7 +190,7 @@ def test_a_dead_letter_occupies_no_event_id() -> None:
     """Once the plan list knows the plan, the same event is taken."""
     rows = rows_of(account_record(0, plan(plan="later"), NOW), account_record(1, plan(), NOW))
     assert said(rows) == ["dead_letter/unknown_plan", "plan/plan_changed"]
-    on_its_way = with_rows(NOTHING_KNOWN, rows[:1], str)
+    on_its_way = with_rows(NOTHING_KNOWN, rows[:1], CHAINS[1])
     assert said(rows_of(account_record(1, plan(), NOW), known=on_its_way)) == ["plan/plan_changed"]
 
 
@@ -210,7 +211,7 @@ def test_the_newest_limits_stand_in_whatever_order_the_ledger_gives_them() -> No
 
 def test_a_run_is_reversed_once_under_any_event_ids() -> None:
     """A negative debit dated by the original's day, with its pool and cell; a second one is a duplicate."""
-    known = Known({}, {("ws_1", run_id(1)): a_run()})
+    known = Known({}, {Identity("ws_1", run_id(1)): a_run()})
     first, second, copy = rows_of(
         *(account_record(offset, reversal(number), NOW) for offset, number in enumerate([1, 2, 1])), known=known
     )
@@ -221,14 +222,14 @@ def test_a_run_is_reversed_once_under_any_event_ids() -> None:
 
 def test_a_run_that_was_reversed_long_ago() -> None:
     """The ledger says where."""
-    known = Known({}, {("ws_1", run_id(1)): a_run(reversed_at="account-events[3]@7")})
+    known = Known({}, {Identity("ws_1", run_id(1)): a_run(reversed_at="account-events[3]@7")})
     (row,) = rows_of(account_record(9, reversal(1), NOW), known=known)
     assert (row.kind, row.detail) == (Kind.DUPLICATE, "the run was reversed at account-events[3]@7")
 
 
 def test_a_run_of_another_workspace_is_unknown() -> None:
     """Nobody gives back what another one paid."""
-    known = Known({}, {("ws_2", run_id(1)): a_run(workspace_id="ws_2")})
+    known = Known({}, {Identity("ws_2", run_id(1)): a_run(workspace_id="ws_2")})
     (row,) = rows_of(account_record(0, reversal(1), NOW), known=known)
     assert (row.reason, row.run_id) == (Reason.UNKNOWN_RUN, run_id(1))
 
@@ -261,7 +262,7 @@ events = st.one_of(
 @given(st.lists(st.tuples(events, st.sampled_from([b"ws_1", b"ws_2"]) | st.just(b"ws_1")), max_size=12))
 def test_rows_are_the_references(sent: list[tuple[Any, bytes]]) -> None:
     """Kind, reason, pool and credits of any chunk, by the other implementation."""
-    runs = {("ws_1", run_id(n)): a_run(n, credits=n * 1000) for n in (1, 2)}
+    runs = {Identity("ws_1", run_id(n)): a_run(n, credits=n * 1000) for n in (1, 2)}
     debits = {
         (name, str(run)): Expected("run", "charged", found.pool, _credits(found.credits))
         for (name, run), found in runs.items()

@@ -21,11 +21,11 @@ from creditstream.reference import ReferenceRater
 from creditstream.simulate import events
 from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds
-from schemas.ledger import Kind, Reason
+from schemas.ledger import Identity, Kind, Reason
+from sinks.accounts import find_runs
 from sinks.clickhouse import connect
 from sinks.filter_keys import key_of
-from sinks.queries import find_runs
-from streams.duplicates import FACTS, BloomFilter, Candidate, Identity, KeyFilter, Original, Verdict, decide
+from streams.duplicates import RUN_SUBSTANCE, BloomFilter, Candidate, KeyFilter, Original, Verdict, decide
 from streams.records import id_keys, partition_of
 from tests.ledger_rows import AUGUST_MS
 from tests.records import STEADY, Record, Road, Row, event, in_words, write_rows
@@ -177,7 +177,7 @@ def candidate(row: int, facts: tuple[object, ...] = DATA, *, run: int = 1, is_de
 
 
 def changed(**facts: object) -> tuple[object, ...]:
-    return tuple(facts.get(name, value) for name, value in zip(FACTS, DATA, strict=True))
+    return tuple(facts.get(name, value) for name, value in zip(RUN_SUBSTANCE, DATA, strict=True))
 
 
 def duplicate(position: str) -> Verdict:
@@ -209,7 +209,7 @@ def test_a_debit_from_before_stands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), list(zip(FACTS, ["x", "x", "x", "x", "error", True, 6, "x", "x"], strict=True))
+    ("field", "value"), list(zip(RUN_SUBSTANCE, ["x", "x", "x", "x", "error", True, 6, "x", "x"], strict=True))
 )
 def test_a_conflict_names_its_field(field: str, value: object) -> None:
     """Each field that we know makes a conflict, and is named."""
@@ -540,8 +540,8 @@ def test_the_ledger_gives_back_what_a_copy_must_match(client: Client) -> None:
     found = find_runs(client, list(road.ledger))
 
     assert {row.kind for row in Road().rows(records)} == {"run"}
-    assert {Identity(*identity): Original(position, facts) for identity, position, facts in found} == road.ledger
-    assert find_runs(client, [("ws_1", UUID(int=12345))]) == []
+    assert {identity: Original(position, substance) for identity, position, substance in found} == road.ledger
+    assert find_runs(client, [Identity("ws_1", UUID(int=12345))]) == []
 
 
 def test_dead_letters_keep_their_bytes_in_the_ledger(client: Client) -> None:

@@ -17,6 +17,8 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.catalogue import Catalogue
 from schemas.cell_run import to_milliseconds
+from schemas.ledger import Identity
+from sinks.accounts import find_runs
 from sinks.clickhouse import DatabaseError, connect
 from sinks.filter_keys import recent_run_keys
 from sinks.ledger import (
@@ -32,7 +34,6 @@ from sinks.ledger import (
     Stopped,
     append_steps,
 )
-from sinks.queries import find_runs
 from streams.batches import OpenBatch
 from streams.intake import read_chunk
 from streams.rating import RatingTable
@@ -527,7 +528,10 @@ def test_f13_duplicates_are_found_across_topic_ids(client: Client, ledger: Ledge
     old_run, unknown_run = run_id(CHAIN, 3), run_id(CHAIN, 1000)
 
     keys = recent_run_keys(client, new, since=AUGUST_MS / 1000)
-    found = find_runs(client, [("workspace-0", old_run), ("workspace-1", old_run), ("workspace-1", unknown_run)])
+    found = find_runs(
+        client,
+        [Identity("workspace-0", old_run), Identity("workspace-1", old_run), Identity("workspace-1", unknown_run)],
+    )
 
     assert sorted(keys) == sorted(id_keys(b"".join(run_id(CHAIN, run).bytes for run in range(10))))
     assert [(identity, position) for identity, position, _ in found] == [(("workspace-0", old_run), "cell-runs[3]@3")]

@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 from clickhouse_connect.driver.client import Client
 
+from schemas.ledger import Identity
 from schemas.limits import LimitAlert, LimitState
 from schemas.problem import Problem
 from sinks import accounts
@@ -22,7 +23,7 @@ from streams.assignment import Loader, Place
 from streams.balances import Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
-from streams.duplicates import Identity, Original
+from streams.duplicates import Original
 from streams.inbox import Behind, Event
 from streams.lookups import Lookups
 from streams.rating import RatingTable
