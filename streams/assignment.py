@@ -11,9 +11,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import structlog
 
-from schemas.ledger import REDRIVE_HEADER
 from schemas.problem import Unreachable
-from sinks import accounts, dead_letters, filter_keys
+from sinks import accounts, filter_keys
 from sinks.accounts import AccountRow
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
@@ -24,7 +23,7 @@ from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.patience import patiently
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, LogRange
+from streams.topics import LogRange
 from streams.unit import Filters, Lanes, Unit
 from streams.voice import Outlets, Voice
 
@@ -35,8 +34,6 @@ LOAD_S_MAX: Final = 60
 RECOVERY_S_MAX: Final = 300
 """How long it may take to fold again what was not told."""
 SEEDED_MAX: Final = 10_000_000
-REDRIVE_EVERY_S: Final = 60.0
-REDRIVEN_AT_ONCE: Final = 1_000
 
 log: Final = structlog.get_logger()
 
@@ -73,13 +70,12 @@ class Loader:
         outlets: Outlets,
         ask: Callable[..., Awaitable[Any]],
         look_up_aside: Callable[..., Awaitable[Any]],
-        send: Callable[..., None],
         on_trouble: Callable[[str], None],
         background: Background,
     ) -> None:
         self._settings, self._lanes, self._outlets = settings, lanes, outlets
         self._ask, self._look_up_aside = ask, look_up_aside
-        self._send, self._on_trouble, self._background = send, on_trouble, background
+        self._on_trouble, self._background = on_trouble, background
         self._lives = 0
 
     async def load(self, place: Place, kept: Kept | None) -> Unit:
@@ -118,16 +114,6 @@ class Loader:
         self._background(self._look_back(unit, balances.now_ms))
         self._background(self._load_events(filters.events, chains[1]))
         return unit
-
-    async def redrive(self, unit: Unit) -> None:
-        """Send reversals again that were set aside because their run had not arrived, and now has."""
-        chain = unit.event_chain
-        for letter, key, value in await self._look_up_aside(dead_letters.redrivable, chain, REDRIVEN_AT_ONCE):
-            if letter in unit.redriven:
-                continue  # it is on its way, behind a backlog
-            unit.redriven.add(letter)
-            self._send(ACCOUNT_EVENTS, chain.partition, key, value, [(REDRIVE_HEADER, letter.encode())])
-            log.info("redriven", letter=letter)
 
     async def _look_up(self, question: Callable[..., Any], *args: Any) -> Any:
         return await self._patiently(functools.partial(self._ask, question, *args))

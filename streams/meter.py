@@ -23,7 +23,7 @@ from schemas.problem import Problem, Unreachable
 from sinks import accounts, queries
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
 from sinks.migrate import migrate, require_migrated
-from streams.assignment import REDRIVE_EVERY_S, Kept, Loader, Place
+from streams.assignment import Kept, Loader, Place
 from streams.balances import Key
 from streams.batches import Batching
 from streams.courtesies import Courtesies
@@ -34,6 +34,7 @@ from streams.publisher import Publisher
 from streams.rating import RatingTable
 from streams.reading import Offsets, Reading
 from streams.records import partition_of
+from streams.redriving import keep_redriving
 from streams.settings import Settings
 from streams.threads import Threads
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
@@ -68,6 +69,7 @@ class Meter:
         self._kept: dict[Chain, Kept] = {}
         self._unanswered: dict[int, dict[Key, AsOf]] = {}
         """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
+        self._look_up_aside = functools.partial(self.threads.ask_patiently, "aside")
         self._batching = Batching(settings.batch_rows_max, settings.linger_ms / 1000)
         self._courtesies = Courtesies(lambda questions: self.threads.ask("aside", accounts.top_columns, questions))
         self._follower: Follower | None = None
@@ -90,8 +92,7 @@ class Meter:
             self.lanes,
             self._outlets(),
             functools.partial(self.threads.ask, "reader"),
-            functools.partial(self.threads.ask_patiently, "aside"),
-            self.publisher.send,
+            self._look_up_aside,
             functools.partial(self.threads.on_trouble, "assignment"),
             self._in_background,
         )
@@ -237,14 +238,7 @@ class Meter:
         task = asyncio.create_task(unit.run(), name=f"unit {unit.chain}")
         task.add_done_callback(self._ended)
         self._tasks[unit.chain.partition] = task
-        self._in_background(self._redrive(unit))
-
-    async def _redrive(self, unit: Unit) -> None:
-        while True:
-            await asyncio.sleep(REDRIVE_EVERY_S)
-            if unit.incident:
-                return
-            await self._loader.redrive(unit)
+        self._in_background(keep_redriving(unit, self._look_up_aside, self.publisher.send))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):

@@ -133,8 +133,6 @@ class Unit:
         self.settling: Final = Settling(balances, voice, lambda: self.folded)
         self._draining = self._is_tick_due = False
         self._closing = threading.Event()
-        self.redriven: set[str] = set()
-        """Dead letters that were sent again during this life."""
         self.looks_back_ms = FOREVER_MS
         """Up to when (Unix ms) it is being found out what time alone has told: accounts are loaded as of then."""
         self.chores: deque[Callable[[Unit], Any]] = deque()

@@ -32,6 +32,7 @@ from streams.duplicates import Original
 from streams.facts import fold_event, openings
 from streams.limits import Thresholds
 from streams.records import partition_of
+from streams.redriving import redrive
 from streams.topics import ACCOUNT_EVENTS
 from tests.account_records import PLANS, PLANS_DIR, Story, Topics, account_record, at, event_id
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
@@ -361,23 +362,26 @@ async def test_runs_are_reversed_by_the_thousand(client: Client) -> None:
 
 @ON_CHDB
 async def test_a_reversal_that_waited_for_its_run_is_redriven_and_closed(client: Client) -> None:
-    """Nothing is sent while the run is not there; then once, with the letter's name; then the letter is closed."""
+    """Nothing is sent while the run is not there; then once, with the letter's name; then the letter is closed, and no
+    longer kept in mind.
+    """
     when = to_milliseconds(NOW)
     letter = account_record(0, reversal(1), NOW)
     bench = await Bench.open(client)
     await take(bench, (True, [letter]))
-    await bench.loader.redrive(bench.unit)
+    assert await redrive(bench.unit.event_chain, set(), bench.look_aside, bench.send) == set()
     assert bench.sent == []
 
     bench = await Bench.open(client, committed=(0, 1))
     await take(bench, (False, [Record(0, event(run=1, ran_ms=when), timestamp=when)]))
-    await bench.loader.redrive(bench.unit)
+    on_its_way = await redrive(bench.unit.event_chain, set(), bench.look_aside, bench.send)
+    assert await redrive(bench.unit.event_chain, on_its_way, bench.look_aside, bench.send) == on_its_way
     (sent,) = bench.sent
     assert (sent.topic, sent.key, sent.value) == (ACCOUNT_EVENTS, b"ws_1", letter.value)
 
     bench = await Bench.open(client, committed=(1, 1))
     await take(bench, (True, [Record(1, sent.value, sent.key, when, sent.headers)]))
-    await bench.loader.redrive(bench.unit)
+    assert await redrive(bench.unit.event_chain, on_its_way, bench.look_aside, bench.send) == set()
     assert bench.sent == []
     rows = client.query(
         "SELECT kafka_offset, toString(kind), toString(reason), redrive_of, credits FROM ledger "

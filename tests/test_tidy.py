@@ -36,6 +36,7 @@ IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", 
 ASYNC_FILES = {
     "app.py", "meter.py", "assignment.py", "courtesies.py", "transport.py", "unit.py", "inbox.py", "voice.py", "api.py",
     "service.py", "patience.py", "publisher.py", "follower.py", "settling.py", "lookups.py", "threads.py",
+    "redriving.py",
 }  # fmt: skip
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(utils?|helpers?|manager|common|base|handlers?|misc|processor)(_|$)")
 

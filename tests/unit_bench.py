@@ -127,8 +127,7 @@ class Bench:
             self.lanes,
             self._outlets(),
             self.look_up,
-            self._look_aside,
-            self._send,
+            self.look_aside,
             lambda _: None,
             self._in_background,
         )
@@ -206,7 +205,7 @@ class Bench:
             await self.on_note()
         await self.look_up(accounts.note_alerts, alerts)
 
-    def _send(
+    def send(
         self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
     ) -> None:
         self.sent.append(Sent(topic, key, value, list(headers)))
@@ -224,9 +223,9 @@ class Bench:
         """Ask the ledger in a thread."""
         return await asyncio.to_thread(question, self.client, *args)
 
-    async def _look_aside(self, question: Callable[..., Any], *args: Any) -> Any:
+    async def look_aside(self, question: Callable[..., Any], *args: Any) -> Any:
         if self.on_look_aside:
-            await self.on_look_aside()
+            await self.onlook_aside()
         return await self.look_up(question, *args)
 
     def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
