@@ -38,10 +38,10 @@ from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
 from schemas.limits import LimitAlert
+from sinks.catalogue_versions import pin_catalogue
 from sinks.clickhouse import connect
 from sinks.ledger import YOUNG_SERVER_S
 from sinks.migrate import migrate
-from sinks.queries import pin_catalogue
 from streams.settings import Settings, read_settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 

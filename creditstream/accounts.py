@@ -36,6 +36,7 @@ from schemas.problem import Problem, UnknownId
 from sinks import account_queries, queries
 from sinks.account_queries import DaySum
 from sinks.accounts import facts_of
+from sinks.alerts import published_alerts
 from streams.balances import DAYS_KEPT, METERED, Account, Opening
 from streams.facts import openings
 from streams.limits import Facts
@@ -333,9 +334,7 @@ def alerts(
 ) -> list[PublishedAlert]:
     """Limit alerts that left the meter, newest first; of one workspace and kind, or (empty) of all."""
     known_ms = moment(as_of).known_ms
-    return account_queries.published_alerts(
-        client, workspace_id=workspace_id, kind=kind, limit=limit, as_of_ms=known_ms
-    )
+    return published_alerts(client, workspace_id=workspace_id, kind=kind, limit=limit, as_of_ms=known_ms)
 
 
 def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id: str = "") -> Explanation:
@@ -344,11 +343,11 @@ def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id
     debit = account_queries.debit_of(client, found.workspace_id, run_id)
     if debit is None or debit.pool == Pool.NONE:
         return found
-    alert = account_queries.published_alerts(client, workspace_id=found.workspace_id, position=debit.position, limit=1)
+    alert = published_alerts(client, workspace_id=found.workspace_id, position=debit.position, limit=1)
     return msgspec.structs.replace(found, balance=_move(client, debit), alert=alert[0] if alert else None)
 
 
-def _move(client: Client, debit: account_queries.Debit) -> BalanceMove:
+def _move(client: Client, debit: account_queries.RunDebit) -> BalanceMove:
     """The balance before and after a debit, by what was known when it came, in the period that it ran in."""
     at = Moment(debit.recorded_ms, debit.recorded_ms)
     said = facts(client, debit.workspace_id, at)

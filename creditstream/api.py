@@ -33,8 +33,8 @@ from schemas.answers import (
     LIST_MAX,
     By,
     DeadLetter,
-    Delivery,
     Estimate,
+    EventRow,
     Explanation,
     Failure,
     LedgerRow,
@@ -257,7 +257,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         return await meter.ask(accounts.limits, workspace_id, as_of)
 
     @answer("/v1/account-events/{event_id:uuid}")
-    async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[Delivery]:
+    async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[EventRow]:
         """What became of an account event; empty while it is not metered."""
         return await meter.ask(account_queries.event_rows, workspace_id, event_id)
 

@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from creditstream.asking import Answers
 from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
-from schemas.answers import Delivery, LedgerRow, PartitionAudit, SumAudit
+from schemas.answers import EventRow, LedgerRow, PartitionAudit, SumAudit
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
@@ -279,7 +279,7 @@ class _Books:
         drawn = -Decimal(row.credits) / 1000
         return any(one.kind == "run" and Decimal(one.credits) == drawn for one in self._deliveries(row))
 
-    def _deliveries(self, row: LedgerRow) -> list[Delivery]:
+    def _deliveries(self, row: LedgerRow) -> list[EventRow]:
         return self._answers.explanation(UUID(row.run_id), row.workspace_id).deliveries
 
     def _place(self, offset: int) -> str:

@@ -51,8 +51,8 @@ class UsageRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     free_runs: int
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One event that carried the run id, where it lies in Kafka, and what became of it."""
+class EventRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One event that carried the id that is asked for: where it lies in Kafka, and what became of it."""
 
     position: str
     recorded_at: datetime
@@ -152,7 +152,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     not_free_because: list[str]
     runs_of_this_cell: int
     position: str
-    deliveries: list[Delivery]
+    deliveries: list[EventRow]
     balance: BalanceMove | None = None
     alert: PublishedAlert | None = None
 

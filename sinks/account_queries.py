@@ -1,4 +1,4 @@
-"""What people ask of accounts, in SQL: sums of one workspace, alerts, who comes close to a limit.
+"""What people ask of accounts, in SQL: sums of one workspace, a run's debit, who comes close to a limit.
 
 Credits are millicredits, days count from 1970-01-01. ``as_of_ms`` (Unix ms) None: all that the ledger knows; otherwise
 what was recorded by then, which no projection serves.
@@ -9,7 +9,7 @@ from uuid import UUID
 
 from clickhouse_connect.driver.client import Client
 
-from schemas.answers import Delivery, PublishedAlert, ShareOfRuns, TopBy, TopRow
+from schemas.answers import EventRow, ShareOfRuns, TopBy, TopRow
 from schemas.credits import Millicredits, format_credits, millicredits_of
 from schemas.ledger import Kind, Pool
 from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN
@@ -77,7 +77,7 @@ def drawn(client: Client, workspace_id: str, pool: Pool, days: tuple[int, int], 
     return _drawn(client, workspace_id, pool, days, _known(as_of_ms), {"as_of": as_of_ms})
 
 
-class Debit(NamedTuple):
+class RunDebit(NamedTuple):
     """Where a run's debit stands: in Kafka, in time, in which pool and on which day."""
 
     workspace_id: str
@@ -90,7 +90,7 @@ class Debit(NamedTuple):
     credits: Millicredits
 
 
-def debit_of(client: Client, workspace_id: str, run_id: UUID) -> Debit | None:
+def debit_of(client: Client, workspace_id: str, run_id: UUID) -> RunDebit | None:
     """The debit of a run; None when there is none."""
     found = client.query(
         f"SELECT workspace_id, topic_id, kafka_offset, {POSITION}, toUnixTimestamp64Milli(recorded_at), "
@@ -99,11 +99,11 @@ def debit_of(client: Client, workspace_id: str, run_id: UUID) -> Debit | None:
         parameters={"workspace": workspace_id, "run": str(run_id)},
     ).result_rows
     for name, topic_id, offset, position, recorded, pool, day, credits in found:
-        return Debit(name, topic_id, offset, position, recorded, Pool(pool), day, credits)
+        return RunDebit(name, topic_id, offset, position, recorded, Pool(pool), day, credits)
     return None
 
 
-def drawn_before(client: Client, debit: Debit, days: tuple[int, int]) -> Millicredits:
+def drawn_before(client: Client, debit: RunDebit, days: tuple[int, int]) -> Millicredits:
     """What the debit's pool had drawn in the days [first, end) when the debit came.
 
     Kafka's order: by offset in the run's own topic, by the broker's time against any other; of two records of one
@@ -149,57 +149,7 @@ def shares(
     return [ShareOfRuns(reason=reason, runs=runs) for reason, runs in found.result_rows]
 
 
-_ALERT: Final = (
-    "alert_id", "workspace_id", "pool", "kind", "state", "used", "allowance", "thresholds", "remaining_below",
-    "period_start", "period_end", "plan", "cause", "at", "position", "run_id", "seeded", "published_at",
-)  # fmt: skip
-
-
-def published_alerts(
-    client: Client,
-    *,
-    workspace_id: str = "",
-    kind: str = "",
-    position: str = "",
-    limit: int,
-    as_of_ms: int | None = None,
-) -> list[PublishedAlert]:
-    """Alerts that left the meter, newest first; of one time, by their records' offsets. Empty filters: all."""
-    conditions = [
-        f"{name} = {{{name}:String}}"
-        for name, value in (("workspace_id", workspace_id), ("kind", kind), ("position", position))
-        if value
-    ]
-    if as_of_ms is not None:
-        conditions.append("at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')")
-    found = client.query(
-        f"SELECT {', '.join(_ALERT)} FROM alerts WHERE {' AND '.join(conditions) or 'true'} "
-        "ORDER BY at DESC, toInt64OrZero(splitByChar('@', position)[-1]) DESC, alert_id LIMIT {limit:UInt32}",
-        parameters={
-            "workspace_id": workspace_id,
-            "kind": kind,
-            "position": position,
-            "as_of": as_of_ms,
-            "limit": limit,
-        },
-    )
-    return [_alert(dict(zip(_ALERT, row, strict=True))) for row in found.result_rows]
-
-
-def _alert(row: dict[str, Any]) -> PublishedAlert:
-    below, run_id = row["remaining_below"], row["run_id"]
-    told = {
-        "used": format_credits(millicredits_of(row["used"])),
-        "allowance": format_credits(millicredits_of(row["allowance"])),
-        "remaining_below": None if below is None else format_credits(millicredits_of(below)),
-        "alert_id": str(row["alert_id"]),
-        "run_id": str(run_id) if run_id.int else "",
-        "thresholds": list(row["thresholds"]),
-    }
-    return PublishedAlert(**row | told)
-
-
-def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delivery]:
+def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[EventRow]:
     """What became of an account event: every ledger row under its id, in the order of arrival; none while it is not
     metered.
     """
@@ -209,7 +159,7 @@ def event_rows(client: Client, workspace_id: str, event_id: UUID) -> list[Delive
         parameters={"workspace": workspace_id, "event": str(event_id)},
     )
     return [
-        Delivery(
+        EventRow(
             position=position,
             recorded_at=at,
             kind=kind,

@@ -1,4 +1,4 @@
-"""What the fold of balances asks of the ledger, and the alerts that it writes beside it.
+"""What a unit asks of the ledger: debits that may be copied or reversed, accounts, and what the commit has not seen.
 
 A question names workspaces, in the statement and not as a parameter, since a server takes none of more than 128 KiB;
 or a partition by the hash of its workspaces: `kafkaMurmurHash` is Kafka's own, so the ``usage`` projection answers for
@@ -8,7 +8,6 @@ one partition of a topic without a column for it.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
-from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -17,7 +16,7 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.credits import Millicredits, format_credits
 from schemas.ledger import Identity, Kind, Position
-from schemas.limits import DEFAULT_THRESHOLDS, LimitAlert, TopColumn
+from schemas.limits import DEFAULT_THRESHOLDS, TopColumn
 from sinks.ledger import POSITION, Chain
 
 TOP_COLUMNS: Final = 3
@@ -307,23 +306,3 @@ def top_columns(client: Client, questions: Sequence[TopQuestion]) -> dict[TopQue
         )
         for question, columns in drawn.items()
     }
-
-
-def note_alerts(client: Client, alerts: Sequence[LimitAlert]) -> None:
-    """Write down what was published, for the view ``alerts``. Raises what the database raises."""
-    client.insert(
-        "published_alerts",
-        [
-            [
-                alert.alert_id, alert.workspace_id, str(alert.pool), str(alert.kind), str(alert.state),
-                Decimal(alert.used), Decimal(alert.allowance), list(alert.thresholds),
-                Decimal(alert.remaining_below or -1), alert.period_start or EPOCH, alert.period_end or EPOCH,
-                alert.plan, str(alert.cause), alert.at, alert.position, alert.run_id or UUID(int=0), alert.seeded,
-            ]
-            for alert in alerts
-        ],
-        column_names=[
-            "alert_id", "workspace_id", "pool", "kind", "state", "used", "allowance", "thresholds", "remaining_below",
-            "period_start", "period_end", "plan", "cause", "at", "position", "run_id", "seeded",
-        ],
-    )  # fmt: skip

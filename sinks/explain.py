@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from schemas.answers import Delivery, Explanation
+from schemas.answers import EventRow, Explanation
 from schemas.catalogue import Action, Catalogue, Category
 from schemas.credits import PER_CREDIT, Millicredits, format_credits, group_credits, millicredits_of
 from schemas.ledger import RULES, Kind, Pool, Position, Reason
@@ -68,7 +68,7 @@ def sentence(reason: Reason, credits: Millicredits, pool: str, action: str, foun
     return f"Not charged: the run was set aside, because {_SET_ASIDE[reason]} ({detail})."
 
 
-def again(deliveries: list[Delivery]) -> str:
+def again(deliveries: list[EventRow]) -> str:
     """What the sentence adds for a run that came more than once."""
     copies = sum(delivery.kind == Kind.DUPLICATE for delivery in deliveries)
     conflicts = sum(delivery.reason == Reason.CONFLICTING_DUPLICATE for delivery in deliveries)
@@ -112,7 +112,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
     millicredits = millicredits_of(chosen["credits"])
     action = _action(chosen, catalogue)
     mine = [row for row in rows if row["workspace_id"] == chosen["workspace_id"]]
-    others = [_delivery(row) for row in mine if row is not chosen and not _is_account_event(row)]
+    others = [_event_row(row) for row in mine if row is not chosen and not _is_account_event(row)]
     told = sentence(reason, millicredits, chosen["pool"], chosen["action"], action, chosen["detail"])
     rule, rule_text = RULES[reason]
     return Explanation(
@@ -127,7 +127,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
         not_free_because=_not_free_because(reason),
         runs_of_this_cell=runs_of_this_cell,
         position=position_of(chosen),
-        deliveries=[_delivery(row) for row in mine],
+        deliveries=[_event_row(row) for row in mine],
     )
 
 
@@ -159,8 +159,8 @@ def position_of(row: dict[str, Any]) -> str:
     return str(Position(row["topic"], row["kafka_partition"], row["kafka_offset"]))
 
 
-def _delivery(row: dict[str, Any]) -> Delivery:
-    return Delivery(
+def _event_row(row: dict[str, Any]) -> EventRow:
+    return EventRow(
         position=position_of(row),
         recorded_at=row["recorded_at"],
         kind=row["kind"],

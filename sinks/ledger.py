@@ -100,6 +100,15 @@ class Batch(msgspec.Struct, frozen=True):
     rows: pa.Table
 
 
+def token_window(client: Client) -> int:
+    """How many insert tokens the ledger's table remembers."""
+    (engine,) = client.query(
+        "SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = 'ledger'"
+    ).result_rows[0]
+    _, _, tail = engine.partition("non_replicated_deduplication_window = ")
+    return int(tail.split(",")[0]) if tail else 0
+
+
 def batch_month(recorded_ms: int) -> int:
     """The ClickHouse partition of a batch, from the broker's time of its first record: ``202611``."""
     first = from_milliseconds(recorded_ms)

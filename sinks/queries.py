@@ -1,7 +1,7 @@
-"""Questions about runs, one function each: ``question(client, ...)`` → plain values.
+"""What people ask about runs, and what the audit asks, one function each: ``question(client, ...)`` → plain values.
 
-The worker's own come first, then those of people, which the CLI and the read API share, then the audit's. Accounts have
-theirs in `sinks.accounts` (the worker's) and `sinks.account_queries` (people's), dead letters in `sinks.dead_letters`.
+The CLI and the read API share them. Accounts have theirs in `sinks.account_queries`, dead letters in
+`sinks.dead_letters`.
 """
 
 from datetime import date
@@ -12,75 +12,11 @@ from uuid import UUID
 from clickhouse_connect.driver.client import Client
 
 from schemas.answers import By, Explanation, LedgerRow, PartitionAudit, RunRow, SumAudit, UsageRow
-from schemas.catalogue import Catalogue, Version
-from schemas.cell_run import to_milliseconds
+from schemas.catalogue import Catalogue
 from schemas.credits import format_credits, millicredits_of
 from schemas.ledger import DEBIT_REASONS, FREE_REASONS, Kind, Reason
 from schemas.problem import Problem, UnknownId
 from sinks.explain import explain, run_of
-
-
-def token_window(client: Client) -> int:
-    """How many insert tokens the ledger's table remembers."""
-    (engine,) = client.query(
-        "SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = 'ledger'"
-    ).result_rows[0]
-    _, _, tail = engine.partition("non_replicated_deduplication_window = ")
-    return int(tail.split(",")[0]) if tail else 0
-
-
-def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
-    """Record versions at their first use. Problem when one was changed, removed, or comes after its own time.
-
-    A version is immutable and deployed before it takes effect, so that a run is priced the same whenever it is rated.
-    Of workers that use a version first at the same time, the first one's content stands.
-    """
-    new = _unpinned(client, catalogue)
-    for version in new:
-        _refuse_late(client, version)
-    if new:
-        client.insert(
-            "catalogue_versions",
-            [[version.number, version.content_hash, version.effective_from, version.file] for version in new],
-            column_names=["number", "content_hash", "effective_from", "file"],
-        )
-        _unpinned(client, catalogue)
-
-
-def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
-    """Versions that no worker has loaded yet. Problem when one that was is not as it was then."""
-    pinned: dict[int, str] = dict(
-        client.query(
-            "SELECT number, argMin(content_hash, (first_used_at, content_hash)) FROM catalogue_versions GROUP BY number"
-        ).result_rows  # type: ignore[arg-type]
-    )
-    by_number = {version.number: version for version in catalogue.versions}
-    for number, content in sorted(pinned.items()):
-        if number not in by_number:
-            raise Problem("a catalogue version is gone", f"a worker has loaded version {number}", "Restore its file.")
-        if by_number[number].content_hash != content:
-            raise Problem(
-                "a catalogue version was changed",
-                f"{by_number[number].file}: a worker has loaded version {number} with another content",
-                "Restore the file; a new price is a new version.",
-            )
-    return [version for version in catalogue.versions if version.number not in pinned]
-
-
-def _refuse_late(client: Client, version: Version) -> None:
-    ((late,),) = client.query(
-        "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= fromUnixTimestamp64Milli({starts:Int64}, 'UTC')",
-        parameters={"starts": to_milliseconds(version.effective_from)},
-    ).result_rows
-    if late:
-        raise Problem(
-            "a catalogue version comes too late",
-            f"{version.file}: {late:,} runs since its effective_from are priced already",
-            "Give it an effective_from in the future.",
-        )
-
-
-# What people ask.
 
 _USED: Final = {*DEBIT_REASONS, Reason.REVERSED}
 

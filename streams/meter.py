@@ -20,8 +20,10 @@ from schemas.catalogue import Catalogue
 from schemas.limits import AsOf
 from schemas.plan import PlanLists
 from schemas.problem import Problem, Unreachable
-from sinks import accounts, queries
-from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger
+from sinks import accounts
+from sinks.alerts import note_alerts
+from sinks.catalogue_versions import pin_catalogue
+from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger, token_window
 from sinks.migrate import migrate, require_migrated
 from streams.assignment import Kept, Loader, Place
 from streams.balances import Key
@@ -103,7 +105,7 @@ class Meter:
             migrate(client)
         else:
             require_migrated(client)
-        queries.pin_catalogue(client, self.catalogue)
+        pin_catalogue(client, self.catalogue)
         self._require_token_window(client)
 
     def _lanes(self) -> Lanes:
@@ -126,7 +128,7 @@ class Meter:
             publish=self.publisher.publish,
             flush=self.publisher.flush,
             courtesies=self._courtesies,
-            note_alerts=lambda alerts: self.threads.ask_patiently("notes", accounts.note_alerts, alerts),
+            note_alerts=lambda alerts: self.threads.ask_patiently("notes", note_alerts, alerts),
             told=lambda name, number: self.told.update({name: number}),
         )
 
@@ -134,7 +136,7 @@ class Meter:
         """A deduplication window that forgets a token within 240 s could let a late insert in twice."""
         inserts = math.ceil(TOKEN_WINDOW_S / self._batching.every_s)  # of one chain
         needed = self.settings.partitions * 2 * inserts
-        window = queries.token_window(client)
+        window = token_window(client)
         if window < needed:
             raise Problem(
                 "the ledger's token window is too small",

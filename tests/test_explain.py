@@ -10,7 +10,7 @@ import pytest
 from clickhouse_connect.driver.client import Client
 
 from creditstream.cli.ask import explained
-from schemas.answers import BalanceMove, Delivery
+from schemas.answers import BalanceMove, EventRow
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
@@ -153,8 +153,8 @@ def test_one_credit_is_singular(credits: str, pool: Pool, expected: str) -> None
     assert credits_text(parse_credits(credits), pool) == expected
 
 
-def delivery(kind: Kind, reason: Reason) -> Delivery:
-    return Delivery(
+def delivery(kind: Kind, reason: Reason) -> EventRow:
+    return EventRow(
         position="t[0]@1",
         recorded_at=datetime(2026, 8, 20, tzinfo=UTC),
         kind=kind,
@@ -185,7 +185,7 @@ CONFLICT: Final = delivery(Kind.DEAD_LETTER, Reason.CONFLICTING_DUPLICATE)
         ([delivery(Kind.DEAD_LETTER, Reason.UNKNOWN_ACTION)], ""),
     ],
 )
-def test_copies_and_conflicts_are_told(others: list[Delivery], expected: str) -> None:
+def test_copies_and_conflicts_are_told(others: list[EventRow], expected: str) -> None:
     """What came besides the debit is counted, in the singular and the plural."""
     assert again(others) == expected
 

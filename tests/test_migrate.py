@@ -12,11 +12,11 @@ from clickhouse_connect.driver.client import Client
 
 from schemas.catalogue import Catalogue, Version
 from schemas.problem import Problem
-from sinks import queries
+from sinks import catalogue_versions
+from sinks.catalogue_versions import pin_catalogue
 from sinks.clickhouse import DatabaseError, connect
-from sinks.ledger import Chain, Ledger
+from sinks.ledger import Chain, Ledger, token_window
 from sinks.migrate import migrate, pending, read_migrations, require_migrated
-from sinks.queries import pin_catalogue, token_window
 from tests.ledger_rows import assert_books_close, batch, recorded_ms, wait_until_grown, write
 
 CHAIN = Chain("cell-runs", "topic-id-1", 0)
@@ -195,7 +195,7 @@ def test_of_two_contents_that_come_at_once_the_first_stands(client: Client, monk
         pin_catalogue(client, Catalogue([others]))
         assert found is own
 
-    monkeypatch.setattr(queries, "_refuse_late", another_is_first)
+    monkeypatch.setattr(catalogue_versions, "_refuse_late", another_is_first)
     with pytest.raises(Problem, match=r"changed: mine.toml: a worker has loaded version 1 with another content"):
         pin_catalogue(client, Catalogue([own]))
     pin_catalogue(client, Catalogue([others]))

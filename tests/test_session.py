@@ -10,9 +10,9 @@ from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool, Reason
 from schemas.problem import Problem
 from sinks import account_queries, accounts, clickhouse, dead_letters, filter_keys
+from sinks.catalogue_versions import pin_catalogue
 from sinks.clickhouse import DatabaseError, connect
 from sinks.ledger import Chain, Insert, Ledger
-from sinks.queries import pin_catalogue
 from streams.recovery import names_of
 from tests.account_rows import AccountRows, at
 from tests.ledger_rows import assert_books_close, batch, recorded_ms, run_id, write

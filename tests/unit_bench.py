@@ -17,6 +17,7 @@ from schemas.ledger import Identity
 from schemas.limits import LimitAlert, LimitState
 from schemas.problem import Problem
 from sinks import accounts
+from sinks.alerts import note_alerts
 from sinks.ledger import Chain, Ledger
 from streams import account_events
 from streams.assignment import Loader, Place
@@ -203,7 +204,7 @@ class Bench:
     async def _note_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         if self.on_note:
             await self.on_note()
-        await self.look_up(accounts.note_alerts, alerts)
+        await self.look_up(note_alerts, alerts)
 
     def send(
         self, topic: str, partition: int, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()
