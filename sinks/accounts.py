@@ -33,8 +33,8 @@ EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
 class AccountRow(NamedTuple):
     """One account event as its ledger row says it; instants in Unix ms, credits in millicredits.
 
-    ``allowance``: of a plan's period, or what was granted. ``remaining_below`` -1: none. ``credits``, ``pool`` and
-    ``day`` (since 1970-01-01) are a reversal's.
+    ``allowance``: of a plan's period, or what was granted. ``credits``, ``pool`` and ``day`` (since 1970-01-01) are a
+    reversal's.
     """
 
     workspace_id: str
@@ -46,7 +46,7 @@ class AccountRow(NamedTuple):
     allowance: Millicredits
     restart_period: bool
     thresholds: tuple[int, ...]
-    remaining_below: Millicredits
+    remaining_below: Millicredits | None
     pool: str
     credits: Millicredits
     day: int
@@ -62,7 +62,7 @@ _ACCOUNT_ROW: Final = (
 def _account_rows(found: Iterable[Sequence[Any]]) -> list[AccountRow]:
     rows = []
     for name, kind, recorded, offset, effective, plan, allowance, restart, thresholds, below, *rest in found:
-        limits = (tuple(thresholds), -1 if below < 0 else below)
+        limits = (tuple(thresholds), None if below < 0 else below)
         rows.append(AccountRow(name, Kind(kind), recorded, offset, effective, plan, allowance, restart, *limits, *rest))
     return rows
 

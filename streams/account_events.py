@@ -16,7 +16,7 @@ import pyarrow as pa
 from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
 from schemas.cell_run import to_milliseconds
 from schemas.codec import decode_account_event
-from schemas.credits import parse_credits
+from schemas.credits import PER_CREDIT, Millicredits, parse_credits
 from schemas.ledger import ACCOUNT_KINDS, Identity, Kind, Pool, Reason, number_of
 from schemas.plan import PlanLists
 from sinks.accounts import AccountRow, RunToReverse
@@ -27,6 +27,8 @@ from streams.periods import day_of
 from streams.records import Record, Refusal, decoded, headers_text, id_keys, partition_of, redrive_of
 
 _NIL: Final = UUID(int=0)
+NO_LINE: Final = -PER_CREDIT
+"""In the ledger's ``remaining_below``, where there is no absolute line."""
 
 
 class Received(NamedTuple):
@@ -74,7 +76,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     allowance: int = 0
     restart_period: bool = False
     thresholds: tuple[int, ...] = ()
-    remaining_below: int = -1
+    remaining_below: Millicredits | None = None
     detail: str = ""
 
 
@@ -192,8 +194,8 @@ def _percents(event: LimitsChanged) -> tuple[int, ...]:
     return () if event.thresholds is None else tuple(sorted({100, *event.thresholds}))
 
 
-def _below(event: LimitsChanged) -> int:
-    return -1 if event.remaining_below is None else parse_credits(event.remaining_below)
+def _below(event: LimitsChanged) -> Millicredits | None:
+    return None if event.remaining_below is None else parse_credits(event.remaining_below)
 
 
 def _fresh(
@@ -224,7 +226,7 @@ def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
     return Row(
         kind=Kind.PLAN, reason=Reason.PLAN_CHANGED, pool=Pool.ENRICHMENT, effective_ms=at, ran_ms=at, plan=plan.id,
         allowance=plan.allowance, restart_period=event.restart_period, thresholds=plan.thresholds,
-        remaining_below=-1 if plan.remaining_below is None else plan.remaining_below, **plain,
+        remaining_below=plan.remaining_below, **plain,
     )  # fmt: skip
 
 
@@ -305,7 +307,7 @@ def account_rows(chain: Chain, after: int, rows: Sequence[Row], batch_month: int
 
 
 def _account_columns(rows: Sequence[Row]) -> dict[str, Any]:
-    below = np.array([-1000 if row.remaining_below < 0 else row.remaining_below for row in rows], np.int64)
+    below = [NO_LINE if row.remaining_below is None else row.remaining_below for row in rows]
     return {
         "event_id": [row.event_id.bytes for row in rows],
         "effective_at": instants([row.effective_ms for row in rows]),
@@ -313,7 +315,7 @@ def _account_columns(rows: Sequence[Row]) -> dict[str, Any]:
         "allowance": decimals(np.array([row.allowance for row in rows], np.int64)),
         "restart_period": [row.restart_period for row in rows],
         "thresholds": [list(row.thresholds) for row in rows],
-        "remaining_below": decimals(below),
+        "remaining_below": decimals(np.array(below, np.int64)),
     }
 
 

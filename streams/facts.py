@@ -28,12 +28,12 @@ def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
 def with_event(facts: Facts, row: AccountRow) -> Facts:
     """What is known of a workspace, and one plan, grant or threshold more."""
     arrival = row.recorded_ms, row.offset
-    below = None if row.remaining_below < 0 else row.remaining_below
     match row.kind:
         case Kind.PLAN:
             change = PlanChange(
-                row.effective_ms, arrival, row.plan, row.allowance, row.restart_period, row.thresholds, below
-            )
+                row.effective_ms, arrival, row.plan, row.allowance, row.restart_period, row.thresholds,
+                row.remaining_below,
+            )  # fmt: skip
             return facts._replace(plans=history((*facts.plans, change)))
         case Kind.GRANT:
             return facts._replace(grants=(*facts.grants, Grant(row.effective_ms, arrival, row.allowance)))
@@ -41,7 +41,7 @@ def with_event(facts: Facts, row: AccountRow) -> Facts:
             newest = facts.thresholds
             if newest and newest.arrival > arrival:
                 return facts
-            return facts._replace(thresholds=Thresholds(arrival, row.thresholds, below))
+            return facts._replace(thresholds=Thresholds(arrival, row.thresholds, row.remaining_below))
     return facts
 
 

@@ -195,24 +195,23 @@ def account_row_of(record: Rated) -> AccountRow | None:
     if expected.kind in ("dead_letter", "duplicate"):
         return None
     row = AccountRow(
-        step.workspace_id, Kind(expected.kind), to_milliseconds(step.recorded), record.offset, 0, "", 0, False, (), -1,
-        expected.pool, int(expected.credits * 1000), record.day,
+        step.workspace_id, Kind(expected.kind), to_milliseconds(step.recorded), record.offset, 0, "", 0, False, (),
+        None, expected.pool, int(expected.credits * 1000), record.day,
     )  # fmt: skip
     match step.event:
         case PlanChanged() as event:
             plan = PLANS.find(event.plan, 0)
             assert plan is not None
-            below = -1 if plan.remaining_below is None else plan.remaining_below
             return row._replace(
                 effective_ms=to_milliseconds(event.effective_at), plan=plan.id, allowance=plan.allowance,
-                restart_period=event.restart_period, thresholds=plan.thresholds, remaining_below=below,
+                restart_period=event.restart_period, thresholds=plan.thresholds, remaining_below=plan.remaining_below,
             )  # fmt: skip
         case PremiumGranted() as event:
             at_ms = to_milliseconds(event.effective_at)
             return row._replace(effective_ms=at_ms, allowance=parse_credits(event.credits))
         case LimitsChanged() as event:
             percents = () if event.thresholds is None else tuple(sorted({100, *event.thresholds}))
-            below = -1 if event.remaining_below is None else parse_credits(event.remaining_below)
+            below = None if event.remaining_below is None else parse_credits(event.remaining_below)
             return row._replace(thresholds=percents, remaining_below=below)
     return row
 

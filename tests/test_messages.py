@@ -27,7 +27,7 @@ def plan_row(allowance: str) -> AccountRow:
     """Of ``ws_1``, from 15 January on."""
     since_ms = to_milliseconds(at("Jan 15"))
     return AccountRow(
-        "ws_1", Kind.PLAN, since_ms, 0, since_ms, "plan", parse_credits(allowance), False, (), -1, "enrichment", 0, 0
+        "ws_1", Kind.PLAN, since_ms, 0, since_ms, "plan", parse_credits(allowance), False, (), None, "enrichment", 0, 0
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000
     """A plan of ``ws_1`` as the ledger holds it."""
     return AccountRow(
         "ws_1", Kind.PLAN, to_milliseconds(at(recorded)), offset, to_milliseconds(at(effective)), plan, allowance,
-        False, (), -1, "enrichment", 0, 0,
+        False, (), None, "enrichment", 0, 0,
     )  # fmt: skip
 
 

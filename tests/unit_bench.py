@@ -226,7 +226,7 @@ class Bench:
 
     async def look_aside(self, question: Callable[..., Any], *args: Any) -> Any:
         if self.on_look_aside:
-            await self.onlook_aside()
+            await self.on_look_aside()
         return await self.look_up(question, *args)
 
     def deliver(self, records: Sequence[Record], *, of_account: bool = False) -> None:
