@@ -309,6 +309,8 @@ class _Books:
                 # What Kafka drops while it is read must not be skipped: it was never compared.
                 "auto.offset.reset": "error",
                 "fetch.queue.backoff.ms": 5,
+                # The end of a log is known when a fetch from there is answered: with nothing, after so long.
+                "fetch.wait.max.ms": 10,
                 "isolation.level": "read_committed",
                 "log_level": 0,
             }
@@ -317,7 +319,9 @@ class _Books:
             consumer.assign([TopicPartition(self._topic.name, self._partition, self._log.start)])
             heard_at = time.monotonic()
             while True:
-                for message in consumer.consume(2000, timeout=POLL_S):
+                first = consumer.poll(POLL_S)
+                # consume() waits for the whole number or the whole time, so it is only asked for what is already here.
+                for message in (first, *consumer.consume(2000, 0)) if first else ():
                     heard_at = time.monotonic()
                     error = message.error()
                     if error and error.code() != KafkaError._PARTITION_EOF:

@@ -73,11 +73,15 @@ def run_service(
 
 
 class _Worker(faust.Worker):
-    """Faust's worker with a bound on its end: a Kafka that is gone may keep aiokafka's from coming."""
+    """Faust's worker with a bound on its end: a Kafka that is gone may keep aiokafka's from coming. And no later."""
 
     async def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, STOP_S_MAX)
         await super().stop()
+
+    async def _sentinel_task(self) -> None:
+        """Faust's runs the loop for one more second, when all has ended."""
+        await asyncio.sleep(0)
 
 
 def _execute(app: MeterApp, settings: Settings) -> int:

@@ -367,7 +367,7 @@ def _values(settings: Settings, topic: str) -> list[bytes]:
     consumer = Consumer(
         {
             "bootstrap.servers": settings.kafka_bootstrap, "group.id": f"{name}-reader", "enable.auto.commit": False,
-            "enable.partition.eof": True, "fetch.queue.backoff.ms": 5, "log_level": 0,
+            "enable.partition.eof": True, "fetch.queue.backoff.ms": 5, "fetch.wait.max.ms": 10, "log_level": 0,
         }
     )  # fmt: skip
     values: dict[int, list[bytes]] = {partition: [] for partition in sorted(left)}
@@ -376,7 +376,8 @@ def _values(settings: Settings, topic: str) -> list[bytes]:
         consumer.assign([TopicPartition(name, partition, ranges[partition].start) for partition in left])
         while left:
             assert time.monotonic() < deadline, f"{name} cannot be read to its end"
-            for message in consumer.consume(1000, 0.2):
+            first = consumer.poll(0.2)
+            for message in (first, *consumer.consume(1000, 0)) if first else ():
                 error = message.error()
                 if error and error.code() == KafkaError._PARTITION_EOF:
                     left.discard(message.partition())

@@ -17,6 +17,7 @@ from faust.tables.manager import TableManager
 from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+from mode import Worker
 
 from streams import app, transport
 from streams.lenient import read_any_header
@@ -71,9 +72,10 @@ async def test_faust_still_has_the_attributes_that_are_read(name: str, consumer:
 
 
 def test_the_other_overridden_places_are_still_there() -> None:
-    """The consumer thread's factory, the table manager's start, aiokafka's record factory."""
+    """The consumer thread's factory, the table manager's start, the worker's last second, aiokafka's record factory."""
     assert callable(driver.AIOKafkaConsumerThread._create_worker_consumer)
     assert "sleep(1.0)" in inspect.getsource(TableManager.on_start)
+    assert "sleep(1.0)" in inspect.getsource(Worker._sentinel_task)
     assert list(inspect.signature(PartitionRecords._consumer_record).parameters) == ["self", "tp", "record"]
     assert "_new_offset" in inspect.getsource(faust_consumer.Consumer)
 
