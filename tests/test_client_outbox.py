@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, Producer
@@ -10,6 +11,7 @@ from confluent_kafka import KafkaError, Producer
 from creditstream.client import outbox as outboxes
 from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
+from creditstream.client.recording import RunRefused
 from creditstream.client.segment import Segment
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
@@ -152,6 +154,23 @@ def test_what_dead_processes_left_holds_up_no_run(
     thread.join()
     assert meanwhile == [True]
     assert (outbox.counts().adopted, places(outbox)) == (1, (0, 2))
+
+
+@pytest.mark.parametrize("has_spool", [True, False])
+def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(tmp_path: Path, has_spool: bool) -> None:
+    """A signal comes between librdkafka's answer and our note of it: the run is refused."""
+
+    class Interrupted(Producer):
+        def produce(self, *args: Any, **named: Any) -> None:
+            super().produce(*args, **named)
+            outbox.close()
+            outbox.take_back()
+
+    outbox = open_outbox(Spool(tmp_path, CELL_RUNS, 10_000_000) if has_spool else None)
+    outbox.producer = Interrupted({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    with pytest.raises(RunRefused, match="the producer is closed"):
+        put(outbox, 1)
+    assert (outbox.counts().accepted, outbox.counts().refused) == (0, 1)
 
 
 def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:

@@ -399,6 +399,49 @@ def test_a_handler_that_records_while_a_child_starts_waits_for_nobody(settings: 
     }
 
 
+SIGNALLED_AT_WORK = """
+class TimeIsUp(BaseException):
+    pass
+
+def interrupt(*_):
+    if at_work and sys.argv[2] == "raises":
+        raise TimeIsUp
+    if at_work:
+        producer.record(a_run(1000))
+
+at_work = False
+producer = CellRunProducer(settings)
+signal.signal(signal.SIGALRM, interrupt)
+for number in range(1000):
+    run = a_run(number)
+    try:
+        at_work = True
+        signal.setitimer(signal.ITIMER_REAL, (1 + number % 40) * 1e-6)
+        producer.record(run)
+        at_work = False
+        print(number)
+    except TimeIsUp:
+        at_work = False
+    producer._wake.clear()  # as the thread does when it falls asleep
+signal.setitimer(signal.ITIMER_REAL, 0)
+one = threading.Thread(target=producer.record, args=[a_run(2000)], daemon=True)
+one.start()
+one.join(30)
+assert not one.is_alive(), "it waits for ever"
+assert producer.flush(60) == 0
+"""
+
+
+@pytest.mark.parametrize("does", ["records", "raises"])
+def test_a_signal_in_the_middle_of_a_record_stops_nothing(settings: Settings, does: str) -> None:
+    """Whenever it comes, and whether its handler records, too, or raises, as time limits do: nobody waits for ever, and
+    what was accepted arrives.
+    """
+    done = run_program(SIGNALLED_AT_WORK, settings, does)
+    assert (done.returncode, complaints(done)) == (0, [])
+    assert {int(number) for number in done.stdout.split()} | {2000} <= set(first_copies(settings)["ws_1"])
+
+
 LEAVES_A_CHILD = """
 producer = CellRunProducer(settings, write_ahead=True)
 for number in range(10):
@@ -703,7 +746,7 @@ def test_who_waits_for_room_is_refused_when_it_is_closed(
     threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in (3, 4)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(producer._outbox.changed._waiters) == 2, "waiting")  # type: ignore[attr-defined]
+    wait_until(lambda: len(producer._outbox._changed._waiters) == 2, "waiting")  # type: ignore[attr-defined]
     with pytest.raises(Unreachable, match="3 accepted runs are lost"):
         producer.close(0)
     for thread in threads:

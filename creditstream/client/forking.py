@@ -18,6 +18,8 @@ from contextlib import suppress
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+from creditstream.client.flag import Flag
+
 CONNECT_S: Final = 0.1
 """A fork waits until the youngest client is as old: its first connections are made by then, and names resolved."""
 RESOLVE_S_MAX: Final = 2.0
@@ -53,7 +55,7 @@ def abandon(handle: object) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
 
 
-def await_resolver(enough: threading.Event, on_stuck: Callable[[str], None]) -> None:
+def await_resolver(enough: Flag, on_stuck: Callable[[str], None]) -> None:
     """In a forked child, return once names are resolved, or told `enough`; `on_stuck` hears why it takes for ever."""
     if not _is_child:
         return
@@ -62,7 +64,7 @@ def await_resolver(enough: threading.Event, on_stuck: Callable[[str], None]) -> 
     probe.join(RESOLVE_S_MAX)
     if probe.is_alive():
         on_stuck(STUCK)
-    while probe.is_alive() and not enough.is_set():  # a machine that stood still for so long has no lock taken
+    while probe.is_alive() and not enough.is_set:  # a machine that stood still for so long has no lock taken
         enough.wait(RETRY_S)
 
 

@@ -19,6 +19,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
+from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.states import StateMirror
@@ -207,11 +208,11 @@ class _Follower(threading.Thread):
         learn_fresh: Callable[[], Callable[[], bool]],
     ) -> None:
         super().__init__(name="creditstream-gate", daemon=True)
-        self.caught_up: Final = threading.Event()
+        self.caught_up: Final = Flag()
         self.trouble: Final = Trouble(f"the gate has trouble with {topic}")
         self._config, self._topic, self._positions = config, topic, positions
         self._states, self._learn_fresh = states, learn_fresh
-        self._enough: Final = threading.Event()
+        self._enough: Final = Flag()
         self._handles: list[object] = []
 
     def stop(self) -> None:
@@ -228,7 +229,7 @@ class _Follower(threading.Thread):
     def run(self) -> None:
         """Follow; begin again where it was when something goes wrong."""
         await_resolver(self._enough, self.trouble.note)
-        while not self._enough.is_set():
+        while not self._enough.is_set:
             with self.trouble:
                 try:
                     self._follow()
@@ -252,7 +253,7 @@ class _Follower(threading.Thread):
                 ]
             )
             ends = None
-            while not self._enough.is_set():
+            while not self._enough.is_set:
                 self._take(consumer)
                 ends = self._confirm(ends, admin, count)
         finally:

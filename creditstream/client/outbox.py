@@ -38,7 +38,9 @@ class Outbox:
     """Thread-safe. ``producer`` is None while Kafka does not answer; whoever sets it calls `hand_over`."""
 
     def __init__(self, topic: str, spool: Spool | None, on_full: OnFull, block_s_max: int, write_ahead: bool) -> None:
-        self.changed: Final = threading.Condition()
+        self._lock: Final = threading.RLock()
+        """Entered by itself: `Condition.__enter__` is Python, and would keep it where the handler of a signal raises."""
+        self._changed: Final = threading.Condition(self._lock)
         self.producer: Producer | None = None
         self.trouble: Final = Trouble("cell runs are waiting")
         """Over once a run was delivered."""
@@ -56,11 +58,11 @@ class Outbox:
 
     def put(self, value: bytes, workspace_id: str) -> Ticket | None:
         """Accept a run; a ticket when it is in the spool and must be synced. RunRefused."""
-        with self.changed:
+        with self._lock:
             try:
-                if self.is_closed:
-                    raise refused_by_closed()
+                self._require_open()
                 ticket = self._put(value, workspace_id)
+                self._require_open()  # the handler of a signal may have closed it in the middle
             except RunRefused:
                 self._refused += 1
                 raise
@@ -69,14 +71,14 @@ class Outbox:
 
     def refuse(self, refusal: RunRefused, *, was_accepted: bool = False) -> RunRefused:
         """Count a refusal that was found out elsewhere."""
-        with self.changed:
+        with self._lock:
             self._refused += 1
             self._accepted -= was_accepted
         return refusal
 
     def hand_over(self) -> bool:
         """Hand to librdkafka what is due and has room; whether something is left for which there is room."""
-        with self.changed:
+        with self._lock:
             if not self._can_hand:
                 return False
             if self._spool and not self._recalled and self._has_room:
@@ -85,7 +87,7 @@ class Outbox:
             while self._recalled and self._has_room and self._hand(self._recalled[0]):
                 self._recalled.popleft()
             if not self._undelivered:  # nothing of what was read was a run
-                self.changed.notify_all()
+                self._changed.notify_all()
             return not self._recalled and self._has_room and bool(self._spool and self._spool.unread)
 
     def take_back(self) -> Producer | None:
@@ -93,7 +95,7 @@ class Outbox:
         is not possible. The producer that had it, which must not deliver any more: a later copy is harmless, a later
         first copy is not.
         """
-        with self.changed:
+        with self._lock:
             producer, self.producer, self.has_failed = self.producer, None, False
             runs = [*self._waiting.values(), *self._recalled]
             is_back = not runs or (self._spool is not None and self._put_back(self._spool, runs))
@@ -107,33 +109,33 @@ class Outbox:
         """Whether Kafka has acknowledged none of its runs for so long. How old a run is says nothing: over a slow link
         all of them are, and to send them again would be no faster.
         """
-        with self.changed:
+        with self._lock:
             return bool(self._waiting) and time.monotonic() - self._progress_s > patience_s
 
     def adopt(self) -> None:
         """Take over the spools of dead processes. OSError."""
         if self._spool:
             found = self._spool.find_orphans()  # reads all of them: not under the lock that `put` needs
-            with self.changed:
+            with self._lock:
                 self._adopted += self._spool.adopt(found)
 
     def close(self) -> bool:
         """Accept nothing more, not from those either who wait for room; False when it is closed already."""
-        with self.changed:
+        with self._lock:
             was_closed, self.is_closed = self.is_closed, True
-            self.changed.notify_all()
+            self._changed.notify_all()
             return not was_closed
 
     def wait_until_empty(self, timeout_s: float) -> int:
         """How many runs are not delivered, once there is none or the time is over."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self._undelivered, timeout_s)
+        with self._lock:
+            self._changed.wait_for(lambda: not self._undelivered, timeout_s)
             return self._undelivered
 
     @property
     def in_memory_only(self) -> int:
         """Runs that are lost if the process ends now."""
-        with self.changed:
+        with self._lock:
             return sum(run.entry is None for run in (*self._waiting.values(), *self._recalled))
 
     @property
@@ -143,7 +145,7 @@ class Outbox:
 
     def counts(self) -> Counts:
         """The counts of this moment."""
-        with self.changed:
+        with self._lock:
             return Counts(
                 accepted=self._accepted,
                 refused=self._refused,
@@ -187,9 +189,12 @@ class Outbox:
 
     def _wait_for_room(self) -> None:
         timeout_s = self._block_s_max if self._on_full == "block" else 0
-        if not self.changed.wait_for(lambda: self.is_closed or self._in_memory < QUEUE_RUNS_MAX, timeout_s):
+        if not self._changed.wait_for(lambda: self.is_closed or self._in_memory < QUEUE_RUNS_MAX, timeout_s):
             why = f"{QUEUE_RUNS_MAX:,} runs wait in memory ({self.trouble.reason or 'Kafka is slow'})"
             raise RunRefused("the run was not recorded", why, _SAME_ID)
+        self._require_open()
+
+    def _require_open(self) -> None:
         if self.is_closed:
             raise refused_by_closed()
 
@@ -223,7 +228,7 @@ class Outbox:
 
     def _deliver(self, sequence: int, error: KafkaError | None, _: Message) -> None:
         """Called from `Producer.poll`."""
-        with self.changed:
+        with self._lock:
             if sequence not in self._waiting:
                 return  # was taken back
             if error:
@@ -233,7 +238,7 @@ class Outbox:
             self._delivered += 1
             self._progress_s = time.monotonic()
             self.trouble.end()
-            self.changed.notify_all()
+            self._changed.notify_all()
             if run.entry and self._spool:
                 self._spool.acknowledge(run.entry)
 

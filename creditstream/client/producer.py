@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from confluent_kafka import KafkaException, Producer
 
+from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
 from creditstream.client.place import KafkaOptions, connection, partitions
@@ -124,8 +125,7 @@ class CellRunProducer:
         if self._thread is None and not self._outbox.is_closed:
             self._start()
         ticket = self._outbox.put(value, run.workspace_id)
-        if not self._wake.is_set():
-            self._wake.set()
+        self._wake.set()
         if ticket:
             try:
                 ticket.segment.sync(ticket.length)
@@ -210,8 +210,8 @@ class CellRunProducer:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._leaving = threading.Lock()
-        self._wake = threading.Event()
-        self._enough = threading.Event()
+        self._wake = Flag()
+        self._enough = Flag()
         self._adopted_s = time.monotonic()
 
     def _adopt(self) -> None:
@@ -244,7 +244,7 @@ class CellRunProducer:
 
     def _work(self) -> None:
         await_resolver(self._enough, self._on_stuck)
-        while not self._enough.is_set():
+        while not self._enough.is_set:
             with self._outbox.trouble:
                 self._step()
                 continue
