@@ -260,7 +260,7 @@ def test_a_segment_that_cannot_be_read_holds_up_no_other(
 
     lost = {line for text in texts.values() for line in text.splitlines()}
     tail.write_bytes(b"")
-    assert drained() == [value for value in written if value not in lost]
+    assert drained() == [*(value for value in written if value not in lost), written[0]]
     assert spool.unreadable == 4
     assert drained() == [written[0]]
     for path in (truncated, tail):
@@ -454,7 +454,7 @@ def test_a_handler_within_a_sync_waits_for_nobody(tmp_path: Path, monkeypatch: p
 
 
 def test_a_sync_that_failed_once_fails_for_all_that_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system tells one of them only; what comes later goes to another segment."""
+    """The system tells one of them only, and that may be who closes; what comes later goes to another segment."""
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     first, second = (spool.append(value) for value in values(1, 2))
 
@@ -470,6 +470,12 @@ def test_a_sync_that_failed_once_fails_for_all_that_it_was_for(tmp_path: Path, m
     third = spool.append(values(3)[0])
     third.segment.sync(third.length)
     assert third.segment is not second.segment
+    late = spool.append(values(4)[0])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refused)
+        spool.close()
+    with pytest.raises(OSError, match="Input/output"):
+        late.segment.sync(late.length)
 
 
 def test_what_dead_processes_left_takes_no_room_from_the_living(tmp_path: Path) -> None:
@@ -502,11 +508,13 @@ def test_what_is_no_spool_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "logs").is_dir()
 
 
-def test_a_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
-    """By whoever cleans up: one run is refused, those after it are taken."""
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_a_directory_that_was_removed_is_made_again(tmp_path: Path, acknowledged: bool) -> None:
+    """By whoever cleans up: one run is refused, those after it are taken, and none is written where nobody finds it."""
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two = values(1, 2)
-    for entry in [spool.append(one)] and spool.read(1):
+    spool.append(one)
+    for entry in spool.read(1) if acknowledged else []:
         spool.acknowledge(entry)
     (own,) = tmp_path.iterdir()
     shutil.rmtree(own)
@@ -514,6 +522,7 @@ def test_a_directory_that_was_removed_is_made_again(tmp_path: Path) -> None:
         spool.append(one)
     spool.append(two)
     assert read_all(spool) == [two]
+    assert [path.read_bytes() for path in tmp_path.rglob("*.ndjson")] == [two + b"\n"]
 
 
 def test_a_full_spool_says_so(tmp_path: Path) -> None:

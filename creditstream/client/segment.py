@@ -24,6 +24,8 @@ class Segment:
         self.runs_read = 0
         self.pending = 0
         """Runs that were read and of which it is not known that Kafka has them."""
+        self.is_own = descriptor is not None
+        """It lies in the directory of this process."""
         self.is_spoiled = False
         """It has a line that is no run: the file is kept when it has been read."""
         self._descriptor = descriptor
@@ -39,6 +41,11 @@ class Segment:
     def is_read(self) -> bool:
         """Whether nothing is left to read."""
         return self.position >= self.length
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has removed the file: what is written into it now, nobody will find."""
+        return self._descriptor is not None and not os.fstat(self._descriptor).st_nlink
 
     def append(self, data: bytes, runs: int) -> None:
         """Write whole lines. OSError, or whatever the handler of a signal raises; then none of them counts, and what
@@ -80,17 +87,19 @@ class Segment:
             with self._syncing:
                 self._syncs += 1
                 try:
-                    if self._synced < length and self._descriptor is not None:
-                        self._sync(self._descriptor)
+                    if self._synced < length:
+                        self._sync()
                 finally:
                     self._syncs -= 1
         finally:
             if self._is_over:
                 self._let_go()
 
-    def _sync(self, descriptor: int) -> None:
+    def _sync(self) -> None:
         if self.failure:
             raise self.failure
+        if (descriptor := self._descriptor) is None:
+            return
         reached = self.length
         try:
             os.fsync(descriptor)
@@ -103,9 +112,9 @@ class Segment:
         """No more appends. ``synced``: first what is not on disk yet; else nobody waits for that any more. Waits for
         nobody who syncs: that may be the frame in which the handler of a signal closes.
         """
-        if synced and self._descriptor is not None and self._synced < self.length:
+        if synced and self._synced < self.length:
             with suppress(OSError):  # whoever waits for it hears of it
-                self._sync(self._descriptor)
+                self._sync()
         self._is_over = True
         self._let_go()
 

@@ -106,10 +106,11 @@ class Spool:
 
     def append(self, value: bytes) -> Ticket:
         """Write one run at the end. SpoolFull, or OSError, and then it does not count."""
-        own = sum(segment.length for segment in self._segments if self._is_own(segment.path.parent))
+        own = sum(segment.length for segment in self._segments if segment.is_own)
         if own + len(value) + 1 > self._bytes_max:
             raise SpoolFull
-        if self._tail is None or self._tail.length >= SEGMENT_BYTES or self._tail.failure:
+        tail = self._tail
+        if tail is None or tail.length >= SEGMENT_BYTES or tail.failure or tail.is_gone:
             self._rotate()
         assert self._tail is not None
         self._tail.append(value + b"\n", 1)
@@ -199,6 +200,8 @@ class Spool:
         self._aside &= found.unreadable.keys()
         for path, error in found.unreadable.items():
             self._set_aside(path, error)
+        for segment in found.segments:
+            segment.is_own = self._is_own(segment.path.parent)
         self._segments += found.segments
         self._remove_sent()
         return adopted
