@@ -331,11 +331,17 @@ def test_earlier_ones_come_first_and_none_before_its_time() -> None:
 
 
 def test_an_endpoint_that_is_left_alone_waits() -> None:
-    """Nothing goes there until then, and others go on."""
+    """Nothing goes there until the last time that was said, and others go on; or until the file is read again."""
     found = owned(waiting("busy"), waiting("idle"))
     found.leave_alone("busy", 1000)
+    found.leave_alone("busy", 500)
 
     assert [attempt.delivery.endpoint for attempt in found.take_due(999)] == ["idle"]
+    assert [attempt.delivery.endpoint for attempt in found.take_due(1000)] == ["busy"]
+    found.put(0, waiting("busy"))
+    found.leave_alone("busy", 2000)
+    assert found.take_due(1000) == []
+    found.wake()
     assert [attempt.delivery.endpoint for attempt in found.take_due(1000)] == ["busy"]
 
 
@@ -385,7 +391,10 @@ def test_what_gives_way_is_the_oldest_where_most_waits() -> None:
     found.is_crowded(share, NOW_MS)
 
     assert found.giving_way(share, NOW_MS + deliveries.PATIENCE_MS - 1) == []
-    assert found.giving_way(share, NOW_MS + deliveries.PATIENCE_MS) == [(1, each) for each in most[IN_FLIGHT_MAX:-1]]
+    in_vain_ms = NOW_MS + deliveries.PATIENCE_MS
+    assert found.giving_way(share, in_vain_ms) == [(1, each) for each in most[IN_FLIGHT_MAX:-1]]
+    assert found.giving_way(share + 1, in_vain_ms) == [(1, most[IN_FLIGHT_MAX])]
+    assert found.giving_way(share + 2, in_vain_ms) == []
 
 
 def test_a_clock_that_is_set_back_lengthens_no_wait() -> None:
@@ -429,6 +438,18 @@ def test_a_lost_partition_leaves_nothing_in_the_queues() -> None:
     assert (found.take_due(100), found.is_crowded(3, NOW_MS)) == ([], True)
     found.disown(1)
     assert (found.waiting, found.take_due(100), found.is_crowded(3, NOW_MS)) == (0, [], False)
+
+
+def test_what_stays_when_a_partition_is_lost_keeps_its_order() -> None:
+    """Wherever in the queue the lost ones were: what is due first is sent first."""
+    found = owned(waiting(at_ms=0))
+    found.own(1, [waiting(at_ms=5)])
+    found.put(0, waiting(at_ms=1))
+    for at_ms in (6, 7, 2):
+        found.put(1, waiting(at_ms=at_ms))
+    found.disown(0)
+
+    assert [attempt.delivery.next_at_ms for attempt in found.take_due(2)] == [2]
 
 
 def test_a_partition_that_came_back_is_sent_once() -> None:
