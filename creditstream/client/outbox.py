@@ -39,7 +39,7 @@ class Outbox:
 
     def __init__(self, topic: str, spool: Spool | None, on_full: OnFull, block_s_max: int, write_ahead: bool) -> None:
         self._lock: Final = threading.RLock()
-        """Entered by itself: `Condition.__enter__` is Python, and would keep it where the handler of a signal raises."""
+        """Entered by itself: a condition's `__enter__` is Python, and keeps it where the handler of a signal raises."""
         self._changed: Final = threading.Condition(self._lock)
         self.producer: Producer | None = None
         self.trouble: Final = Trouble("cell runs are waiting")
