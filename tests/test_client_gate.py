@@ -25,23 +25,43 @@ ROOT: Final = Path(__file__).parent.parent
 NOWHERE: Final = read_settings({}, kafka_bootstrap="127.0.0.1:1")
 
 FORKS = """
-import os, sys, time
+import os, sys, threading
 import msgspec
 from creditstream.client import Because, Gate
 from streams.settings import Settings
 gate = Gate(msgspec.json.decode(sys.argv[1], type=Settings), on_unknown="deny", on_stale="deny", stale_after_s=600)
 gate.wait_ready(60)
 assert gate.check("ws_1", "enrich_person"), gate.check("ws_1", "enrich_person")
-child = os.fork()
-if child == 0:
+
+def asks():
     answer = gate.check("ws_1", "enrich_person")
     assert answer.reason == Because.STALE, answer
     gate.wait_ready(60)
     assert gate.check("ws_1", "enrich_person").reason == Because.ENOUGH
     print("child", flush=True)
-    sys.exit(0)
-assert gate.check("ws_1", "enrich_person")
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def waits_in_many_threads():
+    ready, together = [], threading.Barrier(8)
+
+    def work():
+        together.wait()
+        gate.wait_ready(60)
+        ready.append(gate.is_ready)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ready == [True] * 8, ready
+
+for does in (asks, waits_in_many_threads):
+    child = os.fork()
+    if child == 0:
+        does()
+        sys.exit(0)
+    assert gate.check("ws_1", "enrich_person")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert gate.check("ws_1", "enrich_person")
 gate.close()
 print("parent")
@@ -232,7 +252,9 @@ def test_a_defect_does_not_end_the_gate(
 
 
 def test_a_forked_child_follows_by_itself(kafka: str) -> None:
-    """In a child the answers are stale until its own follower has caught up; both processes end in an orderly way."""
+    """In a child the answers are stale until its own follower has caught up, for which any number of threads may wait;
+    both processes end in an orderly way.
+    """
     settings = fresh_settings(kafka, LIMIT_STATES)
     publish(settings, [record_of(limit_state())])
     done = subprocess.run(

@@ -442,6 +442,41 @@ def test_a_signal_in_the_middle_of_a_record_stops_nothing(settings: Settings, do
     assert {int(number) for number in done.stdout.split()} | {2000} <= set(first_copies(settings)["ws_1"])
 
 
+NO_MORE_THREADS = """
+from confluent_kafka import KafkaError, KafkaException
+from creditstream.client import producer as producers
+producer = CellRunProducer(settings)
+child = os.fork()
+if not child:
+    signal.alarm(100)  # its end, should it wait for ever
+    refused = KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE)), RuntimeError("can't start new thread")
+
+    def refuses(_):
+        raise refused[sys.argv[2] == "python"]
+
+    place, name = (threading.Thread, "start") if sys.argv[2] == "python" else (producers, "Producer")
+    plain = getattr(place, name)
+    setattr(place, name, refuses)
+    producer.record(a_run(1))
+    producer.record(a_run(2))
+    print(producer.counts().waiting_in_spool, producer.trouble, flush=True)
+    setattr(place, name, plain)
+    producer.record(a_run(3))
+    os._exit(producer.flush(60))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(("whose", "said"), [("kafka", "resource"), ("python", "can't start new thread")])
+def test_a_child_that_gets_no_thread_spools(settings: Settings, whose: str, said: str) -> None:
+    """Where the system gives neither librdkafka nor Python a thread: runs are taken, and go once it gives some."""
+    done = run_program(NO_MORE_THREADS, settings, whose)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout.lower()
+    assert done.stdout.startswith("2 ")
+    assert first_copies(settings) == {"ws_1": [1, 2, 3]}
+
+
 LEAVES_A_CHILD = """
 producer = CellRunProducer(settings, write_ahead=True)
 for number in range(10):

@@ -32,6 +32,7 @@ from streams.topics import LIMIT_STATES
 
 READY_S_MAX: Final = 30
 RETRY_S: Final = 0.5
+START_POLL_S: Final = 0.02
 ASK_EVERY_S: Final = 1.0
 ANSWER_S_MAX: Final = 5.0
 REACH_S_MAX: Final = 60.0
@@ -102,12 +103,16 @@ class Gate(GateRules):
         """Return once all states that Kafka had are held. Unreachable, with the last trouble, if it takes longer."""
         if self._closed:
             raise Unreachable("the gate is closed", "it follows nothing any more", "Make another one.")
+        deadline = time.monotonic() + timeout_s
         self._start()
-        follower = self._follower
-        if follower and not follower.caught_up.wait(timeout_s):
+        while (follower := self._follower) is None and time.monotonic() < deadline:
+            time.sleep(START_POLL_S)  # another thread is starting it
+            self._start()
+        if follower is None or not follower.caught_up.wait(max(0, deadline - time.monotonic())):
+            trouble = follower.trouble.reason if follower else "its thread is being started"
             raise Unreachable(
                 f"the gate is not ready after {timeout_s} s",
-                f"{follower.trouble.reason or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
+                f"{trouble or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
                 "Check CREDITSTREAM_KAFKA_BOOTSTRAP, and that a worker has made the topic.",
             )
 

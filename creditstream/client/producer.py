@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
@@ -107,9 +107,11 @@ class CellRunProducer:
                 prepare_root(self._directory)
                 self._adopt()
             self._start()
-        except BaseException:
+        except BaseException as error:
             if self._spool:
                 self._spool.close()  # what was adopted is left to others
+            if isinstance(error, KafkaException):
+                raise _refused(error.args[0]) from error
             raise
         atexit.register(self._at_exit)
 
@@ -123,7 +125,7 @@ class CellRunProducer:
         except InvalidRun as refusal:
             raise self._outbox.refuse(refusal) from refusal.__cause__
         if self._thread is None and not self._outbox.is_closed:
-            self._start()
+            self._start_in_child()
         ticket = self._outbox.put(value, run.workspace_id)
         self._wake.set()
         if ticket:
@@ -233,14 +235,21 @@ class CellRunProducer:
                 thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
                 thread.start()
                 self._thread = thread
+        except BaseException:
+            _dispose(self._outbox.take_back())  # it had no thread; another thread may have recorded meanwhile
+            raise
         finally:
             self._starting.release()
 
-    def _open(self) -> Producer:
+    def _start_in_child(self) -> None:
+        """Where it has no more threads, its runs wait, and the next one tries again."""
         try:
-            return Producer(self._config)
-        except KafkaException as error:
-            raise Problem("Kafka options refused", error.args[0].str(), "Correct `kafka=`.") from error
+            self._start()
+        except (KafkaException, RuntimeError) as error:
+            self._outbox.trouble.note(error)
+
+    def _open(self) -> Producer:
+        return Producer(self._config)
 
     def _work(self) -> None:
         await_resolver(self._enough, self._on_stuck)
@@ -288,6 +297,12 @@ class CellRunProducer:
             self._finish(FLUSH_S_MAX)  # also where a thread is closing it: a daemon does not come to its end any more
         except Problem as problem:
             _log.error("%s", problem)
+
+
+def _refused(error: KafkaError) -> Problem:
+    if error.code() == KafkaError._INVALID_ARG:
+        return Problem("Kafka options refused", error.str(), "Correct `kafka=`.")
+    return Problem("the producer cannot be made", error.str(), "Allow this process more threads.")
 
 
 def _dispose(producer: Producer | None) -> None:
