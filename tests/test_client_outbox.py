@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, Producer
 from creditstream.client import outbox as outboxes
 from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
-from creditstream.client.recording import RunRefused
+from creditstream.client.recording import Counts, RunRefused
 from creditstream.client.segment import Segment
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
@@ -176,11 +176,15 @@ def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(tmp_path: Path
 def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:
     """Taken back and new runs wait in memory, and go again in their order."""
     outbox = open_outbox(None)
+    put(outbox, 1)
+    assert places(outbox) == (1, 0)
     outbox.producer = nowhere()
-    put(outbox, 1, 2)
+    outbox.hand_over()
+    put(outbox, 2)
     outbox.take_back()
     put(outbox, 3)
-    assert (places(outbox), outbox.in_memory_only) == ((3, 0), 3)
+    assert (outbox.counts(), outbox.in_memory_only) == (Counts(accepted=3, waiting_in_memory=3), 3)
+    assert outbox.wait_until_empty(0) == 3
     outbox.producer = nowhere()
     outbox.hand_over()
     assert [run.value for run in outbox._waiting.values()] == [encode_run(a_run(number)) for number in (1, 2, 3)]
@@ -198,12 +202,67 @@ def test_a_failure_and_silence_are_noticed(spool: Spool, clock: Clock, caplog: p
     outbox.take_back()
     assert not outbox.is_silent(5)
     outbox.trouble.note("no acknowledgement")
-    outbox._fail(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    outbox.producer = nowhere()
+    outbox.hand_over()
+    outbox._deliver(2, KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED), None)  # type: ignore[arg-type]
     assert outbox.has_failed
     assert "authorization" in outbox.trouble.reason
+    put(outbox, 2)
+    assert (outbox.hand_over(), places(outbox), outbox.counts().delivered) == (False, (1, 1), 0)
     outbox.take_back()
-    assert not outbox.has_failed
+    assert (outbox.has_failed, places(outbox)) == (False, (0, 2))
     assert caplog.messages == ["cell runs are waiting: no acknowledgement"]
+    outbox.producer = nowhere()
+    outbox._deliver(2, KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED), None)  # type: ignore[arg-type]
+    assert not outbox.has_failed, "that was of a run that was taken back"
+    assert read(spool) == [encode_run(a_run(number)) for number in (1, 2)]
+
+
+@pytest.mark.parametrize(("option", "limit"), [("queue.buffering.max.messages", 1), ("message.max.bytes", 1000)])
+def test_what_librdkafka_does_not_take_goes_to_the_spool(spool: Spool, option: str, limit: int) -> None:
+    """Whether its queue is full or it refuses the run: it is accepted all the same, and nothing overtakes it."""
+    outbox = open_outbox(spool)
+    outbox.producer = Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0, option: limit})
+    long = b'{"workspace_id":"ws_1"}'.ljust(2000)
+    put(outbox, 1)
+    outbox.put(long, "ws_1")
+    put(outbox, 2)
+    assert places(outbox) == (1, 2)
+    assert outbox.has_failed == (option == "message.max.bytes")
+    outbox.take_back()
+    assert read(spool) == [encode_run(a_run(1)), long, encode_run(a_run(2))]
+
+
+def test_memory_is_bounded_and_what_left_it_leaves_the_disk(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more is handed over than there is room for; whoever hands over hears whether to go on at once."""
+    monkeypatch.setattr(outboxes, "QUEUE_RUNS_MAX", 2)
+    monkeypatch.setattr(outboxes, "HAND_OVER_RUNS", 1)
+    outbox = open_outbox(spool)
+    put(outbox, 1, 2, 3)
+    outbox.producer = nowhere()
+    assert [outbox.hand_over() for _ in range(3)] == [True, False, False]
+    assert (places(outbox), outbox.is_busy) == ((2, 1), True)
+    for sequence in (1, 2):
+        outbox._deliver(sequence, None, None)  # type: ignore[arg-type]
+    assert (outbox.hand_over(), places(outbox)) == (False, (1, 0))
+    outbox._deliver(3, None, None)  # type: ignore[arg-type]
+    assert (outbox.counts(), outbox.is_busy) == (Counts(accepted=3, spooled=3, delivered=3), False)
+    put(outbox, 4, 5, 6)
+    assert places(outbox) == (2, 1)
+
+
+def test_who_is_refused_hears_why(tmp_path: Path) -> None:
+    """A full spool, with what keeps Kafka from taking anything; a closed outbox, which keeps nothing."""
+    outbox = open_outbox(Spool(tmp_path, CELL_RUNS, 1))
+    for reason, said in (("", "Kafka is slow"), ("no answer", "no answer")):
+        outbox.trouble.reason = reason
+        with pytest.raises(RunRefused, match=rf"the spool is full \({said}\)"):
+            put(outbox, 1)
+    outbox = open_outbox(Spool(tmp_path, CELL_RUNS, 10_000_000))
+    outbox.close()
+    with pytest.raises(RunRefused, match="the producer is closed"):
+        put(outbox, 1)
+    assert outbox.counts() == Counts(refused=1)
 
 
 def test_a_slow_link_is_not_silence(spool: Spool, clock: Clock) -> None:
