@@ -4,11 +4,12 @@ Who uses a home is decided by a lock that the operating system drops with its ho
 killed process may leave behind: a pid or an address read here counts only while the lock is held.
 """
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,9 @@ HOLD_WAIT_S = 1.0
 COMMAND_WAIT_S = 5.0
 """How much longer, while nobody answers: a command that reads the embedded ledger is done in two or three seconds."""
 LOCK_POLL_S = 0.02
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_ERRORS = (*_FULL, errno.EROFS, errno.EIO)
+"""What a disk may say of any file, so that it need not be named."""
 
 
 class Endpoints(msgspec.Struct, frozen=True):
@@ -78,7 +82,8 @@ class Home(msgspec.Struct, frozen=True):
         """Be the one process that uses this home, until the block ends or the process dies.
 
         Programs started in the block do not inherit the lock; a bare `os.fork` would.
-        Raises `Problem` when another process holds it, with its pid, or when the directory cannot be used.
+        Raises `Problem` when another process holds it, with its pid, or when the directory cannot be used: also when
+        that shows only in the block, since a disk gets full.
         """
         lock = take_lock(self._lock_path, HOLD_WAIT_S)
         if lock is None and not self.worker():
@@ -88,8 +93,13 @@ class Home(msgspec.Struct, frozen=True):
         try:
             self.withdraw()
             yield
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS and not str(error.filename or "").startswith(f"{self.path}{os.sep}"):
+                raise
+            raise _unusable(Path(error.filename or self.path), error) from error
         finally:
-            self.withdraw()
+            with suppress(OSError):  # what it says counts only while the lock is held
+                self.withdraw()
             os.close(lock)
 
     def publish(self, endpoints: Endpoints) -> None:
@@ -153,11 +163,12 @@ def take_lock(path: Path, wait_s: float) -> int | None:
     try:
         return lock_file(path, wait_s)
     except OSError as error:
-        raise Problem(
-            f"{path.parent} cannot be used",
-            error.strerror or str(error),
-            "Choose a directory that you may write to.",
-        ) from error
+        raise _unusable(path.parent, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> Problem:
+    fix = "Make room on that disk" if error.errno in _FULL else "Choose a directory that you may write to"
+    return Problem(f"{path} cannot be used", error.strerror or str(error), f"{fix}.")
 
 
 def lock_file(path: Path, wait_s: float) -> int | None:

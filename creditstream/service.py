@@ -13,9 +13,11 @@ import mode
 import structlog
 
 from creditstream.api import ApiService, listen
+from creditstream.asking import ledger_failed
 from creditstream.home import Endpoints, Home
 from creditstream.logs import configure_logs, logging_config
 from schemas.problem import Unreachable
+from sinks.clickhouse import DatabaseError
 from streams.app import EXIT_RESTART, MeterApp, create_app
 from streams.settings import Settings, unknown_variables
 
@@ -51,7 +53,10 @@ def run_service(
     for name in unknown_variables():
         log.warning("unknown_setting", name=name, fix="see `creditstream config`")
     app = create_app(settings)
-    app.meter.open()
+    try:
+        app.meter.open()
+    except DatabaseError as error:
+        raise ledger_failed(error) from error
     bound = listen(settings.api_host, settings.api_port)
     host, port = bound.getsockname()[:2]
     app.add_dependency(ApiService(app.meter, bound))

@@ -380,3 +380,22 @@ def test_unusable_home_is_a_problem(tmp_path: Path) -> None:
         Home.at(tmp_path / "file" / "home").hold(),
     ):
         pass
+
+
+def test_a_home_that_is_found_unusable_while_it_is_held_is_a_problem(tmp_path: Path) -> None:
+    """A file of it that cannot be written, and a disk that is full, each with what to do; what lies elsewhere stays an
+    error; and whatever happened, nobody holds the home afterwards.
+    """
+    home = Home.at(tmp_path)
+    home.ledger.touch()
+    full = tmp_path / "endpoints.draft"
+    full.symlink_to("/dev/full")
+
+    with pytest.raises(Problem, match=rf"{home.ledger} cannot be used: File exists\. Choose a directory"), home.hold():
+        home.ledger.mkdir()
+    with pytest.raises(Problem, match=rf"{tmp_path} cannot be used: No space left on device\. Make room"), home.hold():
+        home.publish(Endpoints("127.0.0.1:1", "http://127.0.0.1:1", os.getpid()))
+    with pytest.raises(FileNotFoundError), home.hold():
+        Path("/nowhere/else").read_bytes()
+    with home.hold():
+        assert home.worker() is None

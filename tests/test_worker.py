@@ -166,6 +166,14 @@ def test_a_second_worker_on_a_home_is_refused_with_the_pid(worker: WorkerProcess
     assert worker.is_alive
 
 
+def test_a_ledger_that_refuses_is_no_riddle(another: WorkerProcess, http_server: ClickHouseServer) -> None:
+    """A worker that it does not let start says in a line what the ledger said, with exit code 5."""
+    http_server.fault("exception", 243, on="select", containing="FROM catalogue_versions")
+    assert another.start().wait() == 5
+    (line,) = another.log_lines()
+    assert line.startswith("creditstream: the ledger failed: ")
+
+
 def test_a_taken_port_is_refused(worker: WorkerProcess, another: WorkerProcess) -> None:
     """One line that names the port and the setting."""
     another.create_topic()
