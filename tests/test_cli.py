@@ -254,8 +254,9 @@ def test_a_dead_letter_is_sent_again(worker: WorkerProcess, settings: dict[str, 
 
     before, _, after = sent.out.strip().partition(" -> ")
     place, told = after.split(maxsplit=1)
-    assert (sent.code, before) == (0, old.position)
+    assert (sent.code, before) == (1, old.position)
     assert told.startswith("dead_letter, unknown_action  ")  # nobody has priced it meanwhile
+    assert sent.err.splitlines()[-1].startswith("creditstream: dead letters were set aside again: 1 of 1, see above. ")
     assert {letter["position"] for letter in listed} == {place, broken.position}
     assert "the same bytes would be refused again" in line_of(refused, 1)
 
@@ -302,6 +303,19 @@ def test_send_waits_for_the_run_of_its_own_workspace(settings: dict[str, str | i
     assert "of ws_mine, ws_theirs. Name the workspace" in line_of(creditstream(*explain, settings=settings), 1)
     told = creditstream(*explain, "--workspace", "ws_theirs", settings=settings)
     assert told.out.startswith('Free: "Find Work Email" found nothing.')
+
+
+def test_send_says_what_was_set_aside(settings: dict[str, str | int]) -> None:
+    """With exit code 1, as of an account event that is waited for; what is not waited for is not known."""
+    runs = [cell_run("ws_aside"), cell_run("ws_aside", action="nobody_priced_this")]
+    lines = "".join(f"{encode_run(each).decode()}\n" for each in runs)
+
+    done = creditstream("send", "--wait", "-", settings=settings, stdin=lines)
+
+    assert done.code == 1
+    assert [line.split("  ")[2] for line in done.out.splitlines()] == ["charged", "unknown_action"]
+    assert done.err.splitlines()[-1].startswith("creditstream: runs were set aside: 1 of 2, see above. ")
+    assert creditstream("send", "-", settings=settings, stdin=lines).code == 0
 
 
 def test_send_waits_for_many_at_once(settings: dict[str, str | int]) -> None:

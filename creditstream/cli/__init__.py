@@ -1,7 +1,7 @@
 """The front door: what a person types. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the answer is no or a difference was found, 4 unknown id, 5 Kafka,
-ClickHouse or the worker does not answer, 75 start me again, 130 interrupted.
+Exit codes: 0 done, 1 failed or set aside, 2 wrong usage, 3 the answer is no or a difference was found, 4 unknown id,
+5 Kafka, ClickHouse or the worker does not answer, 75 start me again, 130 interrupted.
 """
 
 import os

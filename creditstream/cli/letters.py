@@ -16,7 +16,8 @@ from creditstream.cli.options import (
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, DeadLetter
-from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Position, Reason
+from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Kind, Position, Reason
+from schemas.problem import Problem
 
 LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id", "raw_bytes", "closed_by")
 
@@ -84,6 +85,8 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
     """Send dead letters again, once what kept them from being metered is mended, and wait for what becomes of them.
 
+    Exit 1 when one is set aside again: it is a new letter then, and its old one is closed.
+
     Example: `creditstream dead-letters redrive --reason unknown_action`
     """
     if bool(positions) == bool(reason):
@@ -101,9 +104,13 @@ def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, 
         if not letters:
             say(f"No open dead letters: {reason}.")
             return
-        for letter, (place, row) in zip(letters, redrive(settings, answers, letters), strict=True):
-            say(f"{letter.position} -> {place}  {row.kind}, {row.reason}  {row.detail}".rstrip())
+        sent = redrive(settings, answers, letters)
+    for letter, (place, row) in zip(letters, sent, strict=True):
+        say(f"{letter.position} -> {place}  {row.kind}, {row.reason}  {row.detail}".rstrip())
     say(f"sent {len(letters):,} again; `creditstream dead-letters list --open` shows what is left", err=True)
+    if aside := sum(row.kind == Kind.DEAD_LETTER for _, row in sent):
+        why = f"{aside:,} of {len(sent):,}, see above"
+        raise Problem("dead letters were set aside again", why, "Mend what keeps them from being metered first.")
 
 
 def _place(position: str) -> Position:

@@ -12,7 +12,7 @@ from creditstream.cli.terminal import say
 from schemas.answers import LedgerRow
 from schemas.catalogue import Catalogue
 from schemas.cell_run import CellRun, to_milliseconds
-from schemas.ledger import Reason
+from schemas.ledger import Kind, Reason
 from schemas.problem import Problem
 from sinks.explain import credits_text, sentence
 from streams.settings import Settings
@@ -25,17 +25,20 @@ from streams.settings import Settings
 def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
     """Send cell runs from a file of JSON lines (`-`: standard input).
 
-    A bad line is reported with its number and field; the good ones are sent, and the exit code is 1.
+    A bad line is reported with its number and field; the good ones are sent, and the exit code is 1. So it is when
+    one that was waited for is set aside as a dead letter.
 
     Example: `creditstream send --wait runs.ndjson`
     """
     runs, bad = _read(file)
-    if runs:
-        _send(runs, kafka_settings_of(home), url, wait)
+    aside = _send(runs, kafka_settings_of(home), url, wait) if runs else 0
     if bad:
         raise Problem(
             f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct and send them again."
         )
+    if aside:
+        why = f"{aside:,} of {len(runs):,}, see above"
+        raise Problem("runs were set aside", why, "`creditstream dead-letters list --open` shows them.")
     if not runs:
         raise Problem("nothing was sent", "the input holds no line", "Give one JSON object a line.")
 
@@ -55,7 +58,8 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
     return runs, bad
 
 
-def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None:
+def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> int:
+    """How many of them were set aside, as far as they are waited for."""
     from creditstream.metering import await_rows
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_run
@@ -67,11 +71,12 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> None
     next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` tells what the last one cost"
     say(f"sent {len(runs):,} cell run{'s' * (len(runs) != 1)} to {settings.kafka_bootstrap}{next_step}", err=True)
     if not wait:
-        return
+        return 0
     catalogue = Catalogue.load(Path(settings.catalogue_dir))
     with ask(settings, url) as answers:
         rows = await_rows(answers, topic, places)
     say(*(_line(run, rows[place], catalogue) for run, place in zip(runs, places, strict=True)))
+    return sum(rows[place].kind == Kind.DEAD_LETTER for place in places)
 
 
 def _line(run: CellRun, row: LedgerRow, catalogue: Catalogue) -> str:
