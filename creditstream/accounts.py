@@ -19,6 +19,7 @@ from schemas.answers import (
     BalanceMove,
     By,
     Explanation,
+    GrantRow,
     LimitsInForce,
     PeriodRow,
     PlanRow,
@@ -304,6 +305,27 @@ def plans(client: Client, workspace_id: str, as_of: datetime | None = None) -> l
     ]
 
 
+def grants(client: Client, workspace_id: str, as_of: datetime | None = None) -> list[GrantRow]:
+    """A workspace's premium grants in the order in which they take effect, also those to come. UnknownId as `balance`.
+
+    The sum of those in force is what `balance` calls the premium allowance.
+    """
+    at = moment(as_of)
+    said = facts(client, workspace_id, at)
+    if not said.grants:
+        _require_known(client, workspace_id)
+    return [
+        GrantRow(
+            workspace_id=workspace_id,
+            effective_at=from_milliseconds(grant.effective_ms),
+            credits=format_credits(grant.credits),
+            recorded_at=from_milliseconds(grant.arrival[0]),
+            in_force=grant.effective_ms <= at.ms,
+        )
+        for grant in sorted(said.grants)
+    ]
+
+
 def limits(client: Client, workspace_id: str, as_of: datetime | None = None) -> LimitsInForce:
     """At what a workspace is told: its own thresholds, else its plan's, else the default. UnknownId as `balance`."""
     at = moment(as_of)
@@ -344,20 +366,26 @@ def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id
     if debit is None or debit.pool == Pool.NONE:
         return found
     alert = published_alerts(client, workspace_id=found.workspace_id, position=debit.position, limit=1)
-    return msgspec.structs.replace(found, balance=_move(client, debit), alert=alert[0] if alert else None)
+    move = _move(client, debit)
+    if move.period_end and move.period_end <= found.recorded_at.date():
+        told = f"{found.sentence} It arrived after its billing period had ended, and counts in that one."
+        found = msgspec.structs.replace(found, sentence=told)
+    return msgspec.structs.replace(found, balance=move, alert=alert[0] if alert else None)
 
 
 def _move(client: Client, debit: account_queries.RunDebit) -> BalanceMove:
     """The balance before and after a debit, by what was known when it came, in the period that it ran in."""
     at = Moment(debit.recorded_ms, debit.recorded_ms)
     said = facts(client, debit.workspace_id, at)
-    plan = in_force(said.plans, at.ms)
+    plan_ms = at.ms
     if debit.pool == Pool.PREMIUM:
         period = None
         allowance = sum(grant.credits for grant in said.grants if grant.effective_ms <= at.ms)
     else:
         period = period_of(debit.day, said.plans, at.ms)
         allowance = allowance_of(period, said.plans, at.ms) or 0
+        plan_ms = min(at.ms, period.end * DAY_MS - 1)
+    plan = in_force(said.plans, plan_ms)
     before = allowance - account_queries.drawn_before(client, debit, period or account_queries.EVERY_DAY)
     return BalanceMove(
         pool=debit.pool,

@@ -37,6 +37,7 @@ from schemas.answers import (
     EventRow,
     Explanation,
     Failure,
+    GrantRow,
     LedgerRow,
     LimitsInForce,
     ParkedEvent,
@@ -251,6 +252,11 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         """A workspace's plans, also those to come."""
         return await meter.ask(accounts.plans, workspace_id, as_of)
 
+    @answer("/v1/grants")
+    async def grants(workspace_id: FromQuery[str], as_of: AsOf = None) -> list[GrantRow]:
+        """A workspace's premium grants, also those to come."""
+        return await meter.ask(accounts.grants, workspace_id, as_of)
+
     @answer("/v1/limits")
     async def limits(workspace_id: FromQuery[str], as_of: AsOf = None) -> LimitsInForce:
         """At what a workspace is told, and who said so."""
@@ -271,7 +277,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         """The newest limit alerts that left the meter."""
         return await meter.ask(accounts.alerts, workspace_id, kind or "", limit, as_of)
 
-    return [balance, periods, statement, plans, limits, account_event, alerts]
+    return [balance, periods, statement, plans, grants, limits, account_event, alerts]
 
 
 def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:

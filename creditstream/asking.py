@@ -21,6 +21,7 @@ from schemas.answers import (
     Estimate,
     Explanation,
     Failure,
+    GrantRow,
     LedgerRow,
     LimitsInForce,
     ParkedEvent,
@@ -48,7 +49,7 @@ QUESTIONS: Final = {
     question: module
     for module, questions in {
         "creditstream.accounts": (
-            "alerts", "balance", "explanation", "limits", "period_usage", "plans", "statement",
+            "alerts", "balance", "explanation", "grants", "limits", "period_usage", "plans", "statement",
         ),
         "creditstream.spending": ("check", "estimate", "top"),
         "sinks.dead_letters": ("dead_letter", "dead_letters", "parked_event", "parked_events"),
@@ -111,7 +112,9 @@ def ledger_failed(error: Exception) -> Unreachable:
     """What a person is told of a database error."""
     from sinks.clickhouse import first_line
 
-    return Unreachable("the ledger failed", first_line(error), "Try again; see the server's log.")
+    return Unreachable(
+        "the ledger failed", first_line(error), "Mend what it names, and try again; the log of a server says more."
+    )
 
 
 class LedgerAnswers:
@@ -204,6 +207,10 @@ class WorkerAnswers:
     def plans(self, workspace_id: str, as_of: datetime | None) -> list[PlanRow]:
         """See `creditstream.accounts.plans`."""
         return self._get("/v1/plans", list[PlanRow], workspace_id=workspace_id, as_of=_instant(as_of))
+
+    def grants(self, workspace_id: str, as_of: datetime | None) -> list[GrantRow]:
+        """See `creditstream.accounts.grants`."""
+        return self._get("/v1/grants", list[GrantRow], workspace_id=workspace_id, as_of=_instant(as_of))
 
     def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce:
         """See `creditstream.accounts.limits`."""

@@ -21,6 +21,7 @@ from schemas.limits import AsOf, State, state_key
 from schemas.prices import price_of
 from schemas.problem import UnknownId
 from sinks import account_queries
+from sinks.explain import credits_text
 from streams.balances import METERED, Account
 from streams.messages import state_of
 from streams.periods import to_date
@@ -157,8 +158,8 @@ def warning_of(worst: Millicredits, expected: Millicredits, remaining: Millicred
         return ""
     left = f"{group_credits(remaining)} left"
     if expected > remaining:
-        return f"It does not fit: about {group_credits(expected)} credits expected, {left}."
-    return f"It may not fit: up to {group_credits(worst)} credits, {left}."
+        return f"It does not fit: about {credits_text(expected)} expected, {left}."
+    return f"It may not fit: up to {credits_text(worst)}, {left}."
 
 
 def top(client: Client, by: TopBy = TopBy.USED, limit: int = 20, as_of: datetime | None = None) -> list[TopRow]:

@@ -413,6 +413,16 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
     in_force: bool
 
 
+class GrantRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Premium credits that a workspace was given. ``in_force``: they count, which they do from ``effective_at`` on."""
+
+    workspace_id: str
+    effective_at: datetime
+    credits: str
+    recorded_at: datetime
+    in_force: bool
+
+
 class LimitsInForce(msgspec.Struct, frozen=True, kw_only=True):
     """At which percents and below how many credits a workspace is told, and who said so: workspace, plan or default."""
 

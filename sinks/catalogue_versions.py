@@ -53,6 +53,6 @@ def _refuse_late(client: Client, version: Version) -> None:
     if late:
         raise Problem(
             "a catalogue version comes too late",
-            f"{version.file}: {late:,} runs since its effective_from are priced already",
+            f"{version.file}: runs since its effective_from that are priced already: {late:,}",
             "Give it an effective_from in the future.",
         )

@@ -28,7 +28,6 @@ _SET_ASIDE: Final = {
     Reason.STALE_RUN: "it arrived too late",
     Reason.CONFLICTING_DUPLICATE: "another event under the same run id said something else",
     Reason.UNKNOWN_ACTION: "no price is known for it",
-    Reason.UNKNOWN_RUN: "only its reversal has arrived, which waits for it",
     Reason.UNKNOWN_PLAN: "no plan list names the plan",
 }
 _NO_RUN: Final = {
@@ -41,9 +40,9 @@ _NO_RUN: Final = {
 
 
 def credits_text(millicredits: Millicredits, pool: str = Pool.ENRICHMENT) -> str:
-    """``1 credit``, ``2 credits``, ``0.5 premium credits``."""
+    """``1 credit``, ``-2 credits``, ``0.5 premium credits``."""
     premium = "premium " if pool == Pool.PREMIUM else ""
-    return f"{group_credits(millicredits)} {premium}credit{'' if millicredits == PER_CREDIT else 's'}"
+    return f"{group_credits(millicredits)} {premium}credit{'' if abs(millicredits) == PER_CREDIT else 's'}"
 
 
 def sentence(reason: Reason, credits: Millicredits, pool: str, action: str, found: Action | None, detail: str) -> str:
@@ -65,6 +64,8 @@ def sentence(reason: Reason, credits: Millicredits, pool: str, action: str, foun
             return f"Not charged again: this is {detail}."
         case Reason.REVERSED | Reason.PLAN_CHANGED | Reason.PREMIUM_GRANTED | Reason.LIMITS_CHANGED:
             return f"Not a run: this is {_NO_RUN[reason]}."
+        case Reason.UNKNOWN_RUN:
+            return f"Not charged: the run has not arrived; only its reversal has, and waits for it ({detail})."
     return f"Not charged: the run was set aside, because {_SET_ASIDE[reason]} ({detail})."
 
 
@@ -81,6 +82,15 @@ def again(deliveries: list[EventRow]) -> str:
     return told
 
 
+def set_aside_before(rows: list[dict[str, Any]], debit: dict[str, Any]) -> str:
+    """What the sentence adds for a run that came as a dead letter first: ``rows`` are its workspace's, as they came."""
+    earlier = [row for row in rows[: rows.index(debit)] if not _is_account_event(row)]
+    reasons = dict.fromkeys(str(row["reason"]) for row in earlier if row["kind"] == Kind.DEAD_LETTER)
+    if debit["kind"] != Kind.RUN or not reasons:
+        return ""
+    return f" It had been set aside as {' and '.join(reasons)}, and was sent again."
+
+
 def taken_back(rows: list[dict[str, Any]]) -> str:
     """What the sentence adds for a run that was reversed: `rows` are those of its workspace."""
     for row in rows:
@@ -91,9 +101,9 @@ def taken_back(rows: list[dict[str, Any]]) -> str:
 
 
 def run_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows under one run id, the one to explain: the debit, or else the first event of a run, or any."""
+    """Of the rows under one run id, the one to explain: the debit, or else the last event of a run, or any."""
     of_runs = [row for row in rows if not _is_account_event(row)]
-    return next((row for row in of_runs if row["kind"] == Kind.RUN), (of_runs or rows)[0])
+    return next((row for row in of_runs if row["kind"] == Kind.RUN), (of_runs or rows)[-1])
 
 
 def _is_account_event(row: dict[str, Any]) -> bool:
@@ -116,7 +126,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
     told = sentence(reason, millicredits, chosen["pool"], chosen["action"], action, chosen["detail"])
     rule, rule_text = RULES[reason]
     return Explanation(
-        sentence=told + again(others) + taken_back(mine),
+        sentence=told + set_aside_before(mine, chosen) + again(others) + taken_back(mine),
         **{name: chosen[name] for name in _COPIED},
         run_id=str(chosen["run_id"]),
         action_name=action.name if action else "",

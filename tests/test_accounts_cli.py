@@ -68,6 +68,7 @@ QUESTIONS: Final = [
     ("usage", WORKSPACE, "--period", f"{NOW:%Y-%m-%d}"),
     ("check", WORKSPACE, "find_work_email", "--cells", "10"),
     ("top",),
+    ("grants", WORKSPACE),
     ("explain", str(MAILS[0].run_id)),
 ]
 AT: Final = ("--as-of", "2099-01-01")
@@ -120,7 +121,9 @@ def test_it_is_said_what_an_event_means(settings: dict[str, str | int]) -> None:
     assert said("grant", "ws_told", "1500", "--wait")[1] == (
         "The premium pool before: 0 of 0 used, 0 left; now: 0 of 1,500 used, 1,500 left."
     )
-    assert said("grant", "ws_told", "1")[1].startswith("It is on its way; `")
+    one = said("grant", "ws_told", "1")
+    assert one[0].startswith("ws_told is granted 1 premium credit from ")
+    assert one[1].startswith("It is on its way; `")
     assert "a smaller one, too, on the first day" in said("plan", "set", "ws_later", "20k")[1]
     assert said("limits", "set", "ws_told", "--threshold", "70", "--wait")[0] == (
         "ws_told is told at 70 %, 100 % (workspace), no absolute line (default)."
@@ -150,10 +153,12 @@ def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> Non
 def test_a_check_answers_by_its_exit_code(settings: dict[str, str | int]) -> None:
     """0 for yes, 3 for no, and a line that says why."""
     yes = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9997", settings=settings)
-    assert (yes.code, yes.out) == (0, "yes: 19,994 of 19,995 enrichment credits left (enough)\n")
+    assert (yes.code, yes.out) == (0, "yes: it would draw 19,994 of the 19,995 enrichment credits left (enough)\n")
     no = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9998", settings=settings)
     assert no.code == 3
-    assert no.out.startswith("no: it would draw 19,996 of 19,995 enrichment credits left; the next period starts on ")
+    assert no.out.startswith(
+        "no: it would draw 19,996, and 19,995 enrichment credits are left; the next period starts on "
+    )
     own = creditstream("check", WORKSPACE, "clearbit_enrich_company", "--own-api-key", settings=settings)
     assert (own.code, own.out) == (0, "yes: with the workspace's own API key it costs nothing (R05) (own_api_key)\n")
     nobody = creditstream("check", "ws_none", "enrich_person", settings=settings)
@@ -185,6 +190,32 @@ def test_plans_are_listed(settings: dict[str, str | int]) -> None:
     """With the one in force, and what it gives."""
     (row,) = read_json(creditstream("plan", "show", WORKSPACE, "--format", "json", settings=settings))
     assert (row["plan"], row["allowance"], row["in_force"], row["restart_period"]) == ("20k", "20000", True, False)
+
+
+def test_grants_are_listed(settings: dict[str, str | int]) -> None:
+    """With those that count; of whom none were given any, a sentence says so."""
+    (row,) = read_json(creditstream("grants", WORKSPACE, "--format", "json", settings=settings))
+    assert (row["credits"], row["in_force"], row["workspace_id"]) == ("0.5", True, WORKSPACE)
+    header, line = creditstream("grants", WORKSPACE, settings=settings).out.splitlines()
+    assert header.split() == ["effective_at", "credits", "in_force", "recorded_at"]
+    assert line.split()[3:5] == ["0.5", "yes"]
+    assert creditstream("plan", "set", "ws_grantless", "20k", "--wait", settings=settings).code == 0
+    assert creditstream("grants", "ws_grantless", settings=settings).out == (
+        "ws_grantless was granted no premium credits.\n"
+    )
+
+
+def test_one_credit_is_one_credit(settings: dict[str, str | int]) -> None:
+    """And of a premium action a premium one, in every sentence that counts credits."""
+    premium = creditstream("estimate", WORKSPACE, "clearbit_enrich_company", "--cells", "1", settings=settings)
+    assert premium.out.splitlines()[0] == "clearbit_enrich_company in 1 cell, 1 premium credit each"
+    assert "  worst case  1 premium credit\n" in premium.out
+    assert "  expected    1 premium credit (" in premium.out
+    assert premium.err == "It does not fit: about 1 credit expected, 0 left.\n"
+    mail = creditstream("reverse", str(RUNS[4].run_id), "--workspace", WORKSPACE, "--wait", settings=settings)
+    assert "is taken back: 1 premium credit given back, on the day that it ran." in mail.err
+    told = creditstream("limits", "set", "ws_one", "--remaining-below", "1", "--wait", settings=settings)
+    assert ", 1 credit left if the allowance is larger (workspace)." in told.err
 
 
 def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:

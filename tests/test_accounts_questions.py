@@ -139,6 +139,25 @@ def test_premium_credits_never_expire_r07_r10(client: Client) -> None:
     assert (found.remaining, found.period_start, found.period_end, found.next_allowance) == ("9", None, None, None)
 
 
+def test_grants_are_listed_those_to_come_too_r07(client: Client) -> None:
+    """In the order in which they take effect; what is in force adds up to the allowance of the premium pool."""
+    rows = AccountRows()
+    rows.grant(at("2026-03-20"), 10, recorded_at=at("2026-01-10"))
+    rows.grant(at("2026-01-20"), 100)
+    rows.write(client)
+
+    def granted(as_of: datetime) -> list[tuple[str, bool]]:
+        return [(row.credits, row.in_force) for row in accounts.grants(client, "ws_1", as_of)]
+
+    assert granted(at("2026-01-15")) == [("10", False)]
+    assert granted(at("2026-02-01")) == [("100", True), ("10", False)]
+    assert granted(at("2026-03-20")) == [("100", True), ("10", True)]
+    assert premium(client, at("2026-03-20")).allowance == "110"
+    assert accounts.grants(client, "ws_1")[0].recorded_at == at("2026-01-20") + timedelta(seconds=1)
+    with pytest.raises(UnknownId):
+        accounts.grants(client, "ws_none")
+
+
 def test_a_statement_foots_and_says_so_r10(client: Client) -> None:
     """Enrichment opens with 0 and what is left expires; premium carries over; an open period expires nothing."""
     rows = AccountRows()
@@ -300,6 +319,23 @@ def test_explain_shows_the_balance_in_kafkas_order(client: Client) -> None:
     ]
     assert balance(after) == ("19993", "19991", "20k")
     assert balance(late) == ("49991", "49988", "50k")
+    ended = "It arrived after its billing period had ended, and counts in that one."
+    assert [accounts.explanation(client, EXAMPLES, run).sentence.endswith(ended) for run in (after, late)] == [
+        False, True
+    ]  # fmt: skip
+
+
+def test_explain_names_the_plan_of_the_period_in_which_it_ran(client: Client) -> None:
+    """Not that of today: before the first plan there was none."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-15"), "20k", 20_000, recorded_at=at("2026-01-15"))
+    rows.plan(at("2026-03-20"), "50k", 50_000, recorded_at=at("2026-03-20"))
+    came = at("2026-04-01")
+    planless, late = (rows.run(at(day), 4, recorded_at=came) for day in ("2026-01-02", "2026-02-20"))
+    rows.write(client)
+
+    moves = [accounts.explanation(client, EXAMPLES, run).balance for run in (planless, late)]
+    assert [move and (move.plan, move.allowance) for move in moves] == [("", "0"), ("20k", "20000")]
 
 
 def test_explain_shows_a_premium_balance_and_none_where_no_pool_is_drawn(client: Client) -> None:

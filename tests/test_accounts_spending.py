@@ -257,6 +257,7 @@ def test_the_api_answers_as_the_functions_do(drawn: Client, tmp_path: Any) -> No
         "/v1/periods": accounts.periods(drawn, "ws_1", at_noon),
         "/v1/statement": accounts.statement(drawn, "ws_1", None, at_noon),
         "/v1/plans": accounts.plans(drawn, "ws_1", at_noon),
+        "/v1/grants": accounts.grants(drawn, "ws_1", at_noon),
         "/v1/limits": accounts.limits(drawn, "ws_1", at_noon),
         "/v1/alerts": [],
         "/v1/check": check(drawn, **run),

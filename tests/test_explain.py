@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from creditstream.cli.ask import explained
+from creditstream.cli.ask import explained, folded
 from schemas.answers import BalanceMove, EventRow
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
@@ -120,6 +120,10 @@ def test_an_action_that_the_catalogue_lost(reason: Reason, credits: str, expecte
             "Not charged: the run was set aside, because another event under the same run id said something else (so).",
         ),
         (Reason.UNKNOWN_ACTION, "Not charged: the run was set aside, because no price is known for it (so)."),
+        (
+            Reason.UNKNOWN_RUN,
+            "Not charged: the run has not arrived; only its reversal has, and waits for it (so).",
+        ),
         (Reason.DUPLICATE, "Not charged again: this is so."),
     ],
 )
@@ -146,6 +150,7 @@ def test_every_reason_has_a_sentence_and_a_rule() -> None:
         ("1500", Pool.ENRICHMENT, "1,500 credits"),
         ("1", Pool.PREMIUM, "1 premium credit"),
         ("3", Pool.PREMIUM, "3 premium credits"),
+        ("-1", Pool.ENRICHMENT, "-1 credit"),
     ],
 )
 def test_one_credit_is_singular(credits: str, pool: Pool, expected: str) -> None:
@@ -287,11 +292,28 @@ def test_the_debit_is_explained_and_not_what_came_before() -> None:
 
     assert run_of(rows) is rows[1]
     assert found.sentence == (
-        'Charged 2 credits: "Find Work Email" returned data. It was delivered 3 times and counted once. '
+        'Charged 2 credits: "Find Work Email" returned data. It had been set aside as unknown_action, and was sent '
+        "again. It was delivered 3 times and counted once. "
         "1 other event under the same run id said something else and did not count."
     )
     assert [one.position for one in found.deliveries] == [f"cell-runs[3]@{offset}" for offset in (2, 7, 9, 11, 12)]
     assert [one.credits for one in found.deliveries] == ["0", "2", "0", "0", "0"]
+
+
+def test_what_was_set_aside_after_its_debit_was_not_sent_again() -> None:
+    """A copy that came under a wrong key, say: it changed nothing, and stands among the deliveries."""
+    found = explain([row(), letter(9, Reason.MISROUTED)], 1, EXAMPLES)
+
+    assert found.sentence == 'Charged 2 credits: "Find Work Email" returned data.'
+    assert len(found.deliveries) == 2
+
+
+def test_of_letters_the_newest_says_why_there_is_no_debit() -> None:
+    """The first one is closed by the second, which is the one to look at."""
+    found = explain([letter(2, Reason.MISROUTED), letter(9, Reason.UNKNOWN_ACTION)], 0, EXAMPLES)
+
+    assert (found.reason, found.position) == ("unknown_action", "cell-runs[3]@9")
+    assert found.sentence == told(Reason.UNKNOWN_ACTION, None, detail="so")
 
 
 @pytest.mark.parametrize("reason", DEAD_LETTER_REASONS)
@@ -328,7 +350,7 @@ def test_of_a_run_that_only_its_reversal_names_nothing_is_said_that_nobody_knows
     [
         (("0", "-1", "0", "50k"), "0 -> 1 premium credits drawn"),
         (("3", "2", "4", "50k"), "3 -> 2 of 4 premium credits left"),
-        (("0", "-1", "4", ""), "0 -> -1 of 4 premium credits left"),
+        (("0", "-1", "4", ""), "0 -> -1 of 4 premium credits left (1 over)"),
     ],
 )
 def test_a_plan_says_nothing_of_premium_credits(move: tuple[str, str, str, str], line: str) -> None:
@@ -338,6 +360,30 @@ def test_a_plan_says_nothing_of_premium_credits(move: tuple[str, str, str, str],
     lines = explained(msgspec.structs.replace(explain([row()], 1, EXAMPLES), balance=balance))
 
     assert f"  balance    {line}" in lines
+
+
+def test_the_evidence_of_a_premium_run_counts_premium_credits() -> None:
+    """As its sentence does."""
+    charged = row(action="clearbit_enrich_company", pool="premium", credits=Decimal("1.000"))
+    lines = explained(explain([charged], 1, EXAMPLES))
+
+    assert "    cell-runs[3]@7  run/charged  1 premium credit  2026-08-20 12:00:00 UTC" in lines
+
+
+def test_on_a_terminal_what_belongs_to_a_field_stands_below_it() -> None:
+    """No line is wider, and the command at the end stays whole; what fits is left as it is."""
+    lines = explained(explain([row(), copy(9)], 1, EXAMPLES))
+    shown = folded(lines, 80)
+    start = next(number for number, line in enumerate(shown) if line.startswith("  not free"))
+
+    assert shown[start : start + 2] == [
+        "  not free   it did not run with the workspace's own API key; the action has a",
+        "             price; it did not end in an error; it returned data",
+    ]
+    assert max(map(len, shown[:-1])) <= 80
+    assert shown[-1] == lines[-1]
+    assert folded(lines, 200) == lines
+    assert folded(lines, 20)[-1] == lines[-1]
 
 
 def test_another_workspace_is_not_told_of() -> None:
@@ -366,7 +412,8 @@ def test_an_explanation_from_the_ledger(client: Client) -> None:
     found, other = (explanation(client, run_id(number), EXAMPLES) for number in (1, 2))
 
     assert found.sentence == (
-        'Charged 2 credits: "Find Work Email" returned data. It was delivered twice and counted once. '
+        'Charged 2 credits: "Find Work Email" returned data. It had been set aside as unknown_action, and was sent '
+        "again. It was delivered twice and counted once. "
         "1 other event under the same run id said something else and did not count."
     )
     assert (found.credits, found.price, found.catalogue, found.runs_of_this_cell) == ("2", "2", 2, 2)

@@ -24,10 +24,11 @@ from creditstream.cli.options import (
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.account import AccountEvent
-from schemas.answers import PlanRow
+from schemas.answers import GrantRow, PlanRow
 from schemas.problem import UnknownId
 
 PLAN_COLUMNS = ("effective_at", "plan", "allowance", "in_force", "restart_period", "recorded_at")
+GRANT_COLUMNS = ("effective_at", "credits", "in_force", "recorded_at")
 
 
 def event_options(command: F) -> F:
@@ -97,6 +98,22 @@ def grant(workspace: str, credits: str, effective_at: datetime | None, home: str
     since = effective_at or datetime.now(UTC)
     metered = _send("premium_granted", workspace, home, {"credits": credits, "effective_at": since}, **sent)
     say(*of_grant(workspace, credits, since, metered), err=True)
+
+
+@click.command()
+@click.argument("workspace")
+@as_of_option
+@source_options
+@format_option
+def grants(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
+    """The premium grants of a workspace, in the order in which they take effect.
+
+    Example: `creditstream grants ws_0001`
+    """
+    with ask(settings_of(home), url) as answers:
+        rows = answers.grants(workspace, as_of)
+    nothing = f"{workspace} was granted no premium credits."
+    show_rows(rows, form, GrantRow.__struct_fields__, nothing, read=GRANT_COLUMNS)
 
 
 @click.command()

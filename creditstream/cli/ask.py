@@ -2,6 +2,8 @@
 
 from datetime import date, datetime
 from shlex import quote
+from textwrap import wrap
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 import rich_click as click
@@ -19,10 +21,16 @@ from creditstream.cli.options import (
 )
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import LIST_MAX, By, Explanation, RunRow
+from schemas.answers import LIST_MAX, By, EventRow, Explanation, RunRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FIELD_INDENT: Final = 13
+"""Columns before what a field of an explanation says."""
 
 
 @click.command()
@@ -108,7 +116,25 @@ def explain(run_id: UUID, workspace: str, home: str, url: str, form: str) -> Non
     if form == "json":
         show_record(explanation)
     else:
-        say(*explained(explanation))
+        lines, screen = explained(explanation), _screen()
+        say(*(folded(lines, screen.width) if screen.is_terminal else lines))
+
+
+def _screen() -> "Console":
+    from rich.console import Console  # a tenth of the time that `--help` may take
+
+    return Console()
+
+
+def folded(lines: list[str], width: int) -> list[str]:
+    """Lines of an explanation for a terminal: what is too long goes on below its field. The command at the end stays
+    whole, so that it can be copied.
+    """
+    told = []
+    for line in lines[:-1]:
+        below = " " * FIELD_INDENT if line.startswith("  ") else ""
+        told += wrap(line, width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False) or [""]
+    return [*told, lines[-1]]
 
 
 def explained(run: Explanation) -> list[str]:
@@ -135,13 +161,15 @@ def explained(run: Explanation) -> list[str]:
         lines.append(f"  re-runs    this cell has {run.runs_of_this_cell} runs; each is rated by itself")
     lines += _moved(run)
     lines.append("  evidence")
-    lines += [
-        f"    {delivery.position}  {delivery.kind}/{delivery.reason}  {credits_text(parse_credits(delivery.credits))}  "
-        f"{utc(delivery.recorded_at)}{f'  ({delivery.detail})' if delivery.detail else ''}"
-        for delivery in run.deliveries
-    ]
+    lines += [f"    {_evidence(delivery, run.pool)}" for delivery in run.deliveries]
     more = f"dead-letters show {quote(run.position)}" if is_parked else f"usage {quote(run.workspace_id)} --by column"
     return [*lines, "", f"More: `creditstream {more}`"]
+
+
+def _evidence(delivery: EventRow, pool: str) -> str:
+    credits = credits_text(parse_credits(delivery.credits), pool)
+    said = f"{delivery.position}  {delivery.kind}/{delivery.reason}  {credits}  {utc(delivery.recorded_at)}"
+    return f"{said}  ({delivery.detail})" if delivery.detail else said
 
 
 def _moved(run: Explanation) -> list[str]:
@@ -154,7 +182,8 @@ def _moved(run: Explanation) -> list[str]:
             terms = f", period {move.period_start} to before {move.period_end}, {plan}"
         if move.allowance != "0" or (move.plan and terms):
             moved = f"{grouped(move.before)} -> {grouped(move.after)}"
-            balance = f"{moved} of {grouped(move.allowance)} {move.pool} credits left"
+            over = f" ({grouped(move.after[1:])} over)" if move.after.startswith("-") else ""
+            balance = f"{moved} of {grouped(move.allowance)} {move.pool} credits left{over}"
         else:
             drawn = (grouped(text).removeprefix("-") for text in (move.before, move.after))
             balance = f"{' -> '.join(drawn)} {move.pool} credits drawn"

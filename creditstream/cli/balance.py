@@ -137,8 +137,8 @@ _BECAUSE = {
     "free_action": "{action} costs nothing (R04)",
     "unknown_workspace": "nothing is known of {workspace_id}",
     "unknown_plan": "{workspace_id} has no plan yet",
-    "enough": "{credits} of {remaining} {pool} credits left",
-    "not_enough": "it would draw {credits} of {remaining} {pool} credits left",
+    "enough": "it would draw {credits} of the {remaining} {pool} credits left",
+    "not_enough": "it would draw {credits}, and {remaining} {pool} credits are left",
     "exhausted": "no {pool} credits are left",
 }
 
@@ -198,11 +198,14 @@ def estimate(
 
 def estimated(found: Estimate) -> list[str]:
     """The estimate as lines of text."""
+    price, worst, expected = (
+        credits_text(parse_credits(credits), found.pool) for credits in (found.price, found.worst_case, found.expected)
+    )
     return [
-        f"{found.action} in {found.cells:,} cells, {credits_text(parse_credits(found.price))} each",
+        f"{found.action} in {found.cells:,} {'cell' if found.cells == 1 else 'cells'}, {price} each",
         "",
-        f"  worst case  {grouped(found.worst_case)} credits",
-        f"  expected    {grouped(found.expected)} credits ({_rests_on(found)})",
+        f"  worst case  {worst}",
+        f"  expected    {expected} ({_rests_on(found)})",
         f"  left        {'unknown' if found.remaining is None else grouped(found.remaining)}",
     ]
 

@@ -17,7 +17,7 @@ click.rich_click.COMMAND_GROUPS = {
         {"name": "Ask", "commands": ["balance", "usage", "runs", "explain", "statement", "rules", "dead-letters"]},
         {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
         {"name": "Be told", "commands": ["alerts", "notifier", "listen"]},
-        {"name": "Bill", "commands": ["plan", "grant", "reverse", "limits"]},
+        {"name": "Bill", "commands": ["plan", "grant", "grants", "reverse", "limits"]},
         {"name": "Send", "commands": ["send"]},
         {"name": "Operate", "commands": ["worker", "reconcile", "topics", "migrate", "config"]},
     ]
@@ -36,7 +36,7 @@ def cli() -> None:
 for command in (
     demo.demo, worker.worker, send.send, ask.usage, ask.runs, ask.explain, letters.dead_letters, rules.rules,
     balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
-    account.plan, account.grant, account.reverse, account.limits,
+    account.plan, account.grant, account.grants, account.reverse, account.limits,
     alerts.alerts, notifier.notifier, alerts.listen,
     operate.reconcile, operate.topics, operate.migrate, operate.config,
 ):  # fmt: skip

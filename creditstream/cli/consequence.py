@@ -7,10 +7,11 @@ from uuid import UUID
 
 from creditstream.cli.options import grouped, utc
 from schemas.answers import LedgerRow, LimitsInForce, PoolBalance
-from schemas.credits import group_credits
+from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool
 from schemas.limits import State
 from schemas.plan import Plan
+from sinks.explain import credits_text
 
 Pools = dict[str, PoolBalance]
 
@@ -26,14 +27,14 @@ class Metered(NamedTuple):
 
 def of_plan(workspace: str, plan: Plan, since: datetime, restarts: bool, metered: Metered | None) -> list[str]:
     """A plan: what it gives, and from when on."""
-    given = f"{group_credits(plan.allowance)} credits a billing period"
+    given = f"{credits_text(plan.allowance)} a billing period"
     told = [f"{workspace} has plan {plan.id}, {given}, from {utc(since)} on."]
     if restarts:
         told.append(f"A new billing period starts on {since:%Y-%m-%d}, with this allowance.")
     pool = metered.after.get(Pool.ENRICHMENT) if metered else None
     if pool and pool.period_end:
         told.append(f"The running period, to before {pool.period_end}: {_standing(pool)}.")
-        told.append(f"The next one has {grouped(pool.next_allowance or '0')} credits.")
+        told.append(f"The next one has {credits_text(parse_credits(pool.next_allowance or '0'))}.")
     elif not restarts:
         told.append(
             "A larger allowance counts from then on; a smaller one, too, on the first day of a billing period, "
@@ -44,16 +45,17 @@ def of_plan(workspace: str, plan: Plan, since: datetime, restarts: bool, metered
 
 def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | None) -> list[str]:
     """Premium credits."""
-    told = f"{workspace} is granted {grouped(credits)} premium credits from {utc(since)} on; they never expire."
-    return [told, *_moved(metered), _more(f"balance {quote(workspace)}", metered)]
+    granted = credits_text(parse_credits(credits), Pool.PREMIUM)
+    told = f"{workspace} is granted {granted} from {utc(since)} on. Premium credits never expire."
+    return [told, *_moved(metered), _more(f"grants {quote(workspace)}", metered)]
 
 
 def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
     """A run that is taken back."""
     told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day that it ran."
     if metered and metered.row.kind == Kind.REVERSAL:
-        drawn = group_credits(-metered.row.credits)
-        told = f"Run {run_id} of {workspace} is taken back: {drawn} credits are given back, on the day that it ran."
+        drawn = credits_text(-metered.row.credits, metered.row.pool)
+        told = f"Run {run_id} of {workspace} is taken back: {drawn} given back, on the day that it ran."
     return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quote(workspace)}", metered)]
 
 
@@ -68,7 +70,7 @@ def told_limits(found: LimitsInForce) -> str:
     percents = ", ".join(f"{percent} %" for percent in found.thresholds)
     left = "no absolute line"
     if found.remaining_below:
-        left = f"{grouped(found.remaining_below)} credits left if the allowance is larger"
+        left = f"{credits_text(parse_credits(found.remaining_below))} left if the allowance is larger"
     return f"{found.workspace_id} is told at {percents} ({found.thresholds_by}), {left} ({found.remaining_below_by})."
 
 
