@@ -5,7 +5,7 @@ there is none. Both ways run the same queries and give the same records.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date, datetime
 from importlib import import_module
 from pathlib import Path
@@ -89,8 +89,18 @@ def ask(settings: Settings, url: str = "") -> Iterator["Answers"]:
             "Run `creditstream demo` or `creditstream worker --embedded`.",
         )
     else:
-        with home.hold(), _opened(settings, f"chdb://{home.ledger}") as answers:
-            yield answers
+        with ExitStack() as held:
+            yield _hold(home, settings, held)
+
+
+def _hold(home: Home, settings: Settings, held: ExitStack) -> "Answers":
+    try:
+        held.enter_context(home.hold())
+    except Problem:
+        if worker := home.worker():  # it has started while this one waited
+            return WorkerAnswers(worker.api_url)
+        raise
+    return held.enter_context(_opened(settings, f"chdb://{home.ledger}"))
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Who answers a question: both ways are one, which no type checker sees."""
 
+import os
 import re
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers, ask
+from creditstream.home import HOLD_WAIT_S, Endpoints, Home
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
 
@@ -34,6 +37,19 @@ def test_a_directory_without_a_ledger_is_not_called_empty(tmp_path: Path) -> Non
     (tmp_path / "letter").touch()
     with pytest.raises(Problem, match=f"no ledger yet: {tmp_path} holds none"), ask(Settings(home=str(tmp_path))):
         pass
+
+
+def test_a_worker_that_starts_meanwhile_is_asked(tmp_path: Path) -> None:
+    """A command that waits for the home until its holder answers is not told to end it."""
+    home = Home.at(tmp_path)
+    home.ledger.mkdir()
+    endpoints = Endpoints("127.0.0.1:1", "http://127.0.0.1:1", os.getpid())
+    with home.hold():
+        started = Timer(HOLD_WAIT_S / 3, home.publish, [endpoints])
+        started.start()
+        with ask(Settings(home=str(tmp_path))) as answers:
+            assert isinstance(answers, WorkerAnswers)
+        started.join()
 
 
 def test_a_server_that_does_not_answer_is_said_in_the_transports_own_words(tmp_path: Path) -> None:
