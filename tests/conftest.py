@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 from clickhouse_connect.driver.client import Client
+from hypothesis import settings
 
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
@@ -14,8 +15,12 @@ from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import wait_until_grown
+from tests.records import STEADY
 
 NUMBERS: Final = itertools.count(1)
+
+settings.register_profile("steady", STEADY)
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

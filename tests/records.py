@@ -24,7 +24,7 @@ from streams.rows import Take, apply_verdicts, candidates, ledger_rows, original
 from tests.ledger_rows import AUGUST_MS
 
 STEADY: Final = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-"""The same examples on every machine and at every load."""
+"""The same examples on every machine and at every load. `tests.conftest` makes it the default."""
 
 EXAMPLES: Final = Catalogue.load(EXAMPLE_CATALOGUES)
 DAY_MS: Final = 24 * 60 * 60 * 1000
