@@ -43,6 +43,7 @@ from schemas.answers import (
     ParkedEvent,
     PartitionAudit,
     PeriodRow,
+    PinnedVersion,
     PlanRow,
     PoolBalance,
     Price,
@@ -63,6 +64,7 @@ from schemas.prices import price_of, prices
 from schemas.problem import Problem
 from sinks import account_queries, queries
 from sinks import dead_letters as letters
+from sinks.catalogue_versions import catalogue_versions
 from sinks.clickhouse import DatabaseError
 from streams.meter import Meter
 from streams.unit import Unit
@@ -140,6 +142,11 @@ def create_api(meter: Meter) -> Litestar:
         topics = meter.topic.name, meter.event_topic.name
         return [audit for topic in topics for audit in await meter.ask(queries.audit_partitions, topic)]
 
+    @answer("/v1/audit/catalogue")
+    async def audit_catalogue() -> list[PinnedVersion]:
+        """The catalogue versions that workers have loaded."""
+        return await meter.ask(catalogue_versions)
+
     @answer("/v1/audit/sums")
     async def audit_sums() -> SumAudit:
         """Sums through projections beside sums over raw rows."""
@@ -176,7 +183,7 @@ def create_api(meter: Meter) -> Litestar:
     return Litestar(
         [
             usage, runs, example, explain, actions, action,
-            audit_partitions, audit_sums, audit_rows, status, metrics, livez, readyz,
+            audit_partitions, audit_catalogue, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
         exception_handlers={

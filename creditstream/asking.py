@@ -26,6 +26,7 @@ from schemas.answers import (
     LimitsInForce,
     ParkedEvent,
     PartitionAudit,
+    PinnedVersion,
     PlanRow,
     PoolBalance,
     PublishedAlert,
@@ -52,10 +53,9 @@ QUESTIONS: Final = {
             "alerts", "balance", "explanation", "grants", "limits", "period_usage", "plans", "statement",
         ),
         "creditstream.spending": ("check", "estimate", "top"),
+        "sinks.catalogue_versions": ("catalogue_versions",),
         "sinks.dead_letters": ("dead_letter", "dead_letters", "parked_event", "parked_events"),
-        "sinks.queries": (
-            "audit_partitions", "audit_sums", "example_run", "ledger_rows", "runs", "usage",
-        ),
+        "sinks.queries": ("audit_partitions", "audit_sums", "example_run", "ledger_rows", "runs", "usage"),
     }.items()
     for question in questions
 }  # fmt: skip
@@ -191,6 +191,10 @@ class WorkerAnswers:
     def audit_partitions(self, topic: str) -> list[PartitionAudit]:
         """See `sinks.queries.audit_partitions`; the worker knows its own two topics."""
         return [audit for audit in self._get("/v1/audit/partitions", list[PartitionAudit]) if audit.topic == topic]
+
+    def catalogue_versions(self) -> list[PinnedVersion]:
+        """See `sinks.catalogue_versions.catalogue_versions`."""
+        return self._get("/v1/audit/catalogue", list[PinnedVersion])
 
     def audit_sums(self) -> SumAudit:
         """See `sinks.queries.audit_sums`."""

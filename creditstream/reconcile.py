@@ -18,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from creditstream.asking import Answers
 from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
 from schemas.answers import EventRow, LedgerRow, PartitionAudit, SumAudit
+from schemas.catalogue import Catalogue
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
@@ -102,6 +103,7 @@ def reconcile(
     run_log = _Log.read(answers, broker, settings.topic(CELL_RUNS))
     logs = (run_log, event_log)
     _require_common(logs, broker.bootstrap)
+    _require_same_catalogue(answers, Path(settings.catalogue_dir))
     progress = _Progress(say, sum(found.end - found.start for log in logs for found in log.ranges.values()))
     books = []
     for partition in range(run_log.topic.partitions):
@@ -160,6 +162,19 @@ def _require_common(logs: tuple[_Log, ...], bootstrap: str) -> None:
             f"its rows are of topics of these names with other ids than those at {bootstrap}",
             "Name the Kafka of the worker that answers. If the topics were made again, let it meter them first.",
         )
+
+
+def _require_same_catalogue(answers: Answers, directory: Path) -> None:
+    """Problem when the catalogue here is not the workers': every run of what differs would look wrongly priced."""
+    here = {version.number: version.content_hash for version in Catalogue.load(directory).versions}
+    for pinned in answers.catalogue_versions():
+        if here.get(pinned.number) != pinned.content_hash:
+            differs = "is another" if pinned.number in here else "is not there"
+            raise Problem(
+                "the catalogue here is not that of the workers",
+                f"version {pinned.number} {differs} in {directory}",
+                "Set CREDITSTREAM_CATALOGUE_DIR as they have it.",
+            )
 
 
 class _Referee(Protocol):

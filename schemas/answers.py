@@ -204,6 +204,13 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     effective_from: datetime
 
 
+class PinnedVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A catalogue version that a worker has loaded, by the hash of what it charges and from when."""
+
+    number: int
+    content_hash: str
+
+
 class PartitionAudit(msgspec.Struct, frozen=True, kw_only=True):
     """One Kafka partition's chain in the ledger, by its rows."""
 

@@ -2,6 +2,7 @@
 
 from clickhouse_connect.driver.client import Client
 
+from schemas.answers import PinnedVersion
 from schemas.catalogue import Catalogue, Version
 from schemas.cell_run import to_milliseconds
 from schemas.problem import Problem
@@ -27,13 +28,9 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
 
 def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
     """Versions that no worker has loaded yet. Problem when one that was is not as it was then."""
-    pinned: dict[int, str] = dict(
-        client.query(
-            "SELECT number, argMin(content_hash, (first_used_at, content_hash)) FROM catalogue_versions GROUP BY number"
-        ).result_rows  # type: ignore[arg-type]
-    )
+    pinned = {version.number: version.content_hash for version in catalogue_versions(client)}
     by_number = {version.number: version for version in catalogue.versions}
-    for number, content in sorted(pinned.items()):
+    for number, content in pinned.items():
         if number not in by_number:
             raise Problem("a catalogue version is gone", f"a worker has loaded version {number}", "Restore its file.")
         if by_number[number].content_hash != content:
@@ -56,3 +53,12 @@ def _refuse_late(client: Client, version: Version) -> None:
             f"{version.file}: runs since its effective_from that are priced already: {late:,}",
             "Give it an effective_from in the future.",
         )
+
+
+def catalogue_versions(client: Client) -> list[PinnedVersion]:
+    """The catalogue versions that workers have loaded, as the first one did."""
+    found = client.query(
+        "SELECT number, argMin(content_hash, (first_used_at, content_hash)) FROM catalogue_versions "
+        "GROUP BY number ORDER BY number"
+    )
+    return [PinnedVersion(number=number, content_hash=content) for number, content in found.result_rows]

@@ -1,7 +1,9 @@
 """What `reconcile` must not overlook: a copy that is none, and a row that says something else than its event."""
 
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
@@ -176,6 +178,22 @@ def test_a_ledger_of_another_kafka_is_not_compared(worker: WorkerProcess) -> Non
     assert home is not None
     with pytest.raises(Problem, match="the ledger has no event of these topics"):
         reconcile(Elsewhere(home.api_url), worker.configured)
+
+
+def test_another_catalogue_than_the_workers_is_not_compared_by(worker: WorkerProcess, tmp_path: Path) -> None:
+    """One version short, or with another content: what would differ is the catalogue, and not the books."""
+    home = worker.home.worker()
+    assert home is not None
+    answers = WorkerAnswers(home.api_url)
+    settings = msgspec.structs.replace(worker.configured, catalogue_dir=str(tmp_path))
+    first, second = sorted(EXAMPLE_CATALOGUES.glob("*.toml"))
+
+    shutil.copy(first, tmp_path)
+    with pytest.raises(Problem, match=f"not that of the workers: version 2 is not there in {tmp_path}"):
+        reconcile(answers, settings)
+    (tmp_path / second.name).write_text(second.read_text().replace('price = "2"', 'price = "3"', 1))
+    with pytest.raises(Problem, match=f"version 2 is another in {tmp_path}. Set CREDITSTREAM_CATALOGUE_DIR"):
+        reconcile(answers, settings)
 
 
 @pytest.mark.parametrize(
