@@ -25,9 +25,10 @@ import pytest
 
 from creditstream.api import listen
 from creditstream.cli import terminal
-from creditstream.cli.balance import told
+from creditstream.cli.balance import BALANCE_COLUMNS, told
+from creditstream.cli.options import show_rows
 from creditstream.home import Home
-from schemas.answers import SpendCheck
+from schemas.answers import PoolBalance, SpendCheck
 from schemas.cell_run import Outcome
 from schemas.codec import encode_run
 from schemas.problem import Problem
@@ -385,6 +386,19 @@ def test_a_table_is_never_folded() -> None:
         "category         enrichment",
     ]
     assert len(shown(COLUMNS="200", FORCE_COLOR="1")) == len(shown())
+
+
+@pytest.mark.parametrize("below", [None, "1500"])
+def test_an_absolute_line_is_shown_where_it_was_crossed(capsys: pytest.CaptureFixture[str], below: str | None) -> None:
+    """A warning without a percent would be a riddle; where nobody has such a line there is no column for it."""
+    pool = PoolBalance(
+        workspace_id="ws_1", pool="enrichment", state="warning", used="1", allowance="2000", remaining="1999",
+        overage="0", thresholds=[], remaining_below=below, period_start=None, period_end=None, next_allowance=None,
+        plan="", runs_out_on=None, as_of=datetime(2026, 1, 1, tzinfo=UTC),
+    )  # fmt: skip
+    show_rows([pool], "text", (), "", read=BALANCE_COLUMNS)
+    header, line = capsys.readouterr().out.splitlines()
+    assert ("remaining_below" in header, "1,500" in line) == (bool(below), bool(below))
 
 
 def test_rules_check(tmp_path: Path) -> None:

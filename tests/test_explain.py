@@ -10,7 +10,7 @@ import pytest
 from clickhouse_connect.driver.client import Client
 
 from creditstream.cli.ask import explained, folded
-from schemas.answers import BalanceMove, EventRow
+from schemas.answers import BalanceMove, EventRow, PublishedAlert
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds
 from schemas.credits import parse_credits
@@ -360,6 +360,27 @@ def test_a_plan_says_nothing_of_premium_credits(move: tuple[str, str, str, str],
     lines = explained(msgspec.structs.replace(explain([row()], 1, EXAMPLES), balance=balance))
 
     assert f"  balance    {line}" in lines
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "below", "line"),
+    [
+        ([80], None, "crossed 80 %, sent 2026-08-20 12:00:01 UTC"),
+        ([], "1500", "crossed 1,500 left, sent 2026-08-20 12:00:01 UTC"),
+        ([50, 80], "0.5", "crossed 50 %, 80 %, 0.5 left, sent 2026-08-20 12:00:01 UTC"),
+    ],
+)
+def test_an_alert_is_told_with_every_line_that_was_crossed(thresholds: list[int], below: str | None, line: str) -> None:
+    """Percents, and the absolute line."""
+    at = datetime(2026, 8, 20, 12, 0, 1, tzinfo=UTC)
+    alert = PublishedAlert(
+        alert_id="", workspace_id="ws_1", pool="enrichment", kind="crossed", state="warning", used="1", allowance="2",
+        thresholds=thresholds, remaining_below=below, period_start=None, period_end=None, plan="", cause="run", at=at,
+        position="", run_id="", seeded=False, published_at=at,
+    )  # fmt: skip
+    lines = explained(msgspec.structs.replace(explain([row()], 1, EXAMPLES), alert=alert))
+
+    assert f"  alert      {line}" in lines
 
 
 def test_the_evidence_of_a_premium_run_counts_premium_credits() -> None:

@@ -35,6 +35,7 @@ ALERT_COLUMNS = (
     "pool",
     "kind",
     "thresholds",
+    "remaining_below",
     "used",
     "allowance",
     "cause",

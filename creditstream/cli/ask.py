@@ -189,6 +189,9 @@ def _moved(run: Explanation) -> list[str]:
             balance = f"{' -> '.join(drawn)} {move.pool} credits drawn"
         lines.append(f"  balance    {balance}{terms}")
     if alert := run.alert:
-        percents = ", ".join(f"{percent} %" for percent in alert.thresholds)
-        lines.append(f"  alert      {alert.kind}{f' {percents}' if percents else ''}, sent {utc(alert.published_at)}")
+        crossed = [f"{percent} %" for percent in alert.thresholds]
+        crossed += [f"{grouped(alert.remaining_below)} left"] if alert.remaining_below else []
+        lines.append(
+            f"  alert      {' '.join(filter(None, [alert.kind, ', '.join(crossed)]))}, sent {utc(alert.published_at)}"
+        )
     return lines

@@ -26,8 +26,8 @@ from schemas.problem import Difference
 from sinks.explain import credits_text
 
 BALANCE_COLUMNS = (
-    "pool", "state", "used", "allowance", "remaining", "overage", "thresholds", "plan", "period_start", "period_end",
-    "runs_out_on",
+    "pool", "state", "used", "allowance", "remaining", "overage", "thresholds", "remaining_below", "plan",
+    "period_start", "period_end", "runs_out_on",
 )  # fmt: skip
 STATEMENT_COLUMNS = ("pool", "opening", "granted", "debited", "reversed", "expired", "closing", "runs")
 TOP_COLUMNS = (

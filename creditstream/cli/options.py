@@ -105,7 +105,8 @@ def show_rows(
     elif not rows:
         say(nothing)
     else:
-        _print_table(rows, read or columns)
+        shown = [name for name in read or columns if name not in RARE or any(getattr(row, name) for row in rows)]
+        _print_table(rows, shown)
         if len(rows) == limit:
             say("", f"--limit {limit} is reached: there may be more.")
 
@@ -123,9 +124,11 @@ WIDTH_MAX = 100_000
 """Of a table, in characters: more than any has."""
 AMOUNTS = frozenset({
     "credits", "credits_reference", "used", "allowance", "remaining", "overage",
-    "opening", "granted", "debited", "reversed", "expired", "closing",
+    "opening", "granted", "debited", "reversed", "expired", "closing", "remaining_below",
 })  # fmt: skip
 """Columns that hold credits, which people read in groups of three digits."""
+RARE = frozenset({"remaining_below"})
+"""Columns that people read only where they say something: few set an absolute line."""
 
 
 def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None:
@@ -162,7 +165,7 @@ def _read(column: str, value: Any) -> str:
         return utc(value)
     if _is_count(value):
         return f"{value:,}"
-    return grouped(value) if column in AMOUNTS else _plain(value)
+    return grouped(value) if value and column in AMOUNTS else _plain(value)
 
 
 def _is_count(value: Any) -> bool:
