@@ -19,7 +19,7 @@ WORKSPACES_SHOWN: Final = 7
 _COLOURS: Final = {State.OK: "green", State.WARNING: "yellow", State.EXHAUSTED: "red", State.UNKNOWN_PLAN: "dim"}
 
 
-class Facts:
+class Look:
     """What is known at one look."""
 
     def __init__(self, status: Status, before: int, produced: int, elapsed: float, seconds: int) -> None:
@@ -33,19 +33,19 @@ class Facts:
         self.elapsed, self.seconds = min(elapsed, seconds), seconds
 
 
-def live_view(facts: Facts, listener: Listener, worker: TrialWorker, trial: str) -> Group:
+def live_view(look: Look, listener: Listener, worker: TrialWorker, trial: str) -> Group:
     """The whole picture."""
     numbers = (
-        (f"{facts.rate:,.0f}", "events/s"),
-        (f"{facts.debits:,}", "debits"),
-        (f"{facts.waiting:,}", "waiting"),
-        (f"{facts.duplicates:,}", "duplicates"),
-        (f"{facts.letters:,}", "dead letters"),
+        (f"{look.rate:,.0f}", "events/s"),
+        (f"{look.debits:,}", "debits"),
+        (f"{look.waiting:,}", "waiting"),
+        (f"{look.duplicates:,}", "duplicates"),
+        (f"{look.letters:,}", "dead letters"),
         (f"{listener.alerts:,}", "alerts"),
     )
     head = Text.assemble(*(part for number, name in numbers for part in ((number, "bold"), f" {name}  ")))
     bar = Table.grid()
-    bar.add_row(ProgressBar(total=facts.seconds, completed=facts.elapsed, width=60))
+    bar.add_row(ProgressBar(total=look.seconds, completed=look.elapsed, width=60))
     return Group(
         bar, head, Text(), _balances(listener.states, trial), Text(), _gate_line(worker, trial), Text(),
         *map(Text, [alert_line(told) for told in list(listener.told)] or ["no alert yet"]),

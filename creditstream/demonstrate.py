@@ -14,7 +14,7 @@ from creditstream.child import child_worker
 from creditstream.cli.terminal import say, suggested, write
 from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
-from creditstream.demo_view import Facts, alert_line, live_view
+from creditstream.demo_view import Look, alert_line, live_view
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.reconcile import Reconciliation, reconcile
@@ -98,8 +98,8 @@ def _play(console: Console, answers: WorkerAnswers, scene: _Scene) -> None:
             scene.go_on()
             if console.is_terminal:
                 produced = scene.enrichments.produced + scene.worker.allowed
-                facts = Facts(answers.status(), before, produced, time.monotonic() - started, scene.seconds)
-                live.update(live_view(facts, scene.listener, scene.worker, scene.trial))
+                look = Look(answers.status(), before, produced, time.monotonic() - started, scene.seconds)
+                live.update(live_view(look, scene.listener, scene.worker, scene.trial))
             else:
                 said = _say_alerts(console, scene.listener, said)
             time.sleep(LOOK_S)

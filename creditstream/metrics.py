@@ -23,11 +23,11 @@ Values = Mapping[Any, float]
 def exposition(status: Status) -> bytes:
     """The metrics in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Of(status))
+    registry.register(_StatusCollector(status))
     return generate_latest(registry)
 
 
-class _Of(Collector):
+class _StatusCollector(Collector):
     def __init__(self, status: Status) -> None:
         self._status = status
 

@@ -19,7 +19,7 @@ from schemas.problem import Problem
 from sinks.ledger import ForeignMark
 from streams.batches import BATCH_BYTES_MAX
 from streams.connection import faust_credentials
-from streams.inbox import Event
+from streams.inbox import Parcel
 from streams.lenient import read_any_header
 from streams.meter import Meter
 from streams.reading import Offsets, Read, Reading
@@ -184,7 +184,7 @@ async def _hand_over(app: MeterApp, stream: Any, of_account: bool) -> None:
         # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
         is_current = event.message.generation_id == app.consumer_generation_id
         if unit and is_current and not unit.incident:
-            unit.receive(Event(event.value, functools.partial(stream.ack, event), of_account))
+            unit.receive(Parcel(event.value, functools.partial(stream.ack, event), of_account))
         else:
             app.chunks.forget(event.message)
 

@@ -24,7 +24,7 @@ from streams.messages import Source
 from streams.patience import patiently
 from streams.settings import Settings
 from streams.topics import LogRange
-from streams.unit import Filters, Lanes, Unit
+from streams.unit import Filters, Shared, Unit
 from streams.voice import Outlets, Voice
 
 EXACT_DAYS: Final = 30
@@ -38,7 +38,7 @@ SEEDED_MAX: Final = 10_000_000
 log: Final = structlog.get_logger()
 
 
-class Place(NamedTuple):
+class Assigned(NamedTuple):
     """Partition n of both topics, as the ledger and as Kafka has it. The commits are next offsets, None: none."""
 
     chains: tuple[Chain, Chain]
@@ -66,40 +66,41 @@ class Loader:
     def __init__(
         self,
         settings: Settings,
-        lanes: Lanes,
+        shared: Shared,
         outlets: Outlets,
         ask: Callable[..., Awaitable[Any]],
         look_up_aside: Callable[..., Awaitable[Any]],
         on_trouble: Callable[[str], None],
         background: Background,
     ) -> None:
-        self._settings, self._lanes, self._outlets = settings, lanes, outlets
+        self._settings, self._shared, self._outlets = settings, shared, outlets
         self._ask, self._look_up_aside = ask, look_up_aside
         self._on_trouble, self._background = on_trouble, background
         self._lives = 0
 
-    async def load(self, place: Place, kept: Kept | None) -> Unit:
-        """The unit of a place. ``kept``: what an assignment before has left, good if the marks are still its."""
-        chains, marks = place.chains, place.marks
+    async def load(self, assigned: Assigned, kept: Kept | None) -> Unit:
+        """The unit of these two partitions. ``kept``: what an assignment before has left, good if the marks are still its."""
+        chains, marks = assigned.chains, assigned.marks
         incidents = [
             found
-            for mark, chain, log_range in zip(marks, chains, place.logs, strict=True)
+            for mark, chain, log_range in zip(marks, chains, assigned.logs, strict=True)
             if (found := examine(mark, chain, log_range, self._settings.retention_gap))
         ]
         self._lives += 1
         voice = Voice(chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
         at = marks[0].last, marks[1].last
         if kept and kept.at == at:
-            unit = Unit(marks, chains, kept.filters, kept.balances, voice, self._lanes)
+            unit = Unit(marks, chains, kept.filters, kept.balances, voice, self._shared)
             unit.incident = next(iter(incidents), None)
             return unit
         filters = Filters(await self._load_runs(chains[0]), KeyFilter(self._filter_bytes(of_runs=False)))
         balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
-        unit = Unit(marks, chains, filters, balances, voice, self._lanes)
+        unit = Unit(marks, chains, filters, balances, voice, self._shared)
         if incidents:
             unit.incident = incidents[0]
             return unit
-        start = recovery.starting_point(at, place.committed, (place.logs[0].start, place.logs[1].start))
+        log_starts = assigned.logs[0].start, assigned.logs[1].start
+        start = recovery.starting_point(at, assigned.committed, log_starts)
         try:
             async with asyncio.timeout(RECOVERY_S_MAX):
                 await self._recover(unit, start)
@@ -121,7 +122,7 @@ class Loader:
     async def read_mark(self, chain: Chain) -> Mark:
         """How far the ledger has this chain."""
         mark: Mark = await self._patiently(
-            functools.partial(self._lanes.in_writer, self._lanes.ledger.mark, chain), f"{chain}: "
+            functools.partial(self._shared.in_writer, self._shared.ledger.mark, chain), f"{chain}: "
         )
         return mark
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from sinks.ledger import Batch, Chain, batch_month
 from streams.account_events import Row
-from streams.inbox import Event
+from streams.inbox import Parcel
 from streams.records import bytes_of
 from streams.rows import Take, join_takes, ledger_rows
 
@@ -52,7 +52,7 @@ class OpenBatch:
         self.last = after
         self.rows = 0
         self.takes: list[Take] = []
-        self.events: list[Event] = []
+        self.parcels: list[Parcel] = []
         self.followed_by: AccountBatch | None = None
         """Account events that were folded behind it, and are written behind it."""
         self._unmade: list[Take] = []

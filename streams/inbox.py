@@ -23,8 +23,8 @@ of hours passes in a second.
 """
 
 
-class Event(msgspec.Struct, frozen=True, eq=False):
-    """One chunk that was delivered, and how to say that it is done. ``of_account``: account events, not cell runs."""
+class Parcel(msgspec.Struct, frozen=True, eq=False):
+    """One chunk as it was delivered, and how to acknowledge it. ``of_account``: account events, not cell runs."""
 
     chunk: list[Record]
     acknowledge: Callable[[], Any]
@@ -47,8 +47,8 @@ class Inbox:
 
     def __init__(self, is_writer_behind: Callable[[], bool], unread: Callable[[], Behind] = lambda: (0, 0)) -> None:
         self._is_writer_behind, self._unread = is_writer_behind, unread
-        self._runs: deque[Event] = deque()
-        self._account_events: deque[Event] = deque()
+        self._runs: deque[Parcel] = deque()
+        self._account_events: deque[Parcel] = deque()
         self._taken_ms = [0, 0]
         """The broker's time of the last record taken of each topic; runs come first, as in `Behind`."""
         self._silent_since: list[float | None] = [None, None]
@@ -62,10 +62,10 @@ class Inbox:
         """Whether any wait, next or not, but not for runs that Kafka still has."""
         return bool(self._account_events) and (bool(self._runs) or self._precede_what_comes())
 
-    def put(self, event: Event) -> None:
+    def put(self, parcel: Parcel) -> None:
         """Take over a chunk."""
-        (self._account_events if event.of_account else self._runs).append(event)
-        self._silent_since[event.of_account] = None
+        (self._account_events if parcel.of_account else self._runs).append(parcel)
+        self._silent_since[parcel.of_account] = None
         self._arrived.set()
 
     def nudge(self) -> None:
@@ -73,45 +73,45 @@ class Inbox:
         self._is_nudged = True
         self._arrived.set()
 
-    async def take_runs(self, rows_max: int, deadline: float | None) -> list[Event]:
+    async def take_runs(self, rows_max: int, deadline: float | None) -> list[Parcel]:
         """Chunks of cell runs that wait, until they are ``rows_max`` records or more, or up to account events that are
         next; none at the deadline (loop time), or after a nudge.
 
         A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
         """
-        events: list[Event] = []
+        parcels: list[Parcel] = []
         rows = 0
         try:
             async with asyncio.timeout_at(deadline) as waiting:
                 while rows < rows_max and not self._are_account_events_next():
                     if not self._runs or self._runs[0].chunk[0].timestamp > (last_ms := self._last_ms_of_runs()):
-                        if self._is_nudged or (events and len(events[-1].chunk) < BACKLOG_CHUNK):
+                        if self._is_nudged or (parcels and len(parcels[-1].chunk) < BACKLOG_CHUNK):
                             break
                         self._arrived.clear()
                         await self._arrived.wait()
                         continue
-                    events.append(self._take(self._runs, last_ms))
-                    rows += len(events[-1].chunk)
+                    parcels.append(self._take(self._runs, last_ms))
+                    rows += len(parcels[-1].chunk)
                     waiting.reschedule(asyncio.get_running_loop().time() + GATHER_S)
         except TimeoutError:
             pass
         self._is_nudged = False
-        return events
+        return parcels
 
-    def take_account_events(self) -> list[Event]:
+    def take_account_events(self) -> list[Parcel]:
         """All chunks of account events that come before the next cell run; none when a run is next."""
-        events: list[Event] = []
+        parcels: list[Parcel] = []
         if self._are_account_events_next():
             last_ms = self._last_ms_of_account_events()
             while self._account_events and self._account_events[0].chunk[0].timestamp <= last_ms:
-                events.append(self._take(self._account_events, last_ms))
+                parcels.append(self._take(self._account_events, last_ms))
             self._held_since = None
-        return events
+        return parcels
 
-    def _take(self, waiting: deque[Event], last_ms: int) -> Event:
-        event = _up_to(last_ms, waiting)
-        self._taken_ms[event.of_account] = max(self._taken_ms[event.of_account], event.chunk[-1].timestamp)
-        return event
+    def _take(self, waiting: deque[Parcel], last_ms: int) -> Parcel:
+        parcel = _up_to(last_ms, waiting)
+        self._taken_ms[parcel.of_account] = max(self._taken_ms[parcel.of_account], parcel.chunk[-1].timestamp)
+        return parcel
 
     def _last_ms_of_runs(self) -> int:
         """Up to when runs are taken before account events."""
@@ -149,17 +149,17 @@ class Inbox:
         return not self._is_writer_behind() or not is_held or now >= self._held_since + HELD_S_MAX
 
 
-def _up_to(last_ms: int, waiting: deque[Event]) -> Event:
+def _up_to(last_ms: int, waiting: deque[Parcel]) -> Parcel:
     """The next chunk, up to an instant. What follows stays next, and its acknowledgement is that of all of it."""
-    event = waiting[0]
-    number = len(event.chunk)
-    if event.chunk[-1].timestamp > last_ms:
-        number = bisect_right(event.chunk, last_ms, key=lambda record: record.timestamp)
-    if number == len(event.chunk):
+    parcel = waiting[0]
+    number = len(parcel.chunk)
+    if parcel.chunk[-1].timestamp > last_ms:
+        number = bisect_right(parcel.chunk, last_ms, key=lambda record: record.timestamp)
+    if number == len(parcel.chunk):
         return waiting.popleft()
-    part = event.chunk[:number]
-    del event.chunk[:number]
-    return Event(part, _not_yet, event.of_account)
+    part = parcel.chunk[:number]
+    del parcel.chunk[:number]
+    return Parcel(part, _not_yet, parcel.of_account)
 
 
 async def _not_yet() -> None:

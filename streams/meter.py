@@ -25,7 +25,7 @@ from sinks.alerts import note_alerts
 from sinks.catalogue_versions import pin_catalogue
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger, token_window
 from sinks.migrate import migrate, require_migrated
-from streams.assignment import Kept, Loader, Place
+from streams.assignment import Assigned, Kept, Loader
 from streams.balances import Key
 from streams.batches import Batching
 from streams.courtesies import Courtesies
@@ -40,7 +40,7 @@ from streams.redriving import keep_redriving
 from streams.settings import Settings
 from streams.threads import Threads
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
-from streams.unit import Lanes, Unit
+from streams.unit import Shared, Unit
 from streams.voice import Outlets
 
 P = ParamSpec("P")
@@ -88,10 +88,10 @@ class Meter:
         for name in (LIMIT_ALERTS, LIMIT_STATES):
             self.broker.require(name)
         self.publisher = Publisher(settings)
-        self.lanes = self._lanes()
+        self.shared = self._shared()
         self._loader = Loader(
             settings,
-            self.lanes,
+            self.shared,
             self._outlets(),
             functools.partial(self.threads.ask, "reader"),
             self._look_up_aside,
@@ -108,9 +108,9 @@ class Meter:
         pin_catalogue(client, self.catalogue)
         self._require_token_window(client)
 
-    def _lanes(self) -> Lanes:
+    def _shared(self) -> Shared:
         settings = self.settings
-        return Lanes(
+        return Shared(
             ledger=Ledger(self._writer, settings.epoch, self.threads.on_trouble),
             rating=RatingTable(self.catalogue),
             plans=self.plans,
@@ -155,11 +155,11 @@ class Meter:
         states = await self.threads.run("reader", self.broker.log_ranges, self.settings.topic(LIMIT_STATES), partitions)
         resume: Offsets = {}
         commit: Offsets = {}
-        for place in await self._places(sorted(partitions), group):
-            unit = await self._load(place)
+        for assigned in await self._assigned(sorted(partitions), group):
+            unit = await self._load(assigned)
             begin = {
                 (chain.topic, chain.partition): max(mark.next, found.start)
-                for chain, mark, found in zip(place.chains, place.marks, place.logs, strict=True)
+                for chain, mark, found in zip(assigned.chains, assigned.marks, assigned.logs, strict=True)
             }
             resume |= begin
             if unit.settling.is_seeding:
@@ -172,7 +172,7 @@ class Meter:
         self.assigned = True
         return resume, commit
 
-    async def _places(self, partitions: Sequence[int], group: str) -> list[Place]:
+    async def _assigned(self, partitions: Sequence[int], group: str) -> list[Assigned]:
         """The marks first: a log that is read after its mark is not behind it, whoever writes meanwhile."""
         topics = self.topic, self.event_topic
         pairs = [(Chain(topics[0].name, topics[0].id, p), Chain(topics[1].name, topics[1].id, p)) for p in partitions]
@@ -182,7 +182,7 @@ class Meter:
             "reader", self.broker.committed, group, [(chain.topic, chain.partition) for chain in marks]
         )
         return [
-            Place(
+            Assigned(
                 (runs, events),
                 (marks[runs], marks[events]),
                 (logs[0][runs.partition], logs[1][runs.partition]),
@@ -191,14 +191,14 @@ class Meter:
             for runs, events in pairs
         ]
 
-    async def _load(self, place: Place) -> Unit:
-        chain = place.chains[0]
-        unit = await self._loader.load(place, self._kept.pop(chain, None))
+    async def _load(self, assigned: Assigned) -> Unit:
+        chain = assigned.chains[0]
+        unit = await self._loader.load(assigned, self._kept.pop(chain, None))
         self.units[chain.partition] = unit
         answer(unit, self._unanswered.pop(chain.partition, {}))
         log.info(
             "assigned", chain=str(chain), mark=unit.mark.last, event_mark=unit.event_mark.last,
-            behind=place.logs[0].end - unit.mark.next, accounts=len(unit.balances),
+            behind=assigned.logs[0].end - unit.mark.next, accounts=len(unit.balances),
         )  # fmt: skip
         if unit.incident:
             self._on_incident(unit, unit.incident)

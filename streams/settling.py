@@ -8,7 +8,7 @@ from operator import le
 from typing import Any, Final, NamedTuple
 
 from streams.balances import Balances
-from streams.inbox import Event
+from streams.inbox import Parcel
 from streams.voice import Voice
 
 STATES_EVERY_S: Final = 1.0
@@ -22,7 +22,7 @@ class Written(NamedTuple):
     """Chunks whose rows are in the ledger, and what was folded with them."""
 
     folded: Folded
-    events: list[Event]
+    parcels: list[Parcel]
 
 
 class Settling:
@@ -82,8 +82,8 @@ class Settling:
             await self.commit_begin()
             self.commit_begin = None
         while self._written and all(map(le, self._written[0].folded, told)):
-            for event in self._written.pop(0).events:
-                await event.acknowledge()
+            for parcel in self._written.pop(0).parcels:
+                await parcel.acknowledge()
 
     @property
     def _are_states_due(self) -> bool:

@@ -40,7 +40,7 @@ from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
 from streams.duplicates import KeyFilter, Original, decide
 from streams.facts import fold_event
-from streams.inbox import BACKLOG_CHUNK, Event, Inbox
+from streams.inbox import BACKLOG_CHUNK, Inbox, Parcel
 from streams.intake import read_chunk
 from streams.limits import FOREVER_MS
 from streams.lookups import Lookups
@@ -68,8 +68,8 @@ TICK_S: Final = 0.25
 log: Final = structlog.get_logger()
 
 
-class Lanes(msgspec.Struct, frozen=True):
-    """What a unit shares with the others: the ledger, its threads, the catalogue's rating table, the plan lists."""
+class Shared(msgspec.Struct, frozen=True):
+    """What the units of a worker share."""
 
     ledger: Ledger
     rating: RatingTable
@@ -112,7 +112,7 @@ class Unit:
         filters: Filters,
         balances: Balances,
         voice: Voice,
-        lanes: Lanes,
+        shared: Shared,
     ) -> None:
         self.chain, self.event_chain = chains
         self.mark, self.event_mark = marks
@@ -120,14 +120,14 @@ class Unit:
         self.balances: Final = balances
         self.voice: Final = voice
         self.incident: Problem | None = None
-        self._lanes = lanes
+        self._shared = shared
         self._position = self._folded = self.mark.last
         self._event_position = self.event_mark.last
         self._read_ms = self._events_read_ms = 0
         """The broker's time of the last record of each chain."""
         self._open = OpenBatch(self.mark.last)
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
-        self._inbox = Inbox(self._sealed.full, lambda: lanes.reading.unread(self.chain.partition, self.read))
+        self._inbox = Inbox(self._sealed.full, lambda: shared.reading.unread(self.chain.partition, self.read))
         self._unwritten: list[Take] = []
         self._unwritten_events: list[account_events.Row] = []
         self.settling: Final = Settling(balances, voice, lambda: self.folded)
@@ -161,9 +161,9 @@ class Unit:
         """The last offset of each chain that its balances hold."""
         return self._folded, self._event_position
 
-    def receive(self, event: Event) -> None:
+    def receive(self, parcel: Parcel) -> None:
         """Take over a chunk. The transport bounds how much waits here."""
-        self._inbox.put(event)
+        self._inbox.put(parcel)
 
     def drain(self) -> None:
         """Write what is there at once: the worker stops, or the partition moves."""
@@ -183,7 +183,7 @@ class Unit:
             incident = group.exceptions[0]
             assert isinstance(incident, Incident)
             self.incident = incident
-            self._lanes.on_incident(self, incident)
+            self._shared.on_incident(self, incident)
         finally:
             self.voice.close()
 
@@ -195,8 +195,8 @@ class Unit:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
             await self._take_runs(await self._next_runs())
-            if events := self._inbox.take_account_events():
-                await self._take_account_events(events)
+            if parcels := self._inbox.take_account_events():
+                await self._take_account_events(parcels)
             if self._is_tick_due:
                 self._is_tick_due = False
                 self._chores_due = len(self.chores)  # one that comes again waits for the next tick
@@ -204,18 +204,18 @@ class Unit:
             if self._chores_due:
                 await self._do_a_chore()  # runs wait for one at a time
 
-    async def _next_runs(self) -> list[Event]:
+    async def _next_runs(self) -> list[Parcel]:
         """Cell runs for the open batch; none when it has lingered enough."""
-        batching = self._lanes.batching
+        batching = self._shared.batching
         room = min(TAKE_ROWS_MAX, batching.rows_max - self._open.rows)
         return await self._inbox.take_runs(room, None if self._sealed.full() else self._open.deadline(batching))
 
-    async def _take_runs(self, events: list[Event]) -> None:
+    async def _take_runs(self, parcels: list[Parcel]) -> None:
         """Steps 1 to 5."""
-        chunks = [chunk for event in events if (chunk := self._unread(event))]
+        chunks = [chunk for parcel in parcels if (chunk := self._unread(parcel))]
         if chunks:
             await self._rate(chunks)
-        self._open.events.extend(events)
+        self._open.parcels.extend(parcels)
         if self._is_time_to_seal():
             await self._seal()
 
@@ -223,9 +223,9 @@ class Unit:
         """A full batch goes, if need be after a wait; one that has only lingered goes when the writer is free: under a
         backlog batches are large, whatever the linger.
         """
-        batching = self._lanes.batching
+        batching = self._shared.batching
         # Without takes, all of it was read before: nothing to write, and nothing to wait for.
-        at_once = bool(self._open.events) and (self._draining or not self._open.takes)
+        at_once = bool(self._open.parcels) and (self._draining or not self._open.takes)
         # Account events that wait are sealed behind it: were it to take the writer before them, they would wait again.
         due = at_once or (self._open.is_due(batching) and not self._inbox.has_account_events)
         return self._open.is_full(batching) or (due and not self._sealed.full())
@@ -234,9 +234,9 @@ class Unit:
         await self._sealed.put(self._open)
         self._open = OpenBatch(self._position)
 
-    def _unread(self, event: Event) -> list[Record]:
+    def _unread(self, parcel: Parcel) -> list[Record]:
         """The chunk without what this unit has had before, as after a seek that came twice."""
-        chunk = event.chunk
+        chunk = parcel.chunk
         if chunk and chunk[0].offset <= self._position:
             chunk = [record for record in chunk if record.offset > self._position]
         if chunk:
@@ -244,13 +244,13 @@ class Unit:
         return chunk
 
     async def _rate(self, chunks: list[list[Record]]) -> None:
-        lanes, after = self._lanes, self._open.last
+        shared, after = self._shared, self._open.last
         parts = []
         for chunk in chunks:
-            parts.append(read_chunk(chunk, self.chain.partition, lanes.partitions))
+            parts.append(read_chunk(chunk, self.chain.partition, shared.partitions))
             if len(chunk) >= BACKLOG_CHUNK:
                 await asyncio.sleep(0)  # the next fetch is asked for while this one is decoded
-        take = rate_take(self.chain, after, chunks, parts, lanes.rating)
+        take = rate_take(self.chain, after, chunks, parts, shared.rating)
         await self._decide_copies(take)
         self.filters.runs.add(take.new_run_keys())
         await self._fold(take)
@@ -272,7 +272,7 @@ class Unit:
                 known |= originals(earlier, take.runs.keys[suspicion.before])
         unknown = {candidate.identity for candidate in found if suspicion.before[candidate.row]} - known.keys()
         if unknown:
-            known |= await self._lanes.lookups.runs(list(unknown))
+            known |= await self._shared.lookups.runs(list(unknown))
         apply_verdicts(take, decide(found, known))
 
     async def _fold(self, take: Take) -> None:
@@ -298,23 +298,23 @@ class Unit:
         """
         at_ms = min(at_ms, self.looks_back_ms)
         while missing := self.balances.missing(names, at_ms):
-            openings = await self._lanes.lookups.openings(missing, min(at_ms, self.balances.now_ms))
+            openings = await self._shared.lookups.openings(missing, min(at_ms, self.balances.now_ms))
             self.balances.load(openings, at_ms)
 
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
-    async def _take_account_events(self, events: list[Event]) -> None:
+    async def _take_account_events(self, parcels: list[Parcel]) -> None:
         """All that came before the next run, in one insert."""
-        chunk = [record for event in events for record in event.chunk]
+        chunk = [record for parcel in parcels for record in parcel.chunk]
         chunk = [record for record in chunk if record.offset > self._event_position]
         if chunk:
             await self._meter_account_events(chunk)
-        self._open.events += events
+        self._open.parcels += parcels
         await self._seal()
 
     async def _meter_account_events(self, chunk: list[Record]) -> None:
-        received = account_events.receive(chunk, self.event_chain.partition, self._lanes.partitions)
+        received = account_events.receive(chunk, self.event_chain.partition, self._shared.partitions)
         is_barrier = bool(account_events.run_identities(received))
         if is_barrier:
             await self._write_all()
@@ -338,9 +338,9 @@ class Unit:
         asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
         self.filters.events.add(keys)
         unwritten = list(self._unwritten_events)  # before the ledger is asked: meanwhile they may get there
-        known = await self._lanes.lookups.known(asked) if asked else account_events.NOTHING_KNOWN
+        known = await self._shared.lookups.known(asked) if asked else account_events.NOTHING_KNOWN
         known = account_events.with_rows(known, unwritten, self.event_chain)
-        return account_events.rate_events(received, self.event_chain, known, self._lanes.plans)
+        return account_events.rate_events(received, self.event_chain, known, self._shared.plans)
 
     def _account_batch(self, chunk: list[Record], rows: Sequence[account_events.Row]) -> AccountBatch:
         table = account_events.account_rows(
@@ -357,7 +357,7 @@ class Unit:
         clock = asyncio.get_running_loop().time
         while True:
             batch = await self._sealed.get()
-            next_at = clock() + self._lanes.batching.every_s
+            next_at = clock() + self._shared.batching.every_s
             self._inbox.nudge()  # a lingering batch may be sealed now
             if batch.takes:
                 await self._write_runs(batch)
@@ -369,8 +369,8 @@ class Unit:
                 await asyncio.sleep(next_at - clock())
 
     def _settle(self, batch: OpenBatch) -> None:
-        at_once = bool(batch.followed_by) or batch.is_full(self._lanes.batching) or self._draining
-        self.settling.add(Written((self.mark.last, self.event_mark.last), batch.events), at_once=at_once)
+        at_once = bool(batch.followed_by) or batch.is_full(self._shared.batching) or self._draining
+        self.settling.add(Written((self.mark.last, self.event_mark.last), batch.parcels), at_once=at_once)
 
     async def _write_runs(self, batch: OpenBatch) -> None:
         self.mark = await self._append(batch.close(self.chain), self.mark)
@@ -387,11 +387,11 @@ class Unit:
         self._count(Counter(f"{row.kind}/{row.reason}" for row in written.rows), self.event_chain)
 
     async def _append(self, batch: Batch, mark: Mark) -> Mark:
-        written: Mark = await self._lanes.in_writer(self._lanes.ledger.append, batch, mark, self._closing)
+        written: Mark = await self._shared.in_writer(self._shared.ledger.append, batch, mark, self._closing)
         return written
 
     def _count(self, written: Counter[str], chain: Chain) -> None:
-        self._lanes.written.update(written)
+        self._shared.written.update(written)
         if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
             log.warning("dead_letters", chain=str(chain), mark=self.folded, **letters)
 
@@ -413,6 +413,6 @@ class Unit:
             self._inbox.nudge()
 
     def _look_at_the_clock(self) -> None:
-        end_ms, events_end_ms = self._lanes.reading.ends_ms(self.chain.partition, self.read)
+        end_ms, events_end_ms = self._shared.reading.ends_ms(self.chain.partition, self.read)
         until_ms = min(max(self._read_ms, end_ms), max(self._events_read_ms, events_end_ms))
         self.voice.tell(self.balances, self.folded, [(notice, None) for notice in self.balances.come(until_ms)])

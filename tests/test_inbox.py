@@ -6,19 +6,19 @@ import pytest
 
 from streams import inbox
 from streams.batches import chunk_bytes
-from streams.inbox import Event, Inbox
+from streams.inbox import Inbox, Parcel
 from streams.records import bytes_of
 from streams.transport import Chunk
 from tests.records import Record
 
 
-def event(at_ms: int, records: int = 1, *, of_account: bool = False) -> Event:
+def event(at_ms: int, records: int = 1, *, of_account: bool = False) -> Parcel:
     """A chunk that the broker received at an instant."""
     chunk = [Record(number, b"", b"", at_ms) for number in range(records)]
-    return Event(chunk, lambda: None, of_account)
+    return Parcel(chunk, lambda: None, of_account)
 
 
-def instants(events: list[Event]) -> list[int]:
+def instants(events: list[Parcel]) -> list[int]:
     """When the broker received what was taken."""
     return [taken.chunk[0].timestamp for taken in events]
 
@@ -44,9 +44,9 @@ async def test_the_brokers_time_decides() -> None:
     assert not box.has_account_events
 
 
-def backlog(*at_ms: int, of_account: bool = False) -> Event:
+def backlog(*at_ms: int, of_account: bool = False) -> Parcel:
     """One chunk of records that the broker received at these instants."""
-    return Event([Record(number, b"", b"", ms) for number, ms in enumerate(at_ms)], lambda: None, of_account)
+    return Parcel([Record(number, b"", b"", ms) for number, ms in enumerate(at_ms)], lambda: None, of_account)
 
 
 async def everything(box: Inbox) -> list[tuple[bool, list[int]]]:
@@ -129,7 +129,7 @@ async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
         said.append("done")
 
     box = Inbox(lambda: False)
-    box.put(Event([Record(n, b"", b"", ms) for n, ms in enumerate((1, 3))], acknowledge))
+    box.put(Parcel([Record(n, b"", b"", ms) for n, ms in enumerate((1, 3))], acknowledge))
     box.put(backlog(2, of_account=True))
     parts = []
     for _ in range(2):
@@ -147,7 +147,7 @@ async def test_the_parts_of_a_chunk_weigh_what_it_weighs() -> None:
     chunk.records, chunk.nbytes = len(chunk), bytes_of(chunk)
     weight = chunk_bytes(chunk)
     box = Inbox(lambda: False)
-    box.put(Event(chunk, lambda: None))
+    box.put(Parcel(chunk, lambda: None))
     for ms in (2, 4):
         box.put(backlog(ms, of_account=True))
     weights = []

@@ -16,7 +16,7 @@ from schemas.limits import AsOf, state_key
 from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
 from streams import follower
-from streams.assignment import Place, examine
+from streams.assignment import Assigned, examine
 from streams.follower import Heard, answer, foreign_to
 from streams.meter import Meter
 from streams.settings import read_settings
@@ -61,7 +61,7 @@ async def settled(client: Client) -> Bench:
 async def load_again(meter: Meter, bench: Bench) -> None:
     """As after a rebalance that brings the partition back."""
     marks = await bench.loader.read_mark(CHAINS[0]), await bench.loader.read_mark(CHAINS[1])
-    await meter._load(Place(CHAINS, marks, LOGS, (marks[0].next, marks[1].next)))
+    await meter._load(Assigned(CHAINS, marks, LOGS, (marks[0].next, marks[1].next)))
 
 
 async def told(bench: Bench) -> str:

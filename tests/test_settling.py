@@ -15,7 +15,7 @@ from sinks.accounts import TopQuestion
 from streams.balances import NOTHING, Balances
 from streams.courtesies import AGE_S_MAX, Columns, Courtesies
 from streams.facts import fold_event
-from streams.inbox import Event
+from streams.inbox import Parcel
 from streams.messages import Source
 from streams.settling import STATES_EVERY_S, Settling, Written
 from streams.voice import Outlets, Voice
@@ -103,7 +103,7 @@ class World:
         async def acknowledge() -> None:
             self.heard.append(name)
 
-        self.settling.add(Written(folded or self.folded, [Event([], acknowledge)]), at_once=at_once)
+        self.settling.add(Written(folded or self.folded, [Parcel([], acknowledge)]), at_once=at_once)
 
     async def after(self, seconds: float, *, tick: bool = True) -> list[str]:
         """What leaves until so much later."""

@@ -20,18 +20,18 @@ from sinks import accounts
 from sinks.alerts import note_alerts
 from sinks.ledger import Chain, Ledger
 from streams import account_events
-from streams.assignment import Loader, Place
+from streams.assignment import Assigned, Loader
 from streams.balances import Opening
 from streams.batches import Batching
 from streams.courtesies import Courtesies
 from streams.duplicates import Original
-from streams.inbox import Behind, Event
+from streams.inbox import Behind, Parcel
 from streams.lookups import Lookups
 from streams.rating import RatingTable
 from streams.reading import Read, Reading
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
-from streams.unit import Lanes, Unit
+from streams.unit import Shared, Unit
 from streams.voice import Outlets
 from tests.account_records import PLANS
 from tests.records import EXAMPLES, Record
@@ -100,7 +100,7 @@ NO_KAFKA: Final = Reading(
 class Bench:
     """One life of a unit. Make it with `open`; the ledger outlives it."""
 
-    def __init__(self, client: Client, settings: Settings, chains: tuple[Chain, Chain], lanes: dict[str, Any]) -> None:
+    def __init__(self, client: Client, settings: Settings, chains: tuple[Chain, Chain], shared: dict[str, Any]) -> None:
         self.client, self.chains = client, chains
         self.acknowledged = 0
         self.committed: list[int | None] = [None, None]
@@ -122,10 +122,10 @@ class Bench:
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
-        self.lanes: Final = Lanes(**self._own_lanes() | lanes)
+        self.shared: Final = Shared(**self._own_shared() | shared)
         self.loader: Final = Loader(
             settings,
-            self.lanes,
+            self.shared,
             self._outlets(),
             self.look_up,
             self.look_aside,
@@ -151,23 +151,23 @@ class Bench:
         """A unit at the ledger's marks; ``committed``: Kafka's next offsets. What is loaded in the background is there,
         unless ``on_look_aside`` is to be awaited before it is asked for.
         """
-        lanes = {
+        shared = {
             "rating": rating or RatingTable(EXAMPLES), "plans": PLANS, "batching": Batching(batch_rows, linger_s),
         }  # fmt: skip
         settings = Settings(partitions=1, balances_max=accounts_max, duplicate_filter_mb_max=8)
-        bench = cls(client, settings, chains, lanes)
+        bench = cls(client, settings, chains, shared)
         bench.on_look_aside = on_look_aside
         runs, events = committed
         bench.committed = [runs, events]
         marks = await bench.loader.read_mark(chains[0]), await bench.loader.read_mark(chains[1])
-        place = Place(chains, marks, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
+        place = Assigned(chains, marks, (LogRange(0, 1 << 40), LogRange(0, 1 << 40)), (runs, events))
         bench.unit = await bench.loader.load(place, None)
         if not on_look_aside:
             await asyncio.gather(*bench._background)
         bench.in_writer = in_writer or bench.in_writer
         return bench
 
-    def _own_lanes(self) -> dict[str, Any]:
+    def _own_shared(self) -> dict[str, Any]:
         return {
             "ledger": Ledger(self.client),
             "partitions": 1,
@@ -237,7 +237,7 @@ class Bench:
             self.acknowledged += 1
             self.committed[of_account] = last + 1
 
-        self.unit.receive(Event(list(records), acknowledge, of_account))
+        self.unit.receive(Parcel(list(records), acknowledge, of_account))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Run the unit until it is so; then it is gone, as after a kill."""
