@@ -80,7 +80,7 @@ def ask(settings: Settings, url: str = "") -> Iterator["Answers"]:
     elif worker := home.worker():
         yield WorkerAnswers(worker.api_url)
     elif settings.ledger_url:
-        with _opened(settings, settings.ledger_url) as answers:
+        with _opened(settings) as answers:
             yield answers
     elif not home.ledger.exists():
         raise Problem(
@@ -100,15 +100,15 @@ def _hold(home: Home, settings: Settings, held: ExitStack) -> "Answers":
         if worker := home.worker():  # it has started while this one waited
             return WorkerAnswers(worker.api_url)
         raise
-    return held.enter_context(_opened(settings, f"chdb://{home.ledger}"))
+    return held.enter_context(_opened(settings))
 
 
 @contextmanager
-def _opened(settings: Settings, url: str) -> Iterator["Answers"]:
+def _opened(settings: Settings) -> Iterator["Answers"]:
     from sinks.clickhouse import DatabaseError, connect
     from sinks.migrate import require_migrated
 
-    client = connect(url, settings.ledger_password)
+    client = connect(settings.ledger, settings.ledger_password)
     try:
         require_migrated(client)
         yield cast("Answers", LedgerAnswers(client, Path(settings.catalogue_dir)))

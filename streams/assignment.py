@@ -79,7 +79,7 @@ class Loader:
         self._lives = 0
 
     async def load(self, assigned: Assigned, kept: Kept | None) -> Unit:
-        """The unit of these two partitions. ``kept``: what an assignment before has left, good if the marks are still its."""
+        """The unit of these partitions. ``kept``: what an earlier assignment left, used if no mark has moved since."""
         chains, marks = assigned.chains, assigned.marks
         incidents = [
             found

@@ -81,7 +81,7 @@ class Meter:
         settings = self.settings
         self.catalogue: Catalogue = Catalogue.load(Path(settings.catalogue_dir))
         self.plans: PlanLists = PlanLists.load(Path(settings.plans_dir))
-        self._writer = self.threads.open(ledger_url(settings), settings.ledger_password, self._prepare)
+        self._writer = self.threads.open(settings.ledger, settings.ledger_password, self._prepare)
         self.broker = Broker(settings)
         self.topic: Topic = self.broker.require(CELL_RUNS)
         self.event_topic: Topic = self.broker.require(ACCOUNT_EVENTS)
@@ -101,7 +101,7 @@ class Meter:
         self.is_open = True
 
     def _prepare(self, client: Client) -> None:
-        if ledger_url(self.settings).startswith("chdb:"):
+        if self.settings.ledger.startswith("chdb:"):
             migrate(client)
         else:
             require_migrated(client)
@@ -303,11 +303,6 @@ class Meter:
     def _on_incident(self, unit: Unit, incident: Problem) -> None:
         self.reading.hold(unit.chain.partition)
         log.error("incident", chain=str(unit.chain), what=incident.what, why=incident.why, fix=incident.fix)
-
-
-def ledger_url(settings: Settings) -> str:
-    """Where the ledger is: the setting, else chDB in the home."""
-    return settings.ledger_url or f"chdb://{Path(settings.home).resolve() / 'ledger'}"
 
 
 def _unless_closed(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:

@@ -79,6 +79,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """One of `streams.topics` as the broker knows it, under the prefix."""
         return self.topic_prefix + name
 
+    @property
+    def ledger(self) -> str:
+        """The URL of the ledger: ``ledger_url``, else chDB in the home."""
+        return self.ledger_url or f"chdb://{Path(self.home).expanduser().resolve() / 'ledger'}"
+
 
 SECRETS: Final = frozenset({"kafka_password", "ledger_password"})
 

@@ -78,13 +78,11 @@ def migrate(home: str) -> None:
     from sinks.migrate import migrate as apply
 
     settings = settings_of(home)
-    place = Home.at(settings.home)
-    url = settings.ledger_url or f"chdb://{place.ledger}"
     try:
         if settings.ledger_url:
-            create_database(url, settings.ledger_password)
-        hold = nullcontext() if settings.ledger_url else place.hold()
-        with hold, connect(url, settings.ledger_password) as client:
+            create_database(settings.ledger_url, settings.ledger_password)
+        hold = nullcontext() if settings.ledger_url else Home.at(settings.home).hold()
+        with hold, connect(settings.ledger, settings.ledger_password) as client:
             applied = apply(client)
     except DatabaseError as error:
         raise ledger_failed(error) from error
