@@ -7,7 +7,6 @@ import contextlib
 import errno
 import functools
 import socket
-import time
 from collections.abc import Iterator
 from datetime import date, datetime
 from typing import Annotated, Any, Final
@@ -28,6 +27,7 @@ from creditstream.asking import ledger_failed
 from creditstream.client.decision import Policy
 from creditstream.clock import now_ms
 from creditstream.metrics import exposition
+from creditstream.status import not_ready_because, status_of
 from schemas.answers import (
     CELLS_MAX,
     LIST_MAX,
@@ -55,7 +55,6 @@ from schemas.answers import (
     SumAudit,
     TopBy,
     TopRow,
-    UnitStatus,
     UsageRow,
 )
 from schemas.ledger import PARTITION_MAX, Position, Reason
@@ -67,7 +66,6 @@ from sinks import dead_letters as letters
 from sinks.catalogue_versions import catalogue_versions
 from sinks.clickhouse import DatabaseError
 from streams.meter import Meter
-from streams.unit import Unit
 
 STATUS_OF_EXIT_CODE = {3: 409, 4: 404, 5: 503}
 ROWS_MAX = 100_000
@@ -327,46 +325,6 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
         return await meter.ask(spending.top, by, limit, as_of)
 
     return [check, estimate, top]
-
-
-def status_of(meter: Meter) -> Status:
-    """The meter as people and ``demo`` see it."""
-    reasons = not_ready_because(meter)
-    return Status(
-        version=__version__,
-        ready=not reasons,
-        not_ready_because=reasons,
-        topic=meter.topic.name,
-        kafka_bootstrap=meter.settings.kafka_bootstrap,
-        units=[_unit_status(meter, partition, unit) for partition, unit in sorted(meter.units.items())],
-        written=dict(meter.written),
-        told=dict(meter.told),
-        uptime_s=int(time.time() - meter.started_at),
-        duplicate_filter_bytes=sum(unit.filters.nbytes for unit in meter.units.values()),
-    )
-
-
-def _unit_status(meter: Meter, partition: int, unit: Unit) -> UnitStatus:
-    marks = unit.mark.last, unit.event_mark.last
-    lag, event_lag = meter.reading.lags(partition, marks)
-    return UnitStatus(
-        partition=partition,
-        mark=marks[0],
-        event_mark=marks[1],
-        lag=lag,
-        event_lag=event_lag,
-        balances=len(unit.balances),
-        rows_unwritten=unit.rows_unwritten,
-        incident=str(unit.incident or ""),
-    )
-
-
-def not_ready_because(meter: Meter) -> list[str]:
-    """Why it does not meter everything that it should; empty when it does."""
-    if not meter.assigned:
-        return ["no assignment yet"]
-    incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
-    return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.threads.troubles.values())]
 
 
 def _require_days(start: date | None, end: date | None, period: date | None) -> None:

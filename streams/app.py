@@ -20,7 +20,7 @@ from sinks.ledger import ForeignMark
 from streams.batches import BATCH_BYTES_MAX
 from streams.connection import faust_credentials
 from streams.inbox import Parcel
-from streams.lenient import read_any_header
+from streams.lenient_headers import read_any_header
 from streams.meter import Meter
 from streams.reading import Offsets, Read, Reading
 from streams.settings import Settings, read_settings

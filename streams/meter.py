@@ -28,8 +28,6 @@ from sinks.migrate import migrate, require_migrated
 from streams.assignment import Assigned, Kept, Loader
 from streams.balances import Key
 from streams.batches import Batching
-from streams.courtesies import Courtesies
-from streams.follower import Follower, Heard, answer, foreign_to
 from streams.lookups import Lookups
 from streams.periods import PlanChange
 from streams.publisher import Publisher
@@ -38,7 +36,9 @@ from streams.reading import Offsets, Reading
 from streams.records import partition_of
 from streams.redriving import keep_redriving
 from streams.settings import Settings
+from streams.stale_states import Follower, Heard, answer, foreign_to
 from streams.threads import Threads
+from streams.top_columns import TopColumns
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
 from streams.unit import Shared, Unit
 from streams.voice import Outlets
@@ -73,7 +73,7 @@ class Meter:
         """What others have said of a partition that has no unit at the moment, or that its unit has not answered."""
         self._look_up_aside = functools.partial(self.threads.ask_patiently, "aside")
         self._batching = Batching(settings.batch_rows_max, settings.linger_ms / 1000)
-        self._courtesies = Courtesies(lambda questions: self.threads.ask("aside", accounts.top_columns, questions))
+        self._top_columns = TopColumns(lambda questions: self.threads.ask("aside", accounts.top_columns, questions))
         self._follower: Follower | None = None
 
     def open(self) -> None:
@@ -127,7 +127,7 @@ class Meter:
         return Outlets(
             publish=self.publisher.publish,
             flush=self.publisher.flush,
-            courtesies=self._courtesies,
+            top_columns=self._top_columns,
             note_alerts=lambda alerts: self.threads.ask_patiently("notes", note_alerts, alerts),
             told=lambda name, number: self.told.update({name: number}),
         )
@@ -255,7 +255,7 @@ class Meter:
         """Stop all units. What they have not written is read again by the next owner."""
         for unit in self.units.values():
             unit.close()
-        self._courtesies.close()
+        self._top_columns.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()

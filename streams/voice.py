@@ -1,6 +1,6 @@
 """A unit's voice: hands alerts and states to the producer in the order of the fold, and knows when Kafka has them.
 
-States leave at once, alerts when they have what `streams.courtesies` can tell. Published alerts are also noted in the
+States leave at once, alerts when they have what `streams.top_columns` can tell. Published alerts are also noted in the
 ledger's database, for the view ``alerts``: before Kafka's commit, so none is missing there, and after a crash one may
 be noted twice.
 """
@@ -18,9 +18,9 @@ from schemas.limits import AsOf, LimitAlert, state_key
 from sinks.accounts import TopQuestion
 from sinks.ledger import Chain
 from streams.balances import Account, Balances, Key, Notice
-from streams.courtesies import Courtesies
 from streams.messages import Source, alert_of, runs_out_on, state_of
 from streams.periods import to_date
+from streams.top_columns import TopColumns
 from streams.topics import LIMIT_ALERTS, LIMIT_STATES
 
 log: Final = structlog.get_logger()
@@ -33,7 +33,7 @@ class Outlets(msgspec.Struct, frozen=True):
     """Hand one message over: topic, partition, key, message."""
     flush: Callable[[], Any]
     """Awaitable: Kafka has everything that was handed over."""
-    courtesies: Courtesies
+    top_columns: TopColumns
     """What an alert says beside its crossing."""
     note_alerts: Callable[[Sequence[LimitAlert]], Any]
     """Awaitable: they stand in the database."""
@@ -76,12 +76,12 @@ class Voice:
     def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
         """Hand over the states of which only ``used`` has moved, and ask ahead for pools that near a line."""
         near = [(name, pool) for name, pool in balances.moved if balances[name].look_ahead(pool)]
-        self._outlets.courtesies.watch(self._partition, [_top_question(balances[name], pool) for name, pool in near])
+        self._outlets.top_columns.watch(self._partition, [_top_question(balances[name], pool) for name, pool in near])
         self._publish_states(balances, folded, list(balances.moved))
 
     def refresh(self) -> None:
         """Now and then: keep what was asked ahead fresh."""
-        self._outlets.courtesies.refresh()
+        self._outlets.top_columns.refresh()
 
     def publish_alerts(self, alerts: Sequence[LimitAlert]) -> None:
         """Hand alerts over, behind those that still wait for their columns."""
@@ -90,7 +90,7 @@ class Voice:
 
     def close(self) -> None:
         """The unit is released: nothing is asked ahead any more."""
-        self._outlets.courtesies.forget(self._partition)
+        self._outlets.top_columns.forget(self._partition)
 
     async def flush(self) -> None:
         """Return once Kafka has everything, and the database every alert. Raises what went wrong with any of it."""
@@ -134,7 +134,7 @@ class Voice:
 
     async def _with_columns(self, alerts: Sequence[LimitAlert]) -> Sequence[LimitAlert]:
         questions = [TopQuestion(a.workspace_id, str(a.pool), a.period_start, a.period_end) for a in alerts]
-        columns = await self._outlets.courtesies.columns(questions)
+        columns = await self._outlets.top_columns.columns(questions)
         return [
             msgspec.structs.replace(alert, top_columns=columns.get(question))
             for alert, question in zip(alerts, questions, strict=True)

@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import KafkaError
 
 from creditstream.client import Because, CellRunProducer, Gate
-from creditstream.client.place import KafkaOptions
+from creditstream.client.connection import KafkaOptions
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from streams.topics import CELL_RUNS, LIMIT_STATES, Broker

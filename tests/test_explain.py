@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from creditstream.cli.ask import explained, folded
+from creditstream.cli.runs import explained, folded
 from schemas.answers import BalanceMove, EventRow, PublishedAlert
 from schemas.catalogue import POOL_OF_CATEGORY, Action, Category
 from schemas.cell_run import to_milliseconds

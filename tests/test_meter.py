@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from creditstream.api import not_ready_because
+from creditstream.status import not_ready_because
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
@@ -17,9 +17,9 @@ from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
 from streams import follower
 from streams.assignment import Assigned, examine
-from streams.follower import Heard, answer, foreign_to
 from streams.meter import Meter
 from streams.settings import read_settings
+from streams.stale_states import Heard, answer, foreign_to
 from streams.topics import LogRange, Topic
 from streams.unit import Unit
 from tests.account_records import Story, Topics, at

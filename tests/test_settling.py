@@ -13,11 +13,11 @@ from schemas.limits import LimitAlert, state_key
 from schemas.problem import Unreachable
 from sinks.accounts import TopQuestion
 from streams.balances import NOTHING, Balances
-from streams.courtesies import AGE_S_MAX, Columns, Courtesies
 from streams.facts import fold_event
 from streams.inbox import Parcel
 from streams.messages import Source
 from streams.settling import STATES_EVERY_S, Settling, Written
+from streams.top_columns import AGE_S_MAX, Columns, TopColumns
 from streams.voice import Outlets, Voice
 from tests.account_records import Story, at
 from tests.limit_voices import account_row_of, debits_of, rated
@@ -44,7 +44,7 @@ class World:
         self.story = Story()
         self.balances = Balances(100, 0)
         self.balances.load({"ws_1": NOTHING})
-        outlets = Outlets(self._publish, self._flush, Courtesies(self._find), self._note, self._count)
+        outlets = Outlets(self._publish, self._flush, TopColumns(self._find), self._note, self._count)
         self.voice = Voice(CHAINS, "me", outlets)
         self.settling = Settling(self.balances, self.voice, lambda: self.folded)
         self.task = asyncio.create_task(self.settling.run())

@@ -34,9 +34,9 @@ WITHOUT_SINKS = (
 IMPURE_MODULES = {"asyncio", "faust", "threading", "time", "random", "secrets", "os", "socket", "subprocess", "logging"}
 IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", "open", "print", "input"}
 ASYNC_FILES = {
-    "app.py", "meter.py", "assignment.py", "courtesies.py", "transport.py", "unit.py", "inbox.py", "voice.py", "api.py",
-    "service.py", "patience.py", "publisher.py", "follower.py", "settling.py", "lookups.py", "threads.py",
-    "redriving.py",
+    "app.py", "meter.py", "assignment.py", "top_columns.py", "transport.py", "unit.py", "inbox.py", "voice.py",
+    "api.py", "service.py", "patience.py", "publisher.py", "stale_states.py", "settling.py", "lookups.py",
+    "threads.py", "redriving.py",
 }  # fmt: skip
 NAMES_THAT_SAY_NOTHING = re.compile(r"(^|_)(utils?|helpers?|manager|common|base|handlers?|misc|processor)(_|$)")
 

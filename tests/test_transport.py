@@ -20,7 +20,7 @@ from faust.types import TP
 from mode import Worker
 
 from streams import app, transport
-from streams.lenient import read_any_header
+from streams.lenient_headers import read_any_header
 from streams.settings import read_settings
 from streams.topics import Topic
 

@@ -11,7 +11,7 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, state_key
 from sinks.ledger import Batch, ForeignMark, Incident
-from streams import batches, courtesies, settling
+from streams import batches, settling, top_columns
 from streams.batches import INSERT_EVERY_S
 from streams.unit import TICK_S, Unit
 from tests.account_records import Story, account_record, at
@@ -122,7 +122,7 @@ async def test_a_unit_that_ends_while_an_alert_waits_still_tells_it(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its end comes amid a flush that waits for the alert's columns: the flush ends, the alert leaves."""
-    monkeypatch.setattr(courtesies, "WAIT_S_MAX", SOON_S)
+    monkeypatch.setattr(top_columns, "WAIT_S_MAX", SOON_S)
     story = Story()
     story.plan("4", at("Jan 15"))
     story.runs(2, at("Jan 16"))

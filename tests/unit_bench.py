@@ -23,13 +23,13 @@ from streams import account_events
 from streams.assignment import Assigned, Loader
 from streams.balances import Opening
 from streams.batches import Batching
-from streams.courtesies import Courtesies
 from streams.duplicates import Original
 from streams.inbox import Behind, Parcel
 from streams.lookups import Lookups
 from streams.rating import RatingTable
 from streams.reading import Read, Reading
 from streams.settings import Settings
+from streams.top_columns import TopColumns
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
 from streams.unit import Shared, Unit
 from streams.voice import Outlets
@@ -184,7 +184,7 @@ class Bench:
         return Outlets(
             publish=self._publish,
             flush=_nothing,
-            courtesies=Courtesies(self._find_columns),
+            top_columns=TopColumns(self._find_columns),
             note_alerts=self._note_alerts,
             told=lambda name, number: None,
         )

@@ -12,14 +12,8 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.notifier import endpoints_option
-from creditstream.cli.options import (
-    as_of_option,
-    format_option,
-    home_option,
-    kafka_settings_of,
-    show_rows,
-    source_options,
-)
+from creditstream.cli.options import as_of_option, format_option, home_option, kafka_settings_of, source_options
+from creditstream.cli.tables import show_rows
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, PublishedAlert

@@ -11,13 +11,10 @@ from creditstream.cli.options import (
     as_of_option,
     day_of_option,
     format_option,
-    grouped,
     record_format_option,
-    show_record,
-    show_rows,
     source_options,
-    utc,
 )
+from creditstream.cli.tables import grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import CELLS_MAX, LIST_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow

@@ -6,7 +6,7 @@ from pathlib import Path
 import rich_click as click
 
 from creditstream import __version__
-from creditstream.cli import account, alerts, ask, balance, demo, letters, notifier, operate, rules, send, worker
+from creditstream.cli import alerts, balance, billing, demo, letters, notifier, operate, rules, runs, send, worker
 from creditstream.cli.terminal import NAME, as_called, program
 
 click.rich_click.TEXT_MARKUP = "rich"
@@ -34,9 +34,9 @@ def cli() -> None:
 
 
 for command in (
-    demo.demo, worker.worker, send.send, ask.usage, ask.runs, ask.explain, letters.dead_letters, rules.rules,
+    demo.demo, worker.worker, send.send, runs.usage, runs.runs, runs.explain, letters.dead_letters, rules.rules,
     balance.balance, balance.statement, balance.check, balance.estimate, balance.top,
-    account.plan, account.grant, account.grants, account.reverse, account.limits,
+    billing.plan, billing.grant, billing.grants, billing.reverse, billing.limits,
     alerts.alerts, notifier.notifier, alerts.listen,
     operate.reconcile, operate.topics, operate.migrate, operate.config,
 ):  # fmt: skip

@@ -5,7 +5,7 @@ from shlex import quote
 from typing import NamedTuple
 from uuid import UUID
 
-from creditstream.cli.options import grouped, utc
+from creditstream.cli.tables import grouped, utc
 from schemas.answers import LedgerRow, LimitsInForce, PoolBalance
 from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool

@@ -3,16 +3,8 @@
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import (
-    format_option,
-    home_option,
-    kafka_settings_of,
-    record_format_option,
-    show_record,
-    show_rows,
-    source_options,
-    utc,
-)
+from creditstream.cli.options import format_option, home_option, kafka_settings_of, record_format_option, source_options
+from creditstream.cli.tables import show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, DeadLetter

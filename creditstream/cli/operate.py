@@ -6,14 +6,8 @@ import msgspec
 import rich_click as click
 
 from creditstream.asking import ask, ledger_failed
-from creditstream.cli.options import (
-    format_option,
-    home_option,
-    kafka_settings_of,
-    show_record,
-    show_rows,
-    source_options,
-)
+from creditstream.cli.options import format_option, home_option, kafka_settings_of, source_options
+from creditstream.cli.tables import show_record, show_rows
 from creditstream.cli.terminal import say
 from creditstream.home import Home, settings_of, whose_kafka
 from schemas.problem import Difference

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import rich_click as click
 
-from creditstream.cli.options import format_option, record_format_option, show_record, show_rows
+from creditstream.cli.options import format_option, record_format_option
+from creditstream.cli.tables import show_record, show_rows
 from creditstream.cli.terminal import say
 from creditstream.clock import now_ms
 from creditstream.home import settings_of

@@ -18,10 +18,10 @@ from typing import Any, Final, Self
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
+from creditstream.client.connection import KafkaOptions, connection, partitions
 from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
 from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
-from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.states import StateMirror
 from creditstream.client.trouble import Trouble
 from creditstream.home import settings_of

@@ -11,10 +11,10 @@ from typing import Final, Self
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
+from creditstream.client.connection import KafkaOptions, connection, partitions
 from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
-from creditstream.client.place import KafkaOptions, connection, partitions
 from creditstream.client.recording import Counts, InvalidRun, OnFull, valid_value
 from creditstream.client.spool import Spool, prepare_root
 from creditstream.home import Home, settings_of

@@ -9,16 +9,8 @@ from uuid import UUID
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import (
-    DAY,
-    format_option,
-    grouped,
-    record_format_option,
-    show_record,
-    show_rows,
-    source_options,
-    utc,
-)
+from creditstream.cli.options import DAY, format_option, record_format_option, source_options
+from creditstream.cli.tables import grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import LIST_MAX, By, EventRow, Explanation, RunRow

@@ -17,10 +17,9 @@ from creditstream.cli.options import (
     format_option,
     kafka_settings_of,
     record_format_option,
-    show_record,
-    show_rows,
     source_options,
 )
+from creditstream.cli.tables import show_record, show_rows
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.account import AccountEvent

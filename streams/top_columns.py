@@ -25,7 +25,7 @@ QUESTIONS_MAX: Final = 20
 Columns = tuple[TopColumn, ...]
 
 
-class Courtesies:
+class TopColumns:
     """Of one worker. ``find`` (awaitable: questions → columns) asks the ledger where no unit waits for it."""
 
     def __init__(self, find: Callable[[Sequence[TopQuestion]], Any]) -> None:

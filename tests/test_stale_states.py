@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from streams.follower import Follower, Heard
 from streams.settings import Settings
+from streams.stale_states import Follower, Heard
 from streams.topics import LIMIT_STATES, LogRange
 from tests.client_kafka import fresh_settings, publish, wait_until
 

@@ -1,0 +1,122 @@
+"""How answers leave the program: tables and records, as text for people, as JSON and CSV for programs."""
+
+import csv
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import orjson
+
+from creditstream.cli.terminal import printable, say, write
+from schemas.credits import group_credits, parse_credits
+
+
+def show_rows(
+    rows: Sequence[msgspec.Struct],
+    form: str,
+    columns: Sequence[str],
+    nothing: str,
+    *,
+    read: Sequence[str] = (),
+    limit: int | None = None,
+) -> None:
+    """Print a table: ``columns`` of each row, of which people ``read`` some, or (empty) all. ``nothing`` is what they
+    read when there is no row; at the ``limit`` of a list they read that there may be more.
+    """
+    if form == "json":
+        write(_json(rows))
+    elif form == "csv":
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(columns)
+        values = [msgspec.to_builtins(row) for row in rows]
+        writer.writerows([[_plain(value.get(column, "")) for column in columns] for value in values])
+        write(table.getvalue())
+    elif not rows:
+        say(nothing)
+    else:
+        shown = [name for name in read or columns if name not in RARE or any(getattr(row, name) for row in rows)]
+        _print_table(rows, shown)
+        if len(rows) == limit:
+            say("", f"--limit {limit} is reached: there may be more.")
+
+
+def show_record(record: msgspec.Struct) -> None:
+    """Print one object as JSON."""
+    write(_json(record))
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(msgspec.to_builtins(value), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+WIDTH_MAX = 100_000
+"""Of a table, in characters: more than any has."""
+AMOUNTS = frozenset({
+    "credits", "credits_reference", "used", "allowance", "remaining", "overage",
+    "opening", "granted", "debited", "reversed", "expired", "closing", "remaining_below",
+})  # fmt: skip
+"""Columns that hold credits, which people read in groups of three digits."""
+RARE = frozenset({"remaining_below"})
+"""Columns that people read only where they say something: few set an absolute line."""
+
+
+def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None:
+    """A line for each row; on a terminal that is too narrow for it, a line for each field that says something: what is
+    folded can neither be read nor copied.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column in AMOUNTS or all(_is_count(getattr(row, column)) for row in rows)
+        table.add_column(column, justify="right" if right else "left")
+    cells = [[printable(_read(column, getattr(row, column))) for column in columns] for row in rows]
+    for row in cells:
+        table.add_row(*map(Text, row))
+    screen, text = Console(), io.StringIO()
+    width = Console(file=text, width=WIDTH_MAX).measure(table).maximum
+    if screen.is_terminal and width > screen.width:
+        names = max(map(len, columns))
+        fields = (
+            [f"{name:<{names}}  {said}\n" for name, said in zip(columns, row, strict=True) if said] for row in cells
+        )
+        write("\n".join(map("".join, fields)))
+        return
+    Console(file=text, force_terminal=screen.is_terminal, width=width).print(table)
+    write(text.getvalue())
+
+
+def _read(column: str, value: Any) -> str:
+    """A field as people read it."""
+    if isinstance(value, datetime):
+        return utc(value)
+    if _is_count(value):
+        return f"{value:,}"
+    return grouped(value) if value and column in AMOUNTS else _plain(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def grouped(credits: str) -> str:
+    """Credits as people read them: ``"19,998"``."""
+    return group_credits(parse_credits(credits))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value}"
+
+
+def utc(instant: datetime) -> str:
+    """A time as people read it: ``2026-11-22 12:03:10 UTC``."""
+    return f"{instant:%Y-%m-%d %H:%M:%S} UTC"
