@@ -20,7 +20,7 @@ from streams.settings import Settings, read_settings, variable
 HOLD_WAIT_S = 1.0
 """How long `Home.hold` tries: longer than any `Home.worker` needs the lock to see who has it."""
 COMMAND_WAIT_S = 5.0
-"""How much longer, while nobody answers: a command that reads the embedded ledger is done in two or three seconds."""
+"""How much longer it tries while the holder publishes no address: that may be a command, done in a few seconds."""
 LOCK_POLL_S = 0.02
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_ERRORS = (*_FULL, errno.EROFS, errno.EIO)
@@ -145,15 +145,15 @@ class Home(msgspec.Struct, frozen=True):
 
 
 def settings_of(home: str | Path | None = None) -> Settings:
-    """The settings on this home; Kafka is that of `whose_kafka`. Problem when a variable is out of its bounds."""
+    """The settings of this home, with the Kafka of `whose_kafka`. Problem when a variable is out of its bounds."""
     place = Home.at(home)
     owner = whose_kafka(place)
     return read_settings(home=str(place.path), kafka_bootstrap=owner.kafka_bootstrap if owner else None)
 
 
 def whose_kafka(place: Home) -> Endpoints | None:
-    """The process in the home (``creditstream worker`` or ``demo``) whose Kafka is meant, for commands and for clients:
-    none when CREDITSTREAM_KAFKA_BOOTSTRAP names one, which wins.
+    """The process in the home (``creditstream worker`` or ``demo``) whose Kafka commands and clients use; None when
+    CREDITSTREAM_KAFKA_BOOTSTRAP names another, which wins.
     """
     return None if variable("kafka_bootstrap") in os.environ else place.worker()
 

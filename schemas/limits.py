@@ -40,7 +40,7 @@ class AlertKind(StrEnum):
 
 
 class Cause(StrEnum):
-    """What moved the balance, or its limits, over the line."""
+    """What moved the balance, or its limits, over a threshold."""
 
     RUN = "run"
     REVERSAL = "reversal"
@@ -105,7 +105,7 @@ class TopColumn(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitAlert(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One crossing. ``thresholds`` lists the lines that were crossed by it; those still standing when it recovered.
+    """One crossing. ``thresholds`` lists the lines that it crossed; of a ``recovered`` one, those that still stand.
 
     ``seeded`` alerts tell a standing state after a start without history, and notify nobody. ``top_columns`` and
     ``runs_out_on`` are a courtesy: at most a second old, sometimes absent, never part of the alert's identity.

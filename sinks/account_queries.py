@@ -46,7 +46,7 @@ def knows(client: Client, workspace_id: str) -> bool:
 
 def plan_starts(client: Client, workspace_id: str) -> list[tuple[int, tuple[int, int], bool]]:
     """(effective_at, (recorded_at, Kafka offset), restarts its period) of every plan of a workspace, in Unix ms: all
-    that its billing periods rest on. Each column more would cost half a millisecond, a parameter of the server's one.
+    that its billing periods rest on. Another column, or a server-side parameter, would cost half a millisecond.
     """
     found = client.query(
         "SELECT toUnixTimestamp64Milli(effective_at), toUnixTimestamp64Milli(recorded_at), kafka_offset, "
@@ -106,8 +106,8 @@ def debit_of(client: Client, workspace_id: str, run_id: UUID) -> RunDebit | None
 def drawn_before(client: Client, debit: RunDebit, days: tuple[int, int]) -> Millicredits:
     """What the debit's pool had drawn in the days [first, end) when the debit came.
 
-    Kafka's order: by offset in the run's own topic, by the broker's time against any other; of two records of one
-    millisecond in two topics the run counts as the first.
+    The order is Kafka's: by offset within the run's own topic, by the broker's time across topics; on a tie the run
+    comes first.
     """
     condition = (
         " AND if(topic_id = {topic_id:String}, kafka_offset < {offset:UInt64}, "

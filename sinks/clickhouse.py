@@ -43,8 +43,7 @@ SESSION: Final[dict[str, Any]] = {
     # Indexes are few and small: more threads for them cost more than they spare.
     "max_threads_for_indexes": 1,
 }
-"""Set on every connection: what the protocol and the questions rest on is not left to the profile of the ledger's user.
-"""
+"""Set on every connection: what the protocol and the questions rest on must not depend on the ledger user's profile."""
 _NEWER: Final[dict[str, Any]] = {
     # Stands above ``insert_deduplicate`` (since 26.2).
     "deduplicate_insert": "enable",
@@ -53,7 +52,7 @@ _NEWER: Final[dict[str, Any]] = {
     # A look at indexes while reading costs more than it spares, too (25.9).
     "use_skip_indexes_on_data_read": 0,
 }
-"""The same, where the server knows them: one that does not refuses them."""
+"""Set likewise where the server knows them; an older server refuses names that it does not know."""
 
 # What it logs it also raises; without a handler Python would print it beside a command's one line.
 logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())

@@ -2,7 +2,7 @@
 
 A letter is closed by a row of its topic that says it is its redrive (charge rules: "When is a dead letter closed?").
 Such a row names it by topic id and position, since a topic that is made again counts its offsets afresh. Rows of other
-topics do not count: who may write runs closes no letter of billing's.
+topics do not count: whoever may write runs cannot close a letter of billing's.
 """
 
 from collections.abc import Sequence
@@ -87,8 +87,8 @@ def _at(client: Client, position: Position) -> dict[str, Any]:
 
 
 def redrivable(client: Client, chain: Chain, limit: int) -> list[tuple[str, bytes, bytes]]:
-    """(letter, key, value) of open letters of a chain's topic and partition, of whatever topic id, that are reversals
-    whose run is there by now; the oldest first.
+    """(letter, key, value) of open letters of a chain's topic and partition, over all topic ids: reversals whose run is
+    in the ledger by now, the oldest first.
     """
     rows = _letters(
         client,

@@ -92,7 +92,7 @@ def set_aside_before(rows: list[dict[str, Any]], debit: dict[str, Any]) -> str:
 
 
 def taken_back(rows: list[dict[str, Any]]) -> str:
-    """What the sentence adds for a run that was reversed: `rows` are those of its workspace."""
+    """What the sentence adds for a run that was reversed. ``rows``: those of its workspace."""
     for row in rows:
         if row["kind"] == Kind.REVERSAL:
             given = credits_text(-millicredits_of(row["credits"]), row["pool"])

@@ -1,7 +1,7 @@
 """What the filters of a unit are filled with: a key of 64 bits for each run and each account event of its chains.
 
-``since`` is Unix seconds. A chain's rows are meant over all topic ids: a run may be a copy of one from a topic that has
-been made anew.
+``since`` is Unix seconds. A chain's rows are those of all its topic ids: a run may be a copy of one in a topic that was
+later made again.
 """
 
 from typing import Any, Final
@@ -28,7 +28,7 @@ def recent_run_keys(client: Client, chain: Chain, since: float) -> npt.NDArray[n
 
 
 def older_months(client: Client, chain: Chain, since: float) -> list[int]:
-    """The batch months before, newest first: what is not in the one is in the others, whenever it was recorded."""
+    """The batch months before those of `recent_run_keys`, newest first: with them, they hold every run once."""
     found = client.query(
         f"SELECT DISTINCT batch_month FROM ledger WHERE {_OF_CHAIN} AND batch_month < {{month:UInt32}} "
         "ORDER BY batch_month DESC",

@@ -24,9 +24,9 @@ _USED: Final = {*DEBIT_REASONS, Reason.REVERSED}
 def usage(client: Client, workspace_id: str, by: By, start: date | None, end: date | None) -> list[UsageRow]:
     """Credits and runs of one workspace in the UTC days [start, end), most credits first (days: in order).
 
-    What was reversed is taken off the credits, not off the runs. Summed by plain keys of the ``usage`` projection. What
-    is free is split off here, since ``sumIf`` misses it, and what is no usage, since its condition would cost a seventh
-    of the answer's time to plan.
+    What was reversed is taken off the credits, not off the runs. The sums are by plain keys, so that the ``usage``
+    projection serves them: it would not serve ``sumIf``, so free runs are split off here. So are rows that are no
+    usage: a condition for them would cost a seventh of the answer's time to plan.
     """
     keys = by.keys
     grouped = list(dict.fromkeys([*keys, "pool", "reason"]))

@@ -25,7 +25,7 @@ from streams.periods import Day, Period, day_of
 DAYS_KEPT: Final = 40
 """Days before "now" whose debits an account holds: a billing period has at most 31."""
 EVICTED_AT_ONCE: Final = 256
-"""Accounts that an eviction looks at beyond those that were loaded since the one before."""
+"""Accounts that an eviction looks at, besides two for each that was loaded since the last one."""
 METERED: Final = (Pool.ENRICHMENT, Pool.PREMIUM)
 _MOVED: Final = {
     (True, True): frozenset(METERED),
@@ -111,8 +111,8 @@ class Account:
 
     @property
     def waits(self) -> bool:
-        """Whether time alone may have something to tell: it is not `ok`, something is to take effect, in this period or
-        later, or of the next one nothing remains (it was cancelled), or runs whose clocks were ahead have drawn.
+        """Whether time alone may change what is told of it: it is not `ok`; a plan or a grant is still to take effect;
+        the next period has no allowance (it was cancelled); or runs whose clocks were ahead have drawn in that period.
         """
         if self._enrichment.next_allowance == 0 or any(self._days[max(0, self.period.end - self._first_day) :]):
             return True
@@ -140,7 +140,7 @@ class Account:
         return self.used_between(Period(day, day + 1))
 
     def draw(self, pool: Pool, day: Day, credits: Millicredits) -> None:
-        """Add a debit, or by a negative one take it back; on a closed period's day that moves no standing."""
+        """Add a debit; a negative one takes it back. On a day of a closed period it moves no standing."""
         if pool == Pool.PREMIUM:
             self._used_premium += credits
         else:
@@ -250,7 +250,7 @@ class Balances:
         self.now_ms = self.now_ms or at_ms
 
     def missing(self, names: Iterable[str], at_ms: int = FOREVER_MS) -> list[str]:
-        """Those that must be loaded before they can be folded; the new ones of a unit that knows all are made."""
+        """The names that must be loaded before they can be folded. When all are known, a new name is a new account."""
         absent = [name for name in names if name not in self._accounts]
         if absent and self.knows_all:
             self.load(dict.fromkeys(absent, NOTHING), at_ms)
@@ -258,9 +258,7 @@ class Balances:
         return absent
 
     def load(self, openings: Mapping[str, Opening], at_ms: int = FOREVER_MS) -> None:
-        """Take accounts in, as of ``now_ms``, or of ``at_ms`` where that is older. Those that are in memory already
-        stay as they are.
-        """
+        """Take accounts in, as of the earlier of ``now_ms`` and ``at_ms``. Those in memory already stay as they are."""
         for name, opening in openings.items():
             if name not in self._accounts:
                 self._loaded += 1
@@ -268,11 +266,11 @@ class Balances:
                 self._await(account)
 
     def evict(self, durable: int, durable_events: int) -> None:
-        """Let go of accounts that were touched longest ago, until the bound holds; never of one that time may move,
-        that has something to tell, or that has records beyond the last offsets in the ledger, of runs and of events.
+        """Let go of the accounts touched longest ago, until the bound holds. One stays if it `waits`, has something to
+        tell, or has records beyond the last ``durable`` offsets of runs and of account events.
 
-        Those that must stay are looked at again after all others, and only some at a time: however many of them there
-        are beyond the bound, a take costs the same.
+        Only some accounts are looked at in one call, and one that stays goes to the end of the line: so a take costs
+        the same, however many must stay beyond the bound.
         """
         excess = len(self._accounts) - self._accounts_max
         at_once, self._loaded = EVICTED_AT_ONCE + 2 * self._loaded, 0
@@ -310,12 +308,12 @@ class Balances:
     def apply(
         self, name: str, cause: Cause | None, change: Callable[[Account], None], at_ms: int, row: int
     ) -> list[Notice]:
-        """Fold one account event: ``change`` edits the facts, or draws. At most one notice for a pool; none without a
-        ``cause``, and no ``used`` moves unseen.
+        """Fold one account event: ``change`` edits the facts, or draws. At most one notice for each pool, and none
+        without a ``cause``; before them, those of the instants that come with it.
         """
         account = self._touch(name)
         account.event_offset = row
-        # An event may lag behind the runs: no instant up to now is skipped by computing the terms as of now.
+        # An event may lag behind the runs. Terms are computed as of now, so every instant up to now comes first.
         self.now_ms = max(self.now_ms, at_ms)
         notices = self._advance(account, self.now_ms)
         before = account.enrichment, account.premium

@@ -29,8 +29,8 @@ class Batching(msgspec.Struct, frozen=True):
 
     @property
     def every_s(self) -> float:
-        """Batches are written at least so many seconds apart, however small they are: each leaves a token for each of
-        its chains, and the ledger's table remembers a number of them.
+        """Batches are written at least this far apart, seconds: each leaves a token for each of its chains, and the
+        ledger's table remembers a limited number of tokens.
         """
         return min(self.linger_s, INSERT_EVERY_S)
 
@@ -54,7 +54,7 @@ class OpenBatch:
         self.takes: list[Take] = []
         self.parcels: list[Parcel] = []
         self.followed_by: AccountBatch | None = None
-        """Account events that were folded behind it, and are written behind it."""
+        """Account events that were folded after its rows, and are written after them."""
         self._unmade: list[Take] = []
         self._tables: list[pa.Table] = []
         self._bytes = 0
@@ -109,6 +109,6 @@ class OpenBatch:
 
 
 def chunk_bytes(chunk: Any) -> int:
-    """Bytes of its records as Kafka held them. A part of a chunk is counted anew: ``nbytes`` is that of all of it."""
+    """Bytes of its records as Kafka held them. ``nbytes`` is the whole chunk's, so a part of one is counted again."""
     is_whole = getattr(chunk, "records", 0) == len(chunk)
     return chunk.nbytes if is_whole else bytes_of(chunk)

@@ -26,7 +26,7 @@ def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
 
 
 def with_event(facts: Facts, row: AccountRow) -> Facts:
-    """What is known of a workspace, and one plan, grant or threshold more."""
+    """The facts with one plan, grant or change of thresholds more."""
     arrival = row.recorded_ms, row.offset
     match row.kind:
         case Kind.PLAN:

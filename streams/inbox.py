@@ -16,10 +16,10 @@ BACKLOG_CHUNK: Final = 500
 GATHER_S: Final = 0.02
 """How long more chunks of a backlog are waited for."""
 SILENCE_S_MAX: Final = 5.0
-"""How long one topic waits for what Kafka has of the other, while nothing of it comes."""
+"""How long one topic waits for records of the other that Kafka has and does not send."""
 HELD_S_MAX: Final = 1.0
-"""How long account events are held back while the writer is behind, by our clock; and by the broker's, for a backlog
-of hours passes in a second.
+"""How long account events are held back while the writer is behind: by our clock, and also by the broker's, since
+hours of a backlog pass in a second.
 """
 
 
@@ -36,13 +36,14 @@ Behind = tuple[int | None, int | None]
 
 
 class Inbox:
-    """Two queues and one order between them: of what waits, the broker's time decides which topic comes first, and at
-    one instant the runs do. What Kafka still has of a topic may be older than what waits of the other: then it is
-    waited for. A chunk of a backlog spans hours: it is parted where the other topic comes in between. How much
-    waits is bounded by what the transport lets be in flight.
+    """Two queues and one order between them: the broker's time decides which topic comes first; on a tie, runs do.
 
-    Account events are an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
-    that many share one, and the alerts of runs do not wait for it.
+    Records that Kafka still has of one topic may be older than those that wait of the other: they are waited for. A
+    chunk of a backlog may span hours: it is split where records of the other topic come in between. The transport
+    bounds how much waits here.
+
+    Account events need an insert of their own. While ``is_writer_behind`` they are held back for up to `HELD_S_MAX`, so
+    that many share one insert, and the alerts of runs do not wait for it.
     """
 
     def __init__(self, is_writer_behind: Callable[[], bool], unread: Callable[[], Behind] = lambda: (0, 0)) -> None:
@@ -54,12 +55,12 @@ class Inbox:
         self._silent_since: list[float | None] = [None, None]
         self._held_since: float | None = None
         self._arrived = asyncio.Event()
-        """Something waits, or whoever waits for it is wanted elsewhere."""
+        """Something has come, or `take_runs` was nudged."""
         self._is_nudged = False
 
     @property
     def has_account_events(self) -> bool:
-        """Whether any wait, next or not, but not for runs that Kafka still has."""
+        """Whether account events wait, and no run that Kafka still has must come before them."""
         return bool(self._account_events) and (bool(self._runs) or self._precede_what_comes())
 
     def put(self, parcel: Parcel) -> None:
@@ -74,10 +75,10 @@ class Inbox:
         self._arrived.set()
 
     async def take_runs(self, rows_max: int, deadline: float | None) -> list[Parcel]:
-        """Chunks of cell runs that wait, until they are ``rows_max`` records or more, or up to account events that are
-        next; none at the deadline (loop time), or after a nudge.
+        """The next chunks of cell runs, up to ``rows_max`` records or slightly more, and no further than account events
+        that come first. What there is, perhaps nothing, at the deadline (loop time) or after a nudge.
 
-        A long chunk tells of a backlog: then some more are gathered, since a take has a price of its own.
+        A long chunk is a sign of a backlog: then more are gathered, since each take costs something by itself.
         """
         parcels: list[Parcel] = []
         rows = 0
@@ -128,8 +129,8 @@ class Inbox:
         return (self._runs[0].chunk[0].timestamp if self._runs else self._known_until_ms(of_account=False)) - 1
 
     def _known_until_ms(self, *, of_account: bool) -> int:
-        """From when on more may come of a topic of which nothing waits: Kafka's next record is no older than the last;
-        `FOREVER_MS` where it has none, or where nothing has come of it for long.
+        """Of a topic of which nothing waits: the time before which none of its records can still come. That of its last
+        record, or `FOREVER_MS` when Kafka has no more of it, or has sent none for `SILENCE_S_MAX`.
         """
         if self._unread()[of_account] == 0:
             self._silent_since[of_account] = None
@@ -150,7 +151,7 @@ class Inbox:
 
 
 def _up_to(last_ms: int, waiting: deque[Parcel]) -> Parcel:
-    """The next chunk, up to an instant. What follows stays next, and its acknowledgement is that of all of it."""
+    """The next chunk, up to an instant. The rest of it stays next, and acknowledges the whole chunk."""
     parcel = waiting[0]
     number = len(parcel.chunk)
     if parcel.chunk[-1].timestamp > last_ms:

@@ -155,7 +155,7 @@ class Meter:
         states = await self.threads.run("reader", self.broker.log_ranges, self.settings.topic(LIMIT_STATES), partitions)
         resume: Offsets = {}
         commit: Offsets = {}
-        for assigned in await self._assigned(sorted(partitions), group):
+        for assigned in await self._find_assigned(sorted(partitions), group):
             unit = await self._load(assigned)
             begin = {
                 (chain.topic, chain.partition): max(mark.next, found.start)
@@ -172,7 +172,7 @@ class Meter:
         self.assigned = True
         return resume, commit
 
-    async def _assigned(self, partitions: Sequence[int], group: str) -> list[Assigned]:
+    async def _find_assigned(self, partitions: Sequence[int], group: str) -> list[Assigned]:
         """The marks first: a log that is read after its mark is not behind it, whoever writes meanwhile."""
         topics = self.topic, self.event_topic
         pairs = [(Chain(topics[0].name, topics[0].id, p), Chain(topics[1].name, topics[1].id, p)) for p in partitions]

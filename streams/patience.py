@@ -15,8 +15,8 @@ T = TypeVar("T")
 async def patiently(
     ask: Callable[[], Awaitable[T]], on_trouble: Callable[[str], None], whose: str = "", s_max: float = math.inf
 ) -> T:
-    """The answer. ``on_trouble`` hears what the database said, after ``whose``, and "" once it has answered after all,
-    or nobody waits for that any more.
+    """The answer. ``on_trouble`` hears what the database said, prefixed by ``whose``; then "", once it has answered or
+    the caller has given up.
 
     DatabaseError when it has not answered for longer than ``s_max`` seconds.
     """

@@ -45,8 +45,10 @@ class Start(NamedTuple):
 def starting_point(
     marks: tuple[int, int], committed: tuple[int | None, int | None], log_starts: tuple[int, int]
 ) -> Start:
-    """What Kafka's commits (next offsets, None: none) and the ledger's marks say together. Of a chain that has no rows,
-    a commit up to the first offset that Kafka has says where the group began: what lay before was dropped, unread.
+    """From Kafka's commits (next offsets, None: none) and the ledger's marks.
+
+    A chain without rows may have a commit at the start of its log, or before it: it says where the group began, and
+    that nothing has been read since.
     """
     after = [
         mark if commit is None or (mark < 0 and commit <= start) else commit - 1
@@ -132,7 +134,7 @@ def _source(table: Any, notice: Notice, chain: Chain) -> Source | None:
 
 
 def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Sequence[str]) -> None:
-    """Tell the states of workspaces, and what stands crossed of those that are not ``ok``: it notifies nobody."""
+    """Tell the states of workspaces and, marked ``seeded``, the thresholds that stand crossed: these notify nobody."""
     alerts = []
     for name in names:
         account = balances[name]
@@ -146,8 +148,8 @@ def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Seque
 
 
 def instants_of(rows: Sequence[AccountRow], from_ms: int, to_ms: int) -> tuple[int, ...]:
-    """When time alone may have told of a workspace, by what was known at each of these instants. ``rows``: all of its
-    account events.
+    """The instants between two times at which time alone may have changed what is told of a workspace, each by what was
+    known then. ``rows``: all of its account events.
     """
     instants: list[int] = []
     now_ms = from_ms
@@ -165,8 +167,8 @@ def instants_of(rows: Sequence[AccountRow], from_ms: int, to_ms: int) -> tuple[i
 def told_at(
     name: str, rows: Sequence[AccountRow], instant: int, opening: Opening
 ) -> list[tuple[Notice, Source | None]]:
-    """What an instant told of a workspace. ``opening``: the debits that had been recorded before it, since with later
-    ones it would have told something else; so it would with later events, or without those that they have replaced.
+    """What an instant told of a workspace, by what was known then. ``opening``: the debits recorded before it; of
+    ``rows``, too, those recorded later are left out. With them it would have told something else.
     """
     known = _known_at(rows, instant - 1)
     notices: list[Notice] = []

@@ -54,15 +54,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     partitions: Annotated[int, Meta(ge=1, le=1024, description="partitions of a topic; fixed for its life")] = 4
     replication_factor: Annotated[int, Meta(ge=1, le=7, description="replicas of a topic at creation")] = 1
     instance: Annotated[Name, Meta(description="static group member id, one per replica; empty: dynamic")] = ""
-    linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="a batch is written at the latest after this")] = 1000
-    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="a batch with so many rows goes at once")] = (
-        40_000
-    )
+    linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="a batch is written after this at the latest")] = 1000
+    batch_rows_max: Annotated[
+        int, Meta(ge=1, le=500_000, description="a batch of this many rows is written at once")
+    ] = 40_000
     duplicate_filter_mb_max: Annotated[
-        int, Meta(ge=8, le=65_536, description="memory of the filters for copies, all partitions together")
+        int, Meta(ge=8, le=65_536, description="memory of the filters that find copies, all partitions together")
     ] = 250
     balances_max: Annotated[
-        int, Meta(ge=1_000, le=50_000_000, description="workspaces whose balance is kept in memory, at the most")
+        int, Meta(ge=1_000, le=50_000_000, description="most workspaces whose balance is kept in memory")
     ] = 200_000
     epoch: Annotated[int, Meta(ge=0, description="raised by an operator after a restore of the ledger")] = 0
     retention_gap: Annotated[

@@ -1,6 +1,8 @@
-"""Follows `limit-states` for the units of this worker: nothing fences a topic, so a worker that was paused, lost its
-partitions and wakes may still publish what it knew. The owner sees that and answers with what is so now, also where it
-was said before there was an owner: there, it is what came behind a state that rests on more.
+"""Finds stale states on `limit-states`, and has the units of this worker answer them.
+
+Nothing fences a topic: a worker that was paused, and has lost its partitions, may publish what it knew when it wakes.
+The owner sees such a state and answers it with its own. Of states from before there was an owner, those are stale that
+lie behind one which rests on more.
 """
 
 import threading
@@ -101,7 +103,7 @@ class Follower:
                 self._hear(partition, states)
 
     def _is_out_of_order(self, partition: int, as_of: AsOf) -> bool:
-        """Whether a state that rests on more stands before it. One owner after the other says what rests on more."""
+        """Whether a state before it rests on more: states of owners in turn rest on more and more."""
         newest = self._newest.get(partition)
         if newest and as_of.is_older_than(newest):
             return True
@@ -110,13 +112,13 @@ class Follower:
 
 
 def foreign_to(owner: str, states: Sequence[Heard]) -> dict[Key, AsOf]:
-    """What of these states on the topic somebody else has said."""
+    """Those of the states that another owner wrote, by key."""
     return {(state.workspace_id, state.pool): state.as_of for state in states if state.owner != owner}
 
 
 def answer(unit: Unit, foreign: Mapping[Key, AsOf]) -> None:
-    """Another owner's states on the topic: those that are older than what this unit knows are answered. One that is not
-    is kept in mind until the unit is past it: it may have known more runs and fewer account events.
+    """Have the unit answer states of another owner that are older than what it knows. One that is not older yet is kept
+    in mind until the unit is past it: it may rest on more runs and on fewer account events.
     """
     if foreign and not unit.voice.unanswered:
         unit.chores.append(_answer)

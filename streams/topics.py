@@ -173,9 +173,9 @@ class Broker:
             consumer.close()
 
     def _metadata(self, name: str) -> ClusterMetadata:
-        """librdkafka tries a refused login again until its time is over, and tells of it only between two calls: so it
-        is asked twice for a moment, until it was let in. Later a handshake that once broke off is no reason why Kafka
-        is slow.
+        """librdkafka repeats a refused login until the timeout, and reports it only between two calls. So until it was
+        let in once, it is asked for two short moments first; after that a broken handshake says nothing about a slow
+        answer.
         """
         for moment_s in () if self._was_let_in else (0.5, 1.0):
             try:
@@ -215,8 +215,8 @@ class Broker:
 
 
 def _watermarks(consumer: Consumer, topic: str, partition: int) -> tuple[int, int]:
-    """Start and end of one log. Metadata may lack a partition or its leader right after an outage, and librdkafka keeps
-    what it was told: they are asked for again.
+    """Start and end of one log. Right after an outage the metadata may lack a partition or its leader, and librdkafka
+    would keep them: they are fetched again.
     """
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while True:

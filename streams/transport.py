@@ -43,8 +43,8 @@ ANSWERS_APART_MS_MAX: Final = 2_000
 
 
 class Chunk(list[Any]):
-    """Consecutive records of one partition, the event's value. Its unit empties it once the rows are made; what it
-    held is still counted as in flight, until it is acknowledged.
+    """Consecutive records of one partition: the value of one Faust event. Its unit empties it once rows are made of it;
+    ``records`` and ``nbytes`` count as in flight until it is acknowledged.
     """
 
     records: int = 0
@@ -136,9 +136,9 @@ class Consumer(driver.Consumer):
         return done[-1] + 1 if done else None
 
     def end_ms(self, tp: TP, last: int) -> int:
-        """Until when (Unix ms) Kafka had no record of this partition after ``last``, by its latest answer to a fetch;
-        0: it has one, or has not answered. Behind the last record may lie markers of transactions: then the fetch
-        position tells, once nothing is in flight.
+        """The latest time (Unix ms) at which Kafka had no record of this partition after ``last``, by its answers to
+        fetches; 0: it has one, or has not answered. Transaction markers may lie after the last record: once nothing is
+        in flight, the fetch position is past them.
         """
         state = self._state_of(tp)
         if state is None or state.timestamp is None:
@@ -178,8 +178,8 @@ class Consumer(driver.Consumer):
         notify(self._waiting_for_ack)
 
     async def commit_start(self, offsets: Mapping[TP, int]) -> None:
-        """Commit where a group begins: what follows then counts as not seen by it. What a rebalance has taken meanwhile
-        is left out: a commit of nothing else would end the process.
+        """Commit where a group begins: what follows then counts as not seen by it. Faust leaves out what a rebalance
+        has taken meanwhile.
         """
         await self._commit_offsets(offsets)
 

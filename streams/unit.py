@@ -12,10 +12,11 @@ Order of effects for cell runs, over everything that waits for a unit, 1 to 40,0
 8. states whose ``used`` moved are handed over, too; the producer is flushed (`streams.settling`)
 9. acknowledge the chunks; the Kafka commit follows: it means that rows are in *and* alerts are out
 
-Account events go the same way, an insert of their own behind the runs that were folded before them: they are rated
-against the ledger and what is on its way there, folded, told, written at once. A reversal is a barrier: everything
-before it is written and read back first, so it sees durable rows only; and so are its own rows before they are folded,
-since after a crash it might see more. The broker's time decides which topic comes first (`streams.inbox`).
+Account events go the same way. They are rated against the ledger and the rows on their way there, folded, told, and
+written at once, in an insert of their own behind the runs that were folded before them. A reversal is a barrier: all
+that came before it is written and read back first, so that it sees durable rows only. Its own rows are read back before
+they are folded, too: after a crash it could see more, and be rated otherwise. The broker's time decides which topic
+comes first (`streams.inbox`).
 
 A crash between any two of these replays to the same ledger, since what the ledger does not have is read again; and to
 the same alert ids, since what the commit has not seen is folded again (`streams.recovery`). While one batch is inserted
@@ -25,7 +26,7 @@ the next is prepared; every queue between them is bounded.
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -134,9 +135,9 @@ class Unit:
         self._draining = self._is_tick_due = False
         self._closing = threading.Event()
         self.looks_back_ms = FOREVER_MS
-        """Up to when (Unix ms) it is being found out what time alone has told: accounts are loaded as of then."""
-        self.chores: deque[Callable[[Unit], Any]] = deque()
-        """What others want done in the unit's sequence: awaitable functions of it, one between two takes."""
+        """The end (Unix ms) of a look-back that is under way: accounts are loaded as of then."""
+        self.chores: deque[Callable[[Unit], Awaitable[None]]] = deque()
+        """What others want done in the unit's sequence; one chore runs between two takes."""
         self._chores_due = 0
 
     @property
@@ -162,7 +163,7 @@ class Unit:
         return self._folded, self._event_position
 
     def receive(self, parcel: Parcel) -> None:
-        """Take over a chunk. The transport bounds how much waits here."""
+        """Take a chunk in. The transport bounds how much waits here."""
         self._inbox.put(parcel)
 
     def drain(self) -> None:
@@ -220,13 +221,13 @@ class Unit:
             await self._seal()
 
     def _is_time_to_seal(self) -> bool:
-        """A full batch goes, if need be after a wait; one that has only lingered goes when the writer is free: under a
-        backlog batches are large, whatever the linger.
+        """A full batch is sealed even if it must wait for the writer; one that has only lingered, when the writer is
+        free: so batches are large under a backlog, however short the linger.
         """
         batching = self._shared.batching
-        # Without takes, all of it was read before: nothing to write, and nothing to wait for.
+        # Parcels without a take held nothing new: nothing to write, and nothing to wait for.
         at_once = bool(self._open.parcels) and (self._draining or not self._open.takes)
-        # Account events that wait are sealed behind it: were it to take the writer before them, they would wait again.
+        # Account events that wait will be sealed with it; if it went to the writer now, they would wait once more.
         due = at_once or (self._open.is_due(batching) and not self._inbox.has_account_events)
         return self._open.is_full(batching) or (due and not self._sealed.full())
 
@@ -235,7 +236,7 @@ class Unit:
         self._open = OpenBatch(self._position)
 
     def _unread(self, parcel: Parcel) -> list[Record]:
-        """The chunk without what this unit has had before, as after a seek that came twice."""
+        """The chunk without the records that this unit has had, as after a second seek."""
         chunk = parcel.chunk
         if chunk and chunk[0].offset <= self._position:
             chunk = [record for record in chunk if record.offset > self._position]
@@ -290,11 +291,11 @@ class Unit:
         self.balances.evict(self.mark.last, self.event_mark.last)
 
     async def load(self, names: Sequence[str], at_ms: int = FOREVER_MS) -> None:
-        """Bring accounts into memory, as of now, or of the record that asks for them where that is older, or of the
-        instant up to which is looked back.
+        """Bring accounts into memory, as of the earliest of three instants: now, ``at_ms`` (the time of the record that
+        needs them), and the end of the look-back.
 
-        One that is not there has no rows above the mark, since such are not evicted: so what the ledger holds of it is
-        all there is, whatever is being inserted meanwhile.
+        What the ledger holds of an account is all there is, whatever is being inserted meanwhile: one with rows above
+        the mark is never evicted, so it would be in memory.
         """
         at_ms = min(at_ms, self.looks_back_ms)
         while missing := self.balances.missing(names, at_ms):
@@ -379,7 +380,7 @@ class Unit:
             self._count(Counter(counts(take)), self.chain)
 
     async def _write_account_events(self, written: AccountBatch) -> None:
-        """Both marks are read again: mark_read_at then orders the rows of both chains as they were folded."""
+        """Both marks are read again, so that ``mark_read_at`` orders the rows of both chains as they were folded."""
         stale = msgspec.structs.replace(self.event_mark, age_from=TOO_OLD)
         self.event_mark = await self._append(written.batch, stale)
         self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)

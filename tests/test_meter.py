@@ -15,7 +15,7 @@ from schemas.ledger import Pool
 from schemas.limits import AsOf, state_key
 from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
-from streams import follower
+from streams import stale_states
 from streams.assignment import Assigned, examine
 from streams.meter import Meter
 from streams.settings import read_settings
@@ -37,6 +37,7 @@ def meter_of(bench: Bench, home: Path) -> Meter:
     """A meter that has nothing but this unit, and loads as the bench does."""
     meter = Meter(read_settings({}, home=str(home), partitions=1), NO_KAFKA)
     meter._loader = bench.loader
+    meter.publisher = bench  # type: ignore[assignment]  # what it sends by itself
     meter.units[0] = bench.unit
     return meter
 
@@ -175,7 +176,7 @@ async def test_f18_what_is_older_is_answered_and_nothing_else(client: Client, mo
     await do_chores(unit)
     assert (bench.states, unit.voice.unanswered, len(unit.chores)) == ({}, {KEY: ahead}, 1)
 
-    monkeypatch.setattr(follower, "LOADED_AT_ONCE", 1)
+    monkeypatch.setattr(stale_states, "LOADED_AT_ONCE", 1)
     unit._folded += 1
     answer(unit, {premium: STALE})
     await do_chores(unit)
@@ -244,7 +245,7 @@ async def test_f7_a_log_is_not_behind_a_mark_that_moves_meanwhile(client: Client
         return found
 
     bench.loader.read_mark = read_and_write  # type: ignore[method-assign]
-    (place,) = await meter._places([0], "group")
+    (place,) = await meter._find_assigned([0], "group")
     assert not any(
         examine(mark, chain, log, "stop")
         for mark, chain, log in zip(place.marks, place.chains, place.logs, strict=True)

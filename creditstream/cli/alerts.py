@@ -51,7 +51,7 @@ class DeliveryRow(msgspec.Struct, frozen=True):
 
 @click.group()
 def alerts() -> None:
-    """Limit alerts: which left, what was delivered, and how to try a receiver or send one again."""
+    """Limit alerts: list them and their deliveries, try a receiver, send one again."""
 
 
 @alerts.command()
@@ -63,7 +63,7 @@ def alerts() -> None:
     type=click.Choice([str(form) for form in Format]),
     default="standard",
     show_default=True,
-    help="Body.",
+    help="Format of the body.",
 )
 @click.option("--allow-private", is_flag=True, help="The URL may be plain http, or lie in a private network.")
 def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> None:
@@ -89,7 +89,7 @@ def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> No
 
 
 def _as_option(said: object) -> str:
-    """What an endpoints file calls ``allow_private`` is an option here."""
+    """A text about an endpoints file, with its ``allow_private`` as the option that it is here."""
     return str(said).replace("allow_private", "--allow-private")
 
 
@@ -113,7 +113,7 @@ def _secret(variable: str | None) -> str:
 @alerts.command()
 @click.argument("alert_id", type=click.UUID)
 @endpoints_option
-@click.option("--endpoint", metavar="NAME", help="Only to this one, whether it wants the alert or not.")
+@click.option("--endpoint", metavar="NAME", help="Only to this endpoint, whether it wants the alert or not.")
 @home_option
 def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | None) -> None:
     """Send an alert once more, under the same id. Exit 1 when a receiver does not accept it.
@@ -135,8 +135,8 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 
 
 @alerts.command("list")
-@click.option("--workspace", metavar="WORKSPACE", help="Only of this one.")
-@click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only these.")
+@click.option("--workspace", metavar="WORKSPACE", help="Only alerts of this workspace.")
+@click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only alerts of this kind.")
 @click.option(
     "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
 )
@@ -156,7 +156,9 @@ def list_alerts(
 
 
 @alerts.command("deliveries")
-@click.option("--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only these.")
+@click.option(
+    "--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only deliveries in this state."
+)
 @click.option(
     "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many; failed ones first."
 )

@@ -1,4 +1,4 @@
-"""Questions about credits: what is left, where it went, may it run, what will it cost, who comes close."""
+"""Questions about credits: what is left, where it went, may it run, what will it cost, who is close to a limit."""
 
 from datetime import datetime
 from shlex import quote
@@ -159,7 +159,9 @@ def told(found: SpendCheck) -> str:
 @click.argument("action")
 @_cells
 @click.option("--table", "table_id", metavar="ID", default="", help="Table of the column.")
-@click.option("--column", "column_id", metavar="ID", default="", help="Column whose own history is expected to go on.")
+@click.option(
+    "--column", "column_id", metavar="ID", default="", help="Column whose own history gives the expected cost."
+)
 @_own_api_key
 @as_of_option
 @source_options
@@ -228,7 +230,7 @@ def _rests_on(found: Estimate) -> str:
 @source_options
 @format_option
 def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """Who comes close: the largest share of the allowance used, or credits gone before the period's end.
+    """Workspaces closest to a limit: by share of the allowance used, or by credits gone before the period's end.
 
     Example: `creditstream top --by runs_out`
     """

@@ -31,11 +31,16 @@ GRANT_COLUMNS = ("effective_at", "credits", "in_force", "recorded_at")
 
 
 def event_options(command: F) -> F:
-    """What every event may be given, and whom to ask what became of it."""
+    """The options of every event, and of whom to ask what became of it."""
     for option in (
         click.option("--wait", is_flag=True, help="Wait until it is in the ledger, and say what became of it."),
         click.option("--actor", metavar="NAME", help="Who does it."),
-        click.option("--event-id", type=click.UUID, metavar="UUID", help="To send it again; without it a new one."),
+        click.option(
+            "--event-id",
+            type=click.UUID,
+            metavar="UUID",
+            help="Send the event under this id; without it, under a new one.",
+        ),
     ):
         command = option(command)
     return source_options(command)
@@ -130,14 +135,14 @@ def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
 
 @click.group()
 def limits() -> None:
-    """Thresholds: when a workspace is told that its credits run low."""
+    """Thresholds: at which of them a workspace is told that its credits run low."""
 
 
 @limits.command("set")
 @click.argument("workspace")
 @click.option("--threshold", "thresholds", type=click.IntRange(1, 100), multiple=True, help="Percent; may be repeated.")
-@click.option("--remaining-below", type=Credits(), help="Tell, too, when no more than these remain.")
-@click.option("--plan-default", is_flag=True, help="No thresholds of its own any more.")
+@click.option("--remaining-below", type=Credits(), help="Also alert when no more than this remains.")
+@click.option("--plan-default", is_flag=True, help="Go back to the plan's thresholds.")
 @event_options
 def set_limits(
     workspace: str, thresholds: tuple[int, ...], remaining_below: str | None, plan_default: bool, home: str, **sent: Any
@@ -160,7 +165,7 @@ def set_limits(
 @source_options
 @record_format_option
 def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """At what a workspace is told, and who said so: itself, its plan, or the default.
+    """The thresholds of a workspace, and where they come from: itself, its plan, or the default.
 
     Example: `creditstream limits show ws_0001`
     """

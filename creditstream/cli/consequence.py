@@ -52,16 +52,16 @@ def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | N
 
 def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
     """A run that is taken back."""
-    told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day that it ran."
+    told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day of the run."
     if metered and metered.row.kind == Kind.REVERSAL:
         drawn = credits_text(-metered.row.credits, metered.row.pool)
-        told = f"Run {run_id} of {workspace} is taken back: {drawn} given back, on the day that it ran."
+        told = f"Run {run_id} of {workspace} is taken back: {drawn} given back, on the day of the run."
     return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quote(workspace)}", metered)]
 
 
 def of_limits(workspace: str, metered: Metered | None) -> list[str]:
     """Thresholds."""
-    told = told_limits(metered.limits) if metered else f"{workspace} has other thresholds as soon as it is metered."
+    told = told_limits(metered.limits) if metered else f"{workspace} gets these thresholds once the event is metered."
     return [told, *_known(metered), _more(f"limits show {quote(workspace)}", metered)]
 
 
@@ -83,7 +83,7 @@ def _moved(metered: Metered | None) -> list[str]:
         before = _standing(metered.before[name]) if name in metered.before else "unknown"
         if before != (now := _standing(pool)):
             lines.append(f"The {name} pool before: {before}; now: {now}.")
-    return lines or ["What is left now is not changed by it."]
+    return lines or ["What is left is unchanged."]
 
 
 def _standing(pool: PoolBalance) -> str:

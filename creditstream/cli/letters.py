@@ -20,7 +20,11 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list")
-@click.option("--reason", type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]), help="Only these.")
+@click.option(
+    "--reason",
+    type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]),
+    help="Only letters with this reason.",
+)
 @click.option(
     "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
 )
@@ -70,12 +74,18 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 @click.option(
     "--reason",
     type=click.Choice([str(reason) for reason in REDRIVABLE_REASONS]),
-    help="All open ones of these, the oldest first.",
+    help="All open letters with this reason, the oldest first.",
 )
-@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=1000, show_default=True, help="How many of them.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, LIST_MAX),
+    default=1000,
+    show_default=True,
+    help="How many letters, with --reason.",
+)
 @home_option
 def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
-    """Send dead letters again, once what kept them from being metered is mended, and wait for what becomes of them.
+    """Send dead letters again, once their cause is mended, and wait for what becomes of them.
 
     Exit 1 when one is set aside again: it is a new letter then, and its old one is closed.
 

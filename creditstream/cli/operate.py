@@ -1,4 +1,4 @@
-"""For whoever runs it: topics, migrations, settings, and the proof that the books close."""
+"""For operators: topics, migrations, settings, and the proof that the books close."""
 
 from contextlib import nullcontext
 

@@ -39,7 +39,7 @@ def _keep_home(_: click.Context, __: click.Parameter, home: str | None) -> str |
 def source_options(command: F) -> F:
     """``--home`` and ``--url``: whom to ask."""
     url = click.option(
-        "--url", type=Url(), default="", callback=_keep_url, help="A worker's read API, when it is not the home's."
+        "--url", type=Url(), default="", callback=_keep_url, help="Ask this worker's read API, not the home's."
     )
     return home_option(url(command))
 
@@ -127,12 +127,12 @@ class Credits(click.ParamType):
 
 def as_of_option(command: F) -> F:
     """``--as-of``: what the ledger knew at an instant."""
-    return _as_of("What the ledger knew then, instead of now.")(command)
+    return _as_of("As the ledger knew it then, instead of now.")(command)
 
 
 def day_of_option(command: F) -> F:
     """``--as-of`` of what is asked of all workspaces at once: see `creditstream.spending.top`."""
-    return _as_of("How it stood on that UTC day, by what the ledger knows now.")(command)
+    return _as_of("On that UTC day, by what the ledger knows now.")(command)
 
 
 def _as_of(means: str) -> Callable[[F], F]:

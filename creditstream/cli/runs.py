@@ -32,7 +32,7 @@ FIELD_INDENT: Final = 13
 )
 @click.option("--from", "start", type=DAY, metavar="YYYY-MM-DD", help="First UTC day.")
 @click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
-@click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="The billing period that holds this UTC day, instead.")
+@click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="Instead: the billing period that holds this UTC day.")
 @source_options
 @format_option
 def usage(
@@ -72,9 +72,11 @@ def _require_order(start: date | None, end: date | None) -> None:
 
 @click.command()
 @click.argument("workspace")
-@click.option("--table", "table_id", metavar="ID", default="", help="Only of this table.")
-@click.option("--column", "column_id", metavar="ID", default="", help="Only of this column.")
-@click.option("--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only these.")
+@click.option("--table", "table_id", metavar="ID", default="", help="Only runs of this table.")
+@click.option("--column", "column_id", metavar="ID", default="", help="Only runs of this column.")
+@click.option(
+    "--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only runs with this reason."
+)
 @click.option(
     "--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many, newest first."
 )
@@ -95,7 +97,9 @@ def runs(
 
 @click.command()
 @click.argument("run_id", type=click.UUID)
-@click.option("--workspace", metavar="ID", default="", help="Whose run it is, where several have used the id.")
+@click.option(
+    "--workspace", metavar="ID", default="", help="Whose run it is, when several workspaces have used the id."
+)
 @source_options
 @record_format_option
 def explain(run_id: UUID, workspace: str, home: str, url: str, form: str) -> None:
