@@ -22,7 +22,8 @@ from streams.connection import faust_credentials
 from streams.inbox import Parcel
 from streams.lenient_headers import read_any_header
 from streams.meter import Meter
-from streams.reading import Offsets, Read, Reading
+from streams.reading import Offsets, Reading
+from streams.records import UpTo
 from streams.settings import Settings, read_settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
@@ -108,7 +109,7 @@ class MeterApp(faust.App):
         for topic in (self.meter.topic, self.meter.event_topic):
             self.chunks.hold(TP(topic.name, partition))
 
-    def _of_both(self, question: Callable[[TP, int], T], partition: int, read: Read) -> tuple[T, T]:
+    def _of_both(self, question: Callable[[TP, int], T], partition: int, read: UpTo) -> tuple[T, T]:
         run, event = read
         return (
             question(TP(self.meter.topic.name, partition), run),

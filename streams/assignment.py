@@ -22,6 +22,7 @@ from streams.facts import openings
 from streams.limits import FOREVER_MS
 from streams.messages import Source
 from streams.patience import patiently
+from streams.records import UpTo
 from streams.settings import Settings
 from streams.topics import LogRange
 from streams.unit import Filters, Shared, Unit
@@ -50,7 +51,7 @@ class Assigned(NamedTuple):
 class Kept(msgspec.Struct, frozen=True):
     """What a unit had in memory when it was released with nothing on its way, and where both chains stood."""
 
-    at: tuple[int, int]
+    at: UpTo
     filters: Filters
     balances: Balances
 

@@ -3,7 +3,7 @@
 import asyncio
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import msgspec
@@ -27,7 +27,7 @@ class Parcel(msgspec.Struct, frozen=True, eq=False):
     """One chunk as it was delivered, and how to acknowledge it. ``of_account``: account events, not cell runs."""
 
     chunk: list[Record]
-    acknowledge: Callable[[], Any]
+    acknowledge: Callable[[], Awaitable[Any]]
     of_account: bool = False
 
 

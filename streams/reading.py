@@ -6,23 +6,22 @@ from typing import Any
 import msgspec
 
 from streams.inbox import Behind
+from streams.records import UpTo
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""
-Read = tuple[int, int]
-"""The last offset that was read of a partition of both topics, cell runs first."""
 
 
 class Reading(msgspec.Struct, frozen=True):
     """Of one worker, for all of its partitions."""
 
-    ends_ms: Callable[[int, Read], tuple[int, int]]
+    ends_ms: Callable[[int, UpTo], tuple[int, int]]
     """Until when (Unix ms) Kafka had nothing in a partition of both topics behind what was read; 0: it has more, or has
     not said.
     """
-    unread: Callable[[int, Read], Behind]
+    unread: Callable[[int, UpTo], Behind]
     """How many offsets Kafka can hand out behind what was read."""
-    lags: Callable[[int, Read], Behind]
+    lags: Callable[[int, UpTo], Behind]
     """How many offsets Kafka had behind what was read; None: it has not said."""
     commit: Callable[[Offsets], Awaitable[Any]]
     """Commit where a group begins: what is behind it has been told."""

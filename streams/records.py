@@ -14,6 +14,9 @@ from schemas.ledger import REDRIVE_HEADER, Reason
 
 T = TypeVar("T")
 
+UpTo = tuple[int, int]
+"""Up to where something has come in a unit: the last offset of each of its chains, cell runs first."""
+
 
 class Record(Protocol):
     """What the transport delivers of one Kafka record; ``timestamp`` is the broker's append time, Unix ms."""

@@ -24,6 +24,7 @@ from streams.facts import fold_event, with_event
 from streams.limits import FOREVER_MS, NOT_OK, Facts, Standing, Terms, terms_of
 from streams.messages import Source, seeded_alert
 from streams.periods import day_of, to_date
+from streams.records import UpTo
 from streams.voice import Voice
 
 TAIL_ROWS_MAX: Final = 1_000_000
@@ -42,9 +43,7 @@ class Start(NamedTuple):
     is_seeded: bool
 
 
-def starting_point(
-    marks: tuple[int, int], committed: tuple[int | None, int | None], log_starts: tuple[int, int]
-) -> Start:
+def starting_point(marks: UpTo, committed: tuple[int | None, int | None], log_starts: tuple[int, int]) -> Start:
     """From Kafka's commits (next offsets, None: none) and the ledger's marks.
 
     A chain without rows may have a commit at the start of its log, or before it: it says where the group began, and
@@ -133,7 +132,7 @@ def _source(table: Any, notice: Notice, chain: Chain) -> Source | None:
     return Source(chain, offset, **record | {"run_id": UUID(record["run_id"])})
 
 
-def seed(balances: Balances, voice: Voice, folded: tuple[int, int], names: Sequence[str]) -> None:
+def seed(balances: Balances, voice: Voice, folded: UpTo, names: Sequence[str]) -> None:
     """Tell the states of workspaces and, marked ``seeded``, the thresholds that stand crossed: these notify nobody."""
     alerts = []
     for name in names:

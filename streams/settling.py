@@ -3,25 +3,23 @@ of them has been told. Steps 8 and 9 of the order of effects (`streams.unit`).
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from operator import le
 from typing import Any, Final, NamedTuple
 
 from streams.balances import Balances
 from streams.inbox import Parcel
+from streams.records import UpTo
 from streams.voice import Voice
 
 STATES_EVERY_S: Final = 1.0
 """States whose ``used`` moved are told once in this time; a chunk is acknowledged once they rest on it."""
 
-Folded = tuple[int, int]
-"""The last offsets of both chains that were folded."""
-
 
 class Written(NamedTuple):
     """Chunks whose rows are in the ledger, and what was folded with them."""
 
-    folded: Folded
+    folded: UpTo
     parcels: list[Parcel]
 
 
@@ -30,7 +28,7 @@ class Settling:
     which is bounded.
     """
 
-    def __init__(self, balances: Balances, voice: Voice, folded: Callable[[], Folded]) -> None:
+    def __init__(self, balances: Balances, voice: Voice, folded: Callable[[], UpTo]) -> None:
         self._balances, self._voice, self._folded = balances, voice, folded
         self._written: list[Written] = []
         self._is_due = asyncio.Event()
@@ -40,7 +38,7 @@ class Settling:
         """Up to which offsets the states on the topic are complete, once they are flushed."""
         self.is_seeding = False
         """Whether the states of all workspaces are being told. A commit would say that they were, so none comes yet."""
-        self.commit_begin: Callable[[], Any] | None = None
+        self.commit_begin: Callable[[], Awaitable[Any]] | None = None
         """Awaited once they are, before anything is acknowledged: commits where the unit's group begins."""
 
     def add(self, written: Written, *, at_once: bool) -> None:
@@ -76,7 +74,7 @@ class Settling:
             if not is_seeding:
                 await self._acknowledge(told)
 
-    async def _acknowledge(self, told: Folded) -> None:
+    async def _acknowledge(self, told: UpTo) -> None:
         """What is in the ledger and was folded before the states were told."""
         if self.commit_begin:
             await self.commit_begin()

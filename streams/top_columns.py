@@ -7,8 +7,8 @@ ask together, since a question costs nearly the same for one workspace as for ma
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Final
 
 from schemas.limits import TopColumn
 from sinks.accounts import TopQuestion
@@ -26,9 +26,9 @@ Columns = tuple[TopColumn, ...]
 
 
 class TopColumns:
-    """Of one worker. ``find`` (awaitable: questions → columns) asks the ledger where no unit waits for it."""
+    """Of one worker. ``find`` asks the ledger where no unit waits for it."""
 
-    def __init__(self, find: Callable[[Sequence[TopQuestion]], Any]) -> None:
+    def __init__(self, find: Callable[[Sequence[TopQuestion]], Awaitable[dict[TopQuestion, Columns]]]) -> None:
         self._find = find
         self._known: dict[TopQuestion, tuple[float, Columns]] = {}
         self._watched: dict[int, list[TopQuestion]] = {}
@@ -76,7 +76,7 @@ class TopColumns:
     async def _learn(self, questions: Sequence[TopQuestion]) -> None:
         now = asyncio.get_running_loop().time()
         try:
-            found: dict[TopQuestion, Columns] = await self._find(questions)
+            found = await self._find(questions)
         except DatabaseError:
             return  # a ledger that does not answer holds no alert up
         self._known = {asked: known for asked, known in self._known.items() if now - known[0] <= AGE_S_MAX}

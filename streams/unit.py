@@ -47,8 +47,8 @@ from streams.limits import FOREVER_MS
 from streams.lookups import Lookups
 from streams.messages import Source
 from streams.rating import RatingTable
-from streams.reading import Read, Reading
-from streams.records import Record
+from streams.reading import Reading
+from streams.records import Record, UpTo
 from streams.rows import (
     Take,
     apply_verdicts,
@@ -78,8 +78,8 @@ class Shared(msgspec.Struct, frozen=True):
     partitions: int
     batching: Batching
     lookups: Lookups
-    in_writer: Callable[..., Any]
-    """Awaitable: run a blocking call in the writer's thread."""
+    in_writer: Callable[..., Awaitable[Any]]
+    """Run a blocking call in the writer's thread."""
     written: Counter[str]
     """Rows by kind and reason since the start."""
     reading: Reading
@@ -146,8 +146,8 @@ class Unit:
         return sum(len(take.runs.offsets) for take in self._unwritten)
 
     @property
-    def read(self) -> Read:
-        """The last offset of each chain that it has taken in."""
+    def read(self) -> UpTo:
+        """What it has taken in."""
         return self._position, self._event_position
 
     @property
@@ -158,8 +158,8 @@ class Unit:
         return not telling and not looks_back and self.folded == (self.mark.last, self.event_mark.last)
 
     @property
-    def folded(self) -> tuple[int, int]:
-        """The last offset of each chain that its balances hold."""
+    def folded(self) -> UpTo:
+        """What its balances hold."""
         return self._folded, self._event_position
 
     def receive(self, parcel: Parcel) -> None:

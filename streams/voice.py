@@ -6,8 +6,8 @@ be noted twice.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import msgspec
 import structlog
@@ -20,6 +20,7 @@ from sinks.ledger import Chain
 from streams.balances import Account, Balances, Key, Notice
 from streams.messages import Source, alert_of, runs_out_on, state_of
 from streams.periods import to_date
+from streams.records import UpTo
 from streams.top_columns import TopColumns
 from streams.topics import LIMIT_ALERTS, LIMIT_STATES
 
@@ -31,12 +32,12 @@ class Outlets(msgspec.Struct, frozen=True):
 
     publish: Callable[[str, int, bytes, msgspec.Struct], None]
     """Hand one message over: topic, partition, key, message."""
-    flush: Callable[[], Any]
-    """Awaitable: Kafka has everything that was handed over."""
+    flush: Callable[[], Awaitable[None]]
+    """Return once Kafka has everything that was handed over."""
     top_columns: TopColumns
     """What an alert says beside its crossing."""
-    note_alerts: Callable[[Sequence[LimitAlert]], Any]
-    """Awaitable: they stand in the database."""
+    note_alerts: Callable[[Sequence[LimitAlert]], Awaitable[None]]
+    """Write them down in the database."""
     told: Callable[[str, int], None]
     """Count alerts (by kind) and states."""
 
@@ -55,12 +56,12 @@ class Voice:
         self.unanswered: dict[Key, AsOf] = {}
         """What other owners have said last of each pool, where this unit may still have to answer."""
 
-    def as_of(self, balances: Balances, folded: tuple[int, int]) -> AsOf:
+    def as_of(self, balances: Balances, folded: UpTo) -> AsOf:
         """What the unit's states rest on now."""
         runs, events = folded
         return AsOf(log=self._log, cell_runs=runs, account_events=events, at=from_milliseconds(balances.now_ms))
 
-    def tell(self, balances: Balances, folded: tuple[int, int], told: Sequence[tuple[Notice, Source | None]]) -> None:
+    def tell(self, balances: Balances, folded: UpTo, told: Sequence[tuple[Notice, Source | None]]) -> None:
         """Hand over the alerts of a fold, and the states that changed by it."""
         alerts = [
             alert_of(notice, source, runs_out_on(balances[notice.workspace_id], notice.at_ms)
@@ -73,7 +74,7 @@ class Voice:
         balances.urgent.clear()
         self._publish_states(balances, folded, keys)
 
-    def tell_moved(self, balances: Balances, folded: tuple[int, int]) -> None:
+    def tell_moved(self, balances: Balances, folded: UpTo) -> None:
         """Hand over the states of which only ``used`` has moved, and ask ahead for pools that near a line."""
         near = [(name, pool) for name, pool in balances.moved if balances[name].look_ahead(pool)]
         self._outlets.top_columns.watch(self._partition, [_top_question(balances[name], pool) for name, pool in near])
@@ -109,7 +110,7 @@ class Voice:
             self.has_unflushed = True  # also when the unit is released meanwhile: what it told is then told again
             raise
 
-    def _publish_states(self, balances: Balances, folded: tuple[int, int], keys: Sequence[Key]) -> None:
+    def _publish_states(self, balances: Balances, folded: UpTo, keys: Sequence[Key]) -> None:
         if not keys:
             return
         as_of = self.as_of(balances, folded)

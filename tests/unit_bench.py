@@ -27,7 +27,8 @@ from streams.duplicates import Original
 from streams.inbox import Behind, Parcel
 from streams.lookups import Lookups
 from streams.rating import RatingTable
-from streams.reading import Read, Reading
+from streams.reading import Reading
+from streams.records import UpTo
 from streams.settings import Settings
 from streams.top_columns import TopColumns
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
@@ -118,7 +119,7 @@ class Bench:
         self.on_columns: Callable[[], Awaitable[object]] | None = None
         self.on_look_aside: Callable[[], Awaitable[None]] | None = None
         self.ends_ms: tuple[int, int] = NOT_AT_END
-        self.unread: Callable[[Read], Behind] = lambda read: (0, 0)
+        self.unread: Callable[[UpTo], Behind] = lambda read: (0, 0)
         self._writer: Final = ThreadPoolExecutor(1)
         self.in_writer: InWriter = self._in_thread
         self._background: set[asyncio.Future[None]] = set()
