@@ -213,7 +213,7 @@ def test_one_credit_is_one_credit(settings: dict[str, str | int]) -> None:
     assert "  expected    1 premium credit (" in premium.out
     assert premium.err == "It does not fit: about 1 credit expected, 0 left.\n"
     mail = creditstream("reverse", str(RUNS[4].run_id), "--workspace", WORKSPACE, "--wait", settings=settings)
-    assert "is taken back: 1 premium credit given back, on the day that it ran." in mail.err
+    assert "is taken back: 1 premium credit given back, on the day of the run." in mail.err
     told = creditstream("limits", "set", "ws_one", "--remaining-below", "1", "--wait", settings=settings)
     assert ", 1 credit left if the allowance is larger (workspace)." in told.err
 
