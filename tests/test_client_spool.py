@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -275,7 +276,10 @@ def test_a_segment_that_cannot_be_read_holds_up_no_other(
 
 
 def test_an_orphan_that_cannot_be_read_holds_up_no_other(tmp_path: Path) -> None:
-    """Whoever adopts takes what can be read, and comes back for the rest."""
+    """Whoever adopts takes what can be read, comes back for the rest, and leaves alone what cannot be locked."""
+    locked = tmp_path / f"99999999999999999999-1-{CELL_RUNS}"
+    (locked / "lock").mkdir(parents=True)
+    (locked / "0000000000000001.ndjson").write_bytes(values(9)[0] + b"\n")
     dead = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     dead.append(values(1)[0])
     dead.close()
@@ -526,10 +530,18 @@ def test_a_directory_that_was_removed_is_made_again(tmp_path: Path, acknowledged
 
 
 def test_a_full_spool_says_so(tmp_path: Path) -> None:
-    """Beyond its bytes it takes nothing, and what it has stays whole."""
+    """Beyond its bytes it takes nothing, and what it has stays whole, and counts also when it was set aside."""
     one, two = values(1, 2)
+    with pytest.raises(SpoolFull):
+        Spool(tmp_path, CELL_RUNS, len(one)).append(one)
     spool = Spool(tmp_path, CELL_RUNS, len(one) + 1)
-    spool.append(one)
+    path = spool.append(one).segment.path
+    with pytest.raises(SpoolFull):
+        spool.append(two)
+    path.write_bytes(b"")
+    assert (spool.read(10), spool.unreadable) == ([], 1)
+    path.write_bytes(one + b"\n")
+    adopt(spool)
     with pytest.raises(SpoolFull):
         spool.append(two)
     assert numbers(spool.read(10)) == [one]
@@ -776,5 +788,29 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(
         broken.setattr(spools, "_sync_directory", full)
         with pytest.raises(OSError, match="No space left"):
             spool.put_first(values(1, 2))
+    assert files(tmp_path) == ["lock"]
     spool.put_first(values(1, 2))
     assert numbers(spool.read(10)) == values(1, 2)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_what_cannot_be_put_in_front_stays_with_who_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The disk refuses the file or its sync: whoever hands runs over hears it, and nothing of them is left behind."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    spool.append(values(3)[0])
+    before, plain = files(tmp_path), getattr(os, call)
+
+    def full(descriptor: int, *rest: object) -> object:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(28, "No space left on device")
+        return plain(descriptor, *rest)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            spool.put_first(values(1, 2))
+    assert files(tmp_path) == before
+    spool.put_first(values(1, 2))
+    assert read_all(spool) == values(1, 2, 3)

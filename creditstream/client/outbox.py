@@ -84,7 +84,7 @@ class Outbox:
             if self._spool and not self._recalled and self._has_room:
                 entries = self._spool.read(min(HAND_OVER_RUNS, QUEUE_RUNS_MAX - len(self._waiting)))
                 self._recalled.extend(_Run(entry.value, entry.workspace_id, entry) for entry in entries)
-            while self._recalled and self._has_room and self._hand(self._recalled[0]):
+            while self._recalled and self._hand(self._recalled[0]):  # no more than there was room for
                 self._recalled.popleft()
             if not self._undelivered:  # nothing of what was read was a run
                 self._changed.notify_all()
