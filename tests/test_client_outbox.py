@@ -9,6 +9,7 @@ import pytest
 from confluent_kafka import KafkaError, Producer
 
 from creditstream.client import outbox as outboxes
+from creditstream.client import segment as segments
 from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
 from creditstream.client.recording import Counts, RunRefused
@@ -16,7 +17,7 @@ from creditstream.client.segment import Segment
 from creditstream.client.spool import Spool
 from schemas.codec import encode_run
 from streams.topics import CELL_RUNS
-from tests.client_kafka import a_run
+from tests.client_kafka import a_run, wait_until
 
 
 @pytest.fixture
@@ -249,6 +250,37 @@ def test_memory_is_bounded_and_what_left_it_leaves_the_disk(spool: Spool, monkey
     assert (outbox.counts(), outbox.is_busy) == (Counts(accepted=3, spooled=3, delivered=3), False)
     put(outbox, 4, 5, 6)
     assert places(outbox) == (2, 1)
+
+
+def test_who_waits_for_room_goes_on_once_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when its time is over: the first run that Kafka acknowledges makes room for it."""
+    monkeypatch.setattr(outboxes, "QUEUE_RUNS_MAX", 1)
+    outbox = Outbox(CELL_RUNS, None, "block", 600, False)
+    outbox.producer = nowhere()
+    put(outbox, 1)
+    patient = threading.Thread(target=put, args=[outbox, 2], daemon=True)
+    patient.start()
+    wait_until(lambda: outbox._changed._waiters, "waiting")  # type: ignore[attr-defined]
+    outbox._deliver(1, None, None)  # type: ignore[arg-type]
+    patient.join(10)
+    assert (patient.is_alive(), places(outbox)) == (False, (1, 0))
+
+
+def test_a_file_that_goes_while_its_runs_are_in_memory_takes_none_along(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that cannot be read to its end some runs were handed over: they are written again when Kafka fails."""
+    monkeypatch.setattr(segments, "READ_BYTES", len(encode_run(a_run(1))) + 1)
+    outbox = open_outbox(spool)
+    put(outbox, 1, 2)
+    outbox.producer = nowhere()
+    outbox.hand_over()
+    (file,) = spool._root.rglob("*.ndjson")
+    file.unlink()
+    outbox.hand_over()
+    assert (places(outbox), outbox.counts().unreadable_segments) == ((1, 0), 1)
+    outbox.take_back()
+    assert read(spool) == [encode_run(a_run(1))]
 
 
 def test_who_is_refused_hears_why(tmp_path: Path) -> None:

@@ -248,8 +248,7 @@ class Outbox:
 
     def _put_back(self, spool: Spool, runs: Sequence[_Run]) -> bool:
         entries = [run.entry for run in runs if run.entry]
-        if len(entries) == len(runs):
-            spool.rewind(entries)
+        if len(entries) == len(runs) and spool.rewind(entries):
             return True
         try:
             spool.put_first([run.value for run in runs])

@@ -158,16 +158,21 @@ class Spool:
         if not entry.segment.pending and entry.segment.is_read:
             self._remove_sent()
 
-    def rewind(self, entries: Iterable[Entry]) -> None:
-        """These, all that is pending, are to be read again."""
+    def rewind(self, entries: Iterable[Entry]) -> bool:
+        """These, all that is pending, are to be read again. False where a file of theirs was set aside meanwhile, from
+        which nothing can be: then nothing is done.
+        """
         first: dict[int, Entry] = {}
         for entry in entries:
             held = first.setdefault(id(entry.segment), entry)
             if entry.position < held.position:
                 first[id(entry.segment)] = entry
+        if not first.keys() <= set(map(id, self._segments)):
+            return False
         for entry in first.values():
             entry.segment.position, entry.segment.runs_read = entry.position, entry.number
             entry.segment.pending = 0
+        return True
 
     def find_orphans(self) -> Orphans:
         """Lock the directories of dead processes and read them, and what is set aside: for `adopt`. OSError for the
