@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from confluent_kafka import KafkaError, Producer
@@ -51,9 +51,24 @@ def open_outbox(spool: Spool | None, *, write_ahead: bool = False) -> Outbox:
     return Outbox(CELL_RUNS, spool, "spool" if spool else "raise", 0, write_ahead)
 
 
-def nowhere() -> Producer:
+def nowhere(kind: type[Producer] = Producer, **options: int) -> Producer:
     """librdkafka, with nobody to deliver to: it keeps what it is given."""
-    return Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    made = kind({"bootstrap.servers": "127.0.0.1:1", "log_level": 0, **options})
+    _made.append(made)
+    return made
+
+
+_made: Final[list[Producer]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    """librdkafka would keep runs, those that wait for them and its own sockets for the rest of the session."""
+    yield
+    while _made:
+        producer = _made.pop()
+        producer.purge()
+        producer.poll(0)
 
 
 def put(outbox: Outbox, *numbers: int) -> None:
@@ -168,7 +183,7 @@ def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(tmp_path: Path
             outbox.take_back()
 
     outbox = open_outbox(Spool(tmp_path, CELL_RUNS, 10_000_000) if has_spool else None)
-    outbox.producer = Interrupted({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    outbox.producer = nowhere(Interrupted)
     with pytest.raises(RunRefused, match="the producer is closed"):
         put(outbox, 1)
     assert (outbox.counts().accepted, outbox.counts().refused) == (0, 1)
@@ -223,7 +238,7 @@ def test_a_failure_and_silence_are_noticed(spool: Spool, clock: Clock, caplog: p
 def test_what_librdkafka_does_not_take_goes_to_the_spool(spool: Spool, option: str, limit: int) -> None:
     """Whether its queue is full or it refuses the run: it is accepted all the same, and nothing overtakes it."""
     outbox = open_outbox(spool)
-    outbox.producer = Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0, option: limit})
+    outbox.producer = nowhere(**{option: limit})
     long = b'{"workspace_id":"ws_1"}'.ljust(2000)
     put(outbox, 1)
     outbox.put(long, "ws_1")
