@@ -3,12 +3,15 @@
 import errno
 import gc
 import os
+import resource
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -280,6 +283,35 @@ def test_a_segment_that_cannot_be_read_holds_up_no_other(
     assert [sum(str(path) in line for line in said) for path in texts] == [1, 1, 1, 1]
     spool.close()
     assert hidden.exists()
+
+
+def test_what_the_process_lacks_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor nothing is read, by its writer or an heir; with one again all of it is, in its order."""
+    monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
+    spool, heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX), Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    for value in values(1, 2):
+        spool.append(value)
+    with no_descriptors(0), pytest.raises(OSError, match="Too many open files"):
+        spool.read(10)
+    assert [*numbers(spool.read(10)), *numbers(spool.read(10))] == values(1, 2)
+    spool.close()
+    with no_descriptors(1), pytest.raises(OSError, match="Too many open files"):
+        heir.find_orphans()
+    assert (adopt(heir) + adopt(heir), read_all(heir), heir.unreadable) == (2, values(1, 2), 0)
+
+
+@contextmanager
+def no_descriptors(but: int) -> Iterator[None]:
+    """The system gives so many more, and then none."""
+    spare = [os.dup(0) for _ in range(but + 1)]
+    for descriptor in spare:
+        os.close(descriptor)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_orphan_that_cannot_be_read_holds_up_no_other(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ segment can also be sent by hand, by ``creditstream send``. A segment is deleted
 is sent again from its beginning by whoever adopts it: a copy is never charged twice.
 """
 
+import errno
 import logging
 import os
 import re
@@ -25,6 +26,8 @@ from schemas.problem import Problem
 SEGMENT_BYTES: Final = 4 * 1024 * 1024
 _MIDDLE: Final = 10**15
 """Segments have numbers above it in the order of writing; those that must be sent before them count down from it."""
+_LACKING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What the process lacks, and no fault of the file: were that set aside, what is behind it would overtake it."""
 _log: Final = logging.getLogger("creditstream.client")
 
 
@@ -144,6 +147,8 @@ class Spool:
             try:
                 data = segment.read()
             except OSError as error:
+                if error.errno in _LACKING:
+                    raise
                 self._segments.remove(segment)
                 self._set_aside(segment.path, error)
                 if segment is self._tail:
@@ -196,6 +201,8 @@ class Spool:
             except FileNotFoundError:
                 pass  # a person has removed it
             except OSError as error:
+                if error.errno in _LACKING:
+                    raise
                 found.unreadable[path] = error
         return found
 
