@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from creditstream import home
 from creditstream.client import spool as spools
+from creditstream.client.segment import READ_BYTES
 from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
 from schemas.codec import encode_run
 from schemas.problem import Problem
@@ -124,7 +125,9 @@ def test_what_goes_in_front_goes_before_all_files(tmp_path: Path, monkeypatch: p
 
 
 def test_a_file_that_is_full_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a run in it is told so at once, and no descriptor is left open."""
+    """Whoever waits for a run in it is told so at once, and no descriptor is left open. The next one's name is on disk
+    before a run is.
+    """
     synced: list[int] = []
     sync = os.fsync
 
@@ -137,7 +140,10 @@ def test_a_file_that_is_full_is_on_disk_before_it_is_closed(tmp_path: Path, monk
     ticket = spool.append(values(1)[0])
     monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(os, "fsync", note)
+    opened = descriptors()
     tail = spool.append(values(2)[0]).segment.path.stat().st_ino
+    assert descriptors() == opened
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.iterdir())} <= set(synced)
     assert ticket.segment.path.stat().st_ino in synced
     assert tail not in synced
     spool.close()
@@ -184,19 +190,21 @@ def test_any_history_keeps_the_order_of_first_copies(
 
 
 def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
-    """What a killed process had half written is not a run; what stands before it is."""
+    """What a killed process had half written is not a run; what stands before it is, however much that is."""
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
-    whole, torn = values(1, 2)
-    spool.append(whole)
+    *whole, torn = values(*range(2 * READ_BYTES // 200))
+    for value in whole:
+        spool.append(value)
     spool.close()
     segment = next(tmp_path.rglob("*.ndjson"))
     with segment.open("ab") as file:
         file.write(torn[:50])
     heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
-    assert adopt(heir) == 1
-    entries = heir.read(10)
-    assert numbers(entries) == [whole]
-    heir.acknowledge(entries[0])
+    assert adopt(heir) == len(whole)
+    entries = [entry for _ in range(4) for entry in heir.read(len(whole))]
+    assert numbers(entries) == whole
+    for entry in entries:
+        heir.acknowledge(entry)
     assert not segment.exists()
 
 
