@@ -49,8 +49,7 @@ def adopt(spool: Spool) -> int:
 
 
 def descriptors() -> int:
-    """How many are open, but for those of other tests that wait for the garbage collector."""
-    gc.collect()
+    """How many are open."""
     return len(os.listdir("/dev/fd"))
 
 
@@ -135,6 +134,7 @@ def test_a_file_that_is_full_is_on_disk_before_it_is_closed(tmp_path: Path, monk
         synced.append(os.fstat(descriptor).st_ino)
         sync(descriptor)
 
+    gc.collect()  # those of other tests
     before = descriptors()
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     ticket = spool.append(values(1)[0])
@@ -820,6 +820,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(
 ) -> None:
     """As any other: whoever hands runs over keeps them. Nothing is left behind, and the next attempt succeeds."""
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    gc.collect()  # those of other tests
     before = descriptors()
 
     def full(*_: object) -> int:

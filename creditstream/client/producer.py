@@ -232,11 +232,12 @@ class CellRunProducer:
             if self._thread is None:
                 # The first is not asked for an answer: the first run must not wait for one either.
                 self._outbox.producer = self._open()
-                thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
-                thread.start()
-                self._thread = thread
-        except BaseException:
-            _dispose(self._outbox.take_back())  # it had no thread; another thread may have recorded meanwhile
+                # Noted before it begins: the handler of a signal that raises must not have a second one begin.
+                self._thread = threading.Thread(target=self._work, name="creditstream-producer", daemon=True)
+                self._thread.start()
+        except RuntimeError:  # no more threads; another one may have recorded meanwhile
+            self._thread = None
+            _dispose(self._outbox.take_back())
             raise
         finally:
             self._starting.release()
