@@ -194,6 +194,20 @@ def test_killed_after_any_step_it_loses_and_repeats_nothing(
         assert min(receiver.ids.count(webhook_id) for webhook_id in ids) == 1
 
 
+def test_nothing_goes_on_before_kafka_has_what_it_rests_on(stage: Stage, receiver: WebhookReceiver) -> None:
+    """No record of a plan is still on its way when that is committed, and none of an outcome when it counts."""
+    under_way: dict[Step, int] = {}
+
+    def note(reached: Step) -> None:
+        under_way[reached] = len(notifier._outbox._producer)
+
+    with stage.notifier(endpoint(receiver), reached=note) as notifier:
+        stage.alert(some_alert())
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+        (place,) = notifier._consumer.committed([TopicPartition(stage.settings.topic(LIMIT_ALERTS), 0)], WAIT_S_MAX)
+    assert (under_way[Step.PLANNED], under_way[Step.RECORDED], place.offset) == (0, 0, 1)
+
+
 def delivered(stage: Stage) -> list[Delivery]:
     return [record for record in stage.records() if record.state is DeliveryState.DELIVERED]
 
