@@ -50,8 +50,9 @@ def referred(name: str) -> Heard:
 
 @pytest.fixture(autouse=True)
 def short_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units look at the clock more often, so that time comes sooner."""
+    """Units look at the clock more often, so that time comes sooner, and so do the states that a story waits for."""
     monkeypatch.setattr("streams.unit.TICK_S", 0.02)
+    monkeypatch.setattr("streams.settling.STATES_EVERY_S", 0.02)
 
 
 every_story = pytest.mark.parametrize("name", TOLD)
