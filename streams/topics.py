@@ -23,7 +23,7 @@ LIMIT_ALERTS: Final = "limit-alerts"
 LIMIT_STATES: Final = "limit-states"
 WEBHOOK_DELIVERIES: Final = "webhook-deliveries"
 ANSWER_TIMEOUT_S: Final = 10.0
-SETTLED_POLL_S: Final = 0.05
+SETTLED_POLL_S: Final = 0.01
 
 _DAY_MS: Final = 24 * 60 * 60 * 1000
 _BROKERS_TIME: Final = {"message.timestamp.type": "LogAppendTime"}

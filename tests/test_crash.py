@@ -43,9 +43,9 @@ from tests.worker_process import (
 )
 
 NUMBERS: Final = itertools.count(1)
-CHDB_BACKLOG: Final = 100_000
+CHDB_BACKLOG: Final = 40_000
 HTTP_BACKLOG: Final = 25_000
-SMALL_BATCH: Final = 1000
+SMALL_BATCH: Final = 400
 """Rows: a backlog is many inserts, so that a kill hits every step of one."""
 JOIN_S_MAX: Final = 60.0
 

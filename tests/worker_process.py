@@ -33,7 +33,7 @@ from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 60.0
-POLL_S: Final = 0.02
+POLL_S: Final = 0.05
 LOG_LINES_SHOWN: Final = 15
 COMMAND: Final = ("-m", "creditstream", "worker")
 LINGER_MS: Final = 200
