@@ -191,3 +191,20 @@ _USAGE: Final = (
     "SELECT workspace_id, day, table_id, column_id, action, pool, kind, reason, sum(credits), count() FROM ledger "
     "GROUP BY workspace_id, day, table_id, column_id, action, pool, kind, reason"
 )
+
+
+INVARIANTS: Final = (
+    "SELECT topic_id, kafka_partition, kafka_offset FROM ledger "
+    "GROUP BY topic_id, kafka_partition, kafka_offset HAVING count() > 1 LIMIT 5",
+    "SELECT workspace_id, run_id FROM ledger WHERE kind = 'run' "
+    "GROUP BY workspace_id, run_id HAVING count() > 1 LIMIT 5",
+    "SELECT topic_id, kafka_partition FROM ledger GROUP BY topic_id, kafka_partition "
+    "HAVING sum(offset_gap) != max(kafka_offset) - min(kafka_offset) + 1",
+    "SELECT workspace_id, day FROM (SELECT workspace_id, day, sum(credits) AS credits, count() AS runs FROM ledger "
+    "WHERE kind = 'run' GROUP BY workspace_id, day) AS projected FULL JOIN (SELECT workspace_id, day, sum(credits) "
+    "AS credits, count() AS runs FROM ledger WHERE kind = 'run' AND row_id != '' GROUP BY workspace_id, day) AS raw "
+    "USING (workspace_id, day) WHERE projected.credits != raw.credits OR projected.runs != raw.runs",
+)
+"""Each finds what must not be: an offset with two rows, a run with two debits, a hole, and a sum that the
+projection has wrong (a question that reads ``row_id`` cannot use it).
+"""

@@ -34,11 +34,9 @@ from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
 from streams.app import EXIT_RESTART
 from tests.clickhouse_server import ClickHouseServer
-from tests.ledger_rows import wait_until_grown
+from tests.ledger_rows import INVARIANTS, wait_until_grown
 from tests.limit_messages import ROWS, Reference, Verdict, judge, small_plans
-from tests.test_crash import INVARIANTS
-from tests.test_crash import Traffic as WildTraffic
-from tests.test_crash_limits import PLANNED_DAYS_AGO, Traffic
+from tests.traffic import PLANNED_DAYS_AGO, PlannedTraffic, WildTraffic
 from tests.worker_process import WorkerProcess
 
 FAULTS: Final = 240
@@ -178,7 +176,7 @@ KINDS: Final[dict[str, tuple[int, Callable[[Stage], None]]]] = {
 
 def play(stage: Stage, seed: int, kinds: Sequence[str], say: Callable[[str], None]) -> None:
     """One round for every kind."""
-    traffic, wild = Traffic(seed), WildTraffic(seed)
+    traffic, wild = PlannedTraffic(seed), WildTraffic(seed)
     for number, kind in enumerate(kinds, 1):
         say(f"{number} of {len(kinds)}  {kind}")
         new = tuple(f"ws_{number:03d}_{place}" for place in range(NEW_A_ROUND))

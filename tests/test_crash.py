@@ -12,25 +12,22 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 import msgspec
 import pytest
-from clickhouse_connect.driver.client import Client
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from creditstream.producing import PRODUCER_CONFIG
 from creditstream.reconcile import Reconciliation
 from schemas.answers import By
-from schemas.cell_run import CellRun, Outcome
-from schemas.codec import encode_run
 from schemas.problem import Problem
 from streams.app import EXIT_RESTART
 from streams.topics import Topic
 from streams.transport import FETCH_WAIT_MS_MAX
-from tests.clickhouse_server import ClickHouseServer
 from tests.client_kafka import wait_until
+from tests.ledger_rows import INVARIANTS
+from tests.traffic import WildTraffic
 from tests.worker_process import (
     WAIT_S_MAX,
     Event,
@@ -50,72 +47,6 @@ SMALL_BATCH: Final = 400
 JOIN_S_MAX: Final = 60.0
 
 OVER_HTTP: Final = pytest.mark.parametrize("database_url", ["http"], indirect=True)
-
-ACTIONS: Final = ("enrich_person", "find_work_email", "job_role_count", "clearbit_enrich_company", "format_date")
-UNKNOWN: Final = "an_action_that_nobody_priced"
-
-
-class Traffic:
-    """What enrichment workers produce at their worst, the same for a seed but for the clock.
-
-    One event in ten is a copy (of the newest events, or of any before: after a restart too), a conflicting copy, or
-    one that must become a dead letter.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._dice = random.Random(seed)
-        self._started = datetime.now(UTC)
-        self.runs: list[CellRun] = []
-
-    def events(self, count: int) -> Iterator[Event]:
-        """The next events."""
-        for _ in range(count):
-            fate = self._dice.random()
-            if fate < 0.9 or not self.runs:
-                yield self._first_delivery()
-            elif fate < 0.98:
-                run = self._dice.choice(self.runs[-20:] if fate < 0.93 else self.runs)
-                yield event_of(run)
-            elif fate < 0.985:
-                yield event_of(msgspec.structs.replace(self._dice.choice(self.runs), row_id="another row"))
-            else:
-                yield self._unmeterable()
-
-    def _run(self) -> CellRun:
-        dice = self._dice
-        return CellRun(
-            run_id=UUID(int=dice.getrandbits(128)),
-            workspace_id=f"ws_{dice.randrange(40):04d}",
-            table_id=f"tbl_{dice.randrange(3)}",
-            column_id=f"col_{dice.randrange(5)}",
-            row_id=f"row_{dice.randrange(100_000)}",
-            action=dice.choice(ACTIONS),
-            outcome=dice.choice(tuple(Outcome)),
-            ran_at=self._started - timedelta(seconds=dice.randrange(40 * 86_400)),
-            own_api_key=dice.random() < 0.1,
-        )
-
-    def _first_delivery(self) -> Event:
-        run = self._run()
-        self.runs.append(run)
-        return event_of(run)
-
-    def _unmeterable(self) -> Event:
-        run, key = self._run(), b"ws_0000"
-        year = timedelta(days=366)
-        return self._dice.choice(
-            (
-                Event(key, b'{"run_id": '),
-                Event(key, b"\xff\xfe\x00"),
-                Event(key, None),
-                Event(None, b"", 0),
-                Event(key, b'"' + b"x" * 70_000 + b'"'),
-                Event(b"another key", encode_run(run)),
-                event_of(msgspec.structs.replace(run, action=UNKNOWN)),
-                event_of(msgspec.structs.replace(run, ran_at=self._started + year)),
-                event_of(msgspec.structs.replace(run, ran_at=self._started - year - year)),
-            )
-        )
 
 
 @pytest.fixture
@@ -146,23 +77,6 @@ def assert_books_close(books: Reconciliation, events: int | None = None) -> None
     )
 
 
-INVARIANTS: Final = (
-    "SELECT topic_id, kafka_partition, kafka_offset FROM ledger "
-    "GROUP BY topic_id, kafka_partition, kafka_offset HAVING count() > 1 LIMIT 5",
-    "SELECT workspace_id, run_id FROM ledger WHERE kind = 'run' "
-    "GROUP BY workspace_id, run_id HAVING count() > 1 LIMIT 5",
-    "SELECT topic_id, kafka_partition FROM ledger GROUP BY topic_id, kafka_partition "
-    "HAVING sum(offset_gap) != max(kafka_offset) - min(kafka_offset) + 1",
-    "SELECT workspace_id, day FROM (SELECT workspace_id, day, sum(credits) AS credits, count() AS runs FROM ledger "
-    "WHERE kind = 'run' GROUP BY workspace_id, day) AS projected FULL JOIN (SELECT workspace_id, day, sum(credits) "
-    "AS credits, count() AS runs FROM ledger WHERE kind = 'run' AND row_id != '' GROUP BY workspace_id, day) AS raw "
-    "USING (workspace_id, day) WHERE projected.credits != raw.credits OR projected.runs != raw.runs",
-)
-"""Each finds what must not be: an offset with two rows, a run with two debits, a hole, and a sum that the
-projection has wrong (a question that reads ``row_id`` cannot use it).
-"""
-
-
 def written(worker: WorkerProcess) -> int:
     """Rows that the ledger has, by the marks."""
     status = worker.status
@@ -186,7 +100,7 @@ def kill_while_it_starts(worker: WorkerProcess, dice: random.Random) -> None:
 
 def test_f9_kill_9_at_random_instants_with_chdb(tmp_path: Path, kafka: str, prefix: str) -> None:
     """Ten SIGKILLs and a SIGTERM while a backlog is drained: one row for every offset, every run charged once."""
-    dice, traffic = random.Random(9), Traffic(9)
+    dice, traffic = random.Random(9), WildTraffic(9)
     with WorkerProcess(tmp_path, kafka, prefix, instance="one", batch_rows_max=SMALL_BATCH) as worker:
         worker.create_topic()
         worker.produce(traffic.events(CHDB_BACKLOG))
@@ -210,53 +124,12 @@ def test_f9_kill_9_at_random_instants_with_chdb(tmp_path: Path, kafka: str, pref
     assert ask_ledger(f"chdb://{worker.home.ledger}", *INVARIANTS) == [[]] * len(INVARIANTS)
 
 
-@pytest.fixture
-def mortal_server(http_server: ClickHouseServer, ledger_url: str) -> Iterator[ClickHouseServer]:
-    """The server of `ledger_url`, for a test that kills it; up again at the end, whatever happened."""
-    yield http_server
-    try:
-        _ = http_server.pid
-    except RuntimeError:
-        http_server.start()
-
-
-@OVER_HTTP
-def test_f9_kill_9_of_the_worker_and_of_clickhouse(
-    worker: WorkerProcess, mortal_server: ClickHouseServer, client: Client
-) -> None:
-    """Both are killed in turn, the server before, after and amid its inserts: the books close over HTTP too."""
-    dice, traffic = random.Random(99), Traffic(99)
-    worker.settings["batch_rows_max"] = 300
-    worker.produce(traffic.events(HTTP_BACKLOG))
-    for fault in ("kill_after", "kill_before", ""):
-        worker.start()
-        worker.wait_until(lambda status: any(status.written.values()), "writing", JOIN_S_MAX)
-        if fault:
-            mortal_server.fault(fault)
-            mortal_server.wait_until_down()
-        else:
-            time.sleep(dice.uniform(0, 0.5))
-            mortal_server.kill()
-        worker.produce(traffic.events(1000))
-        worker.wait_until(lambda status: not status.ready, "aware that the server is down")
-        mortal_server.start()
-        time.sleep(dice.uniform(0, 3))
-        worker.kill()
-
-    worker.settings["batch_rows_max"] = 40_000
-    worker.start().wait_until_metered(JOIN_S_MAX)
-    books = worker.reconcile()
-
-    assert_books_close(books, HTTP_BACKLOG + 3 * 1000)
-    assert [list(client.query(sql).result_rows) for sql in INVARIANTS] == [[]] * len(INVARIANTS)
-
-
 @OVER_HTTP
 def test_f12_two_owners_share_a_topic_until_one_is_killed(
     tmp_path: Path, kafka: str, prefix: str, ledger_url: str
 ) -> None:
     """A second worker joins amid a backlog and is killed amid the next: partitions move twice, and the books close."""
-    traffic = Traffic(12)
+    traffic = WildTraffic(12)
     with (
         WorkerProcess(tmp_path / "first", kafka, prefix, ledger_url=ledger_url, batch_rows_max=500) as first,
         WorkerProcess(tmp_path / "second", kafka, prefix, ledger_url=ledger_url, batch_rows_max=500) as second,

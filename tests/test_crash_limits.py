@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -20,8 +20,7 @@ from clickhouse_connect.driver.client import Client
 
 from creditstream.producing import open_producer
 from creditstream.reconcile import Reconciliation
-from schemas.account import AccountEvent, LimitsChanged, PlanChanged, PremiumGranted, RunReversed
-from schemas.cell_run import CellRun, Outcome
+from schemas.account import PlanChanged, RunReversed
 from schemas.ledger import Pool
 from schemas.limits import Cause, LimitState, state_key
 from streams.app import EXIT_RESTART
@@ -29,7 +28,6 @@ from streams.records import partition_of
 from tests.clickhouse_server import ClickHouseServer
 from tests.limit_messages import (
     ROWS,
-    SMALL_PLAN_NAMES,
     Reference,
     judge,
     newest_states,
@@ -37,6 +35,7 @@ from tests.limit_messages import (
     small_plans,
     stands_by,
 )
+from tests.traffic import PLANNED_DAYS_AGO, PlannedTraffic
 from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, ask_ledger, cell_run, event_of, send
 
 NUMBERS: Final = itertools.count(1)
@@ -52,79 +51,6 @@ BACKLOG: Final = 14_000
 ROUND: Final = 1_500
 SMALL_BATCH: Final = 400
 """Rows: a backlog is many inserts, so that a kill hits every step of one."""
-ACTIONS: Final = ("enrich_person", "find_work_email", "job_role_count", "clearbit_enrich_company", "format_date")
-WORKSPACES: Final = tuple(f"ws_{number:02d}" for number in range(20))
-PLANNED_DAYS_AGO: Final = timedelta(days=3)
-
-
-class Traffic:
-    """Runs and account events of 20 workspaces with small plans, the same for a seed but for the clock."""
-
-    def __init__(self, seed: int) -> None:
-        self._dice = random.Random(seed)
-        self.started: Final = datetime.now(UTC)
-        self.runs: list[CellRun] = []
-        self.workspaces = WORKSPACES
-        self.billed = WORKSPACES[:-2]
-
-    def first_plans(self) -> list[AccountEvent]:
-        """Of nearly all: two workspaces never have one, one has it late."""
-        return [self.plan(name, self.started - PLANNED_DAYS_AGO) for name in WORKSPACES[:-3]]
-
-    def cell_runs(self, count: int) -> Iterator[Event]:
-        """The next runs; some are copies, some late for the period."""
-        dice = self._dice
-        for _ in range(count):
-            if self.runs and dice.random() < 0.03:
-                yield event_of(dice.choice(self.runs))
-                continue
-            ago = timedelta(days=10) if dice.random() < 0.05 else timedelta(minutes=dice.randrange(600))
-            run = cell_run(
-                dice.choice(self.workspaces),
-                run_id=self._id(),
-                table_id=f"tbl_{dice.randrange(3)}",
-                column_id=f"col_{dice.randrange(5)}",
-                action=dice.choice(ACTIONS),
-                outcome=dice.choice((Outcome.DATA, Outcome.DATA, Outcome.NO_DATA, Outcome.ERROR)),
-                ran_at=self.started - ago,
-            )
-            self.runs.append(run)
-            yield event_of(run)
-
-    def account_events(self, count: int) -> Iterator[AccountEvent]:
-        """The next account events: upgrades, reversals, grants, thresholds; some are copies."""
-        before: list[AccountEvent] = []
-        for _ in range(count):
-            event = self._dice.choice(before) if before and self._dice.random() < 0.1 else self._account_event()
-            before.append(event)
-            yield event
-
-    def _account_event(self) -> AccountEvent:
-        dice, name, now = self._dice, self._dice.choice(self.billed), datetime.now(UTC)
-        fate = dice.random()
-        if fate < 0.6 and self.runs:
-            run = dice.choice(self.runs[: len(self.runs) // 4])
-            unknown = self._id()
-            return RunReversed(
-                event_id=self._id(),
-                workspace_id=run.workspace_id,
-                run_id=unknown if fate < 0.05 else run.run_id,
-            )
-        if fate < 0.75:
-            return PremiumGranted(event_id=self._id(), workspace_id=name, effective_at=now, credits="60")
-        if fate < 0.85:
-            percents = tuple(sorted(dice.sample(range(5, 100), 3)))
-            return LimitsChanged(
-                event_id=self._id(), workspace_id=name, thresholds=percents, remaining_below=str(dice.randrange(80))
-            )
-        return self.plan(name, now)
-
-    def plan(self, name: str, effective_at: datetime) -> PlanChanged:
-        plan = self._dice.choice(SMALL_PLAN_NAMES)
-        return PlanChanged(event_id=self._id(), workspace_id=name, effective_at=effective_at, plan=plan)
-
-    def _id(self) -> UUID:
-        return UUID(int=self._dice.getrandbits(128))
 
 
 @pytest.fixture
@@ -208,7 +134,7 @@ def kill_while_it_starts(worker: WorkerProcess, dice: random.Random) -> None:
 
 def test_f1_to_f7_kill_9_loses_no_alert_and_no_state(tmp_path: Path, kafka: str, prefix: str, plans_dir: str) -> None:
     """Ten SIGKILLs while runs and account events are metered: every crossing has left, every state is the ledger's."""
-    dice, traffic = random.Random(8), Traffic(8)
+    dice, traffic = random.Random(8), PlannedTraffic(8)
     fields = {"instance": "one", "batch_rows_max": SMALL_BATCH, "plans_dir": plans_dir}
     with WorkerProcess(tmp_path / "home", kafka, prefix, **fields) as worker:
         worker.create_topic()
@@ -240,7 +166,7 @@ def test_f18_a_paused_owner_that_wakes_leaves_no_stale_state(
     tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], client: Client
 ) -> None:
     """It stands still until another has its partitions, then wakes and says what it knew: it is answered, and ends."""
-    traffic = Traffic(18)
+    traffic = PlannedTraffic(18)
     with (
         WorkerProcess(tmp_path / "paused", kafka, prefix, instance="paused", **fields) as paused,
         WorkerProcess(tmp_path / "other", kafka, prefix, instance="other", **fields) as other,
@@ -263,7 +189,7 @@ def test_f18_a_paused_owner_that_wakes_leaves_no_stale_state(
     assert_told(other, Reference(client.query(ROWS).result_rows))
 
 
-def pause_and_wake(paused: WorkerProcess, other: WorkerProcess, traffic: Traffic) -> None:
+def pause_and_wake(paused: WorkerProcess, other: WorkerProcess, traffic: PlannedTraffic) -> None:
     """One takes half of the partitions and stands still until the other has them; when it wakes it ends. It may end
     before it has told what it knew.
     """
@@ -282,7 +208,7 @@ def pause_and_wake(paused: WorkerProcess, other: WorkerProcess, traffic: Traffic
     assert paused.wait() == EXIT_RESTART
 
 
-def feed_until_stopped(worker: WorkerProcess, traffic: Traffic) -> None:
+def feed_until_stopped(worker: WorkerProcess, traffic: PlannedTraffic) -> None:
     """SIGSTOP between a fold and the second in which its states are told."""
     for _ in range(10):
         worker.produce(traffic.cell_runs(50))
@@ -305,7 +231,7 @@ def test_f20_of_two_processes_with_one_instance_id_the_first_ends_and_names_it(
     tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], client: Client
 ) -> None:
     """The second takes over, kill -9 and all; the first ends with 75 instead of stealing its partitions back."""
-    traffic = Traffic(20)
+    traffic = PlannedTraffic(20)
     with (
         WorkerProcess(tmp_path / "first", kafka, prefix, instance="twin", **fields) as first,
         WorkerProcess(tmp_path / "second", kafka, prefix, instance="twin", **fields) as second,
@@ -339,7 +265,7 @@ def test_f9_alerts_leave_while_clickhouse_is_down(
     tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], http_server: ClickHouseServer, client: Client
 ) -> None:
     """The worker lives through an outage amid copies, crossings and new workspaces; no alert waits for its end."""
-    traffic = Traffic(9)
+    traffic = PlannedTraffic(9)
     with WorkerProcess(tmp_path / "home", kafka, prefix, **fields) as worker:
         worker.create_topic()
         worker.bill([*traffic.first_plans(), a_plan("ws_spender", "p200", datetime.now(UTC) - PLANNED_DAYS_AGO)])
@@ -403,7 +329,7 @@ def test_sigterm_under_load_leaves_nothing_to_fold_again(
     tmp_path: Path, kafka: str, prefix: str, plans_dir: str
 ) -> None:
     """It ends with 0 amid a backlog, and its successor begins where it has told everything."""
-    traffic = Traffic(15)
+    traffic = PlannedTraffic(15)
     with WorkerProcess(tmp_path / "home", kafka, prefix, plans_dir=plans_dir, batch_rows_max=SMALL_BATCH) as worker:
         worker.create_topic()
         worker.bill(traffic.first_plans())
