@@ -317,8 +317,10 @@ class Reference:
         }
 
     def told_pools(self) -> set[tuple[str, str]]:
-        """Pools of which there must be a state: those that were drawn, and all of a workspace with a plan."""
-        drawn = {(name, row.pool) for name, it in self.workspaces.items() for row in it.runs if row.credits}
+        """Pools of which there must be a state: those that were drawn in the running period, and all of a workspace
+        with a plan. What is dated in an earlier one moves nothing that a gate asks for.
+        """
+        drawn = {key for key, stands in self.states().items() if stands.used}
         planned = {name for name, it in self.workspaces.items() if any(row.kind == "plan" for row in it.events)}
         return drawn | {(name, pool) for name in planned for pool in (ENRICHMENT, PREMIUM)}
 
