@@ -18,7 +18,7 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 	@$(BIN)/creditstream demo
 
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 proof: .venv/installed  ## 240 kills, cuts and stops of a pipeline at work, and the count of what was lost: about 25 minutes
 	@$(BIN)/python -m tests.proof
