@@ -20,7 +20,7 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proof: .venv/installed  ## 240 kills, cuts and stops of a pipeline at work, and the count of what was lost: about 25 minutes
+proof: .venv/installed  ## 210 kills, cuts and stops of a pipeline at work, and the count of what was lost: half an hour
 	@$(BIN)/python -m tests.proof
 
 bench: .venv/installed  ## throughput, latency of limits, the gate, overshoot, the views: about 20 minutes

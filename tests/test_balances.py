@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import partial
 from itertools import count, groupby, takewhile
@@ -314,14 +315,15 @@ async def live_through(client: Client, records: list[Rated], dice: random.Random
 
     async def insert_slowly(function: Any, *args: Any) -> Any:
         await asyncio.sleep(dice.choice([0, 0, 0.03]))
-        return await asyncio.to_thread(function, *args)
+        return await asyncio.get_running_loop().run_in_executor(writer, function, *args)
 
     finished = False
     while not finished:
-        bench = await Bench.open(client, committed=committed, accounts_max=2, batch_rows=3, in_writer=insert_slowly)
-        task = bench.start()
-        finished = await live_until(bench, task, records, dice)
-        await bench.kill(task)
+        with ThreadPoolExecutor(1) as writer:  # left once what a killed unit has sent is in
+            bench = await Bench.open(client, committed=committed, accounts_max=2, batch_rows=3, in_writer=insert_slowly)
+            task = bench.start()
+            finished = await live_until(bench, task, records, dice)
+            await bench.kill(task)
         await bench.unit.voice.flush()
         committed = bench.committed
         for alert in bench.alerts:

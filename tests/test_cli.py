@@ -26,7 +26,7 @@ import pytest
 from creditstream.api import listen
 from creditstream.cli import terminal
 from creditstream.cli.balance import BALANCE_COLUMNS, told
-from creditstream.cli.options import show_rows
+from creditstream.cli.tables import show_rows
 from creditstream.home import Home
 from schemas.answers import PoolBalance, SpendCheck
 from schemas.cell_run import Outcome
