@@ -4,6 +4,7 @@ A topic is the road's surface: a wrong partition count splits a workspace over t
 broker's makes "late" and "future" depend on a producer's clock. So the worker refuses what does not fit.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -24,6 +25,7 @@ LIMIT_STATES: Final = "limit-states"
 WEBHOOK_DELIVERIES: Final = "webhook-deliveries"
 ANSWER_TIMEOUT_S: Final = 10.0
 SETTLED_POLL_S: Final = 0.01
+_log: Final = logging.getLogger("creditstream.kafka")
 
 _DAY_MS: Final = 24 * 60 * 60 * 1000
 _BROKERS_TIME: Final = {"message.timestamp.type": "LogAppendTime"}
@@ -184,6 +186,8 @@ class Broker:
                 self._admin.poll(0)
                 if self._refusal:
                     raise
+        if not self._was_let_in:  # nobody waits for long without a word
+            _log.warning("waiting for Kafka at %s, up to %.0f s", self.bootstrap, ANSWER_TIMEOUT_S)
         return self._admin.list_topics(name, timeout=ANSWER_TIMEOUT_S)
 
     def _answer(self, futures: Mapping[Any, Any]) -> dict[Any, Any]:

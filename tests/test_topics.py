@@ -4,8 +4,12 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from confluent_kafka.admin import AdminClient, NewPartitions
 
+from schemas.problem import Unreachable
+from streams import topics
+from streams.settings import read_settings
 from streams.topics import CELL_RUNS, Broker, LogRange
 from tests.client_kafka import fresh_settings
 
@@ -27,3 +31,13 @@ def test_metadata_that_lack_a_partition_are_asked_for_again(kafka: str, tmp_path
     finally:
         growing.join()
     assert found == {settings.partitions: LogRange(0, 0)}
+
+
+def test_nobody_waits_for_a_silent_kafka_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once what is waited for, before it is said that it did not answer."""
+    monkeypatch.setattr(topics, "ANSWER_TIMEOUT_S", 0.2)
+    with pytest.raises(Unreachable, match="does not answer"):
+        Broker(read_settings({}, kafka_bootstrap="127.0.0.1:1")).topic("cell-runs")
+    assert [record.getMessage() for record in caplog.records] == ["waiting for Kafka at 127.0.0.1:1, up to 0 s"]
