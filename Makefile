@@ -20,7 +20,7 @@ demo: .venv/installed  ## a real Kafka, a real worker, a real ClickHouse engine,
 test: .venv/installed  ## the whole test suite, on real Kafka and real chDB
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-proof: .venv/installed  ## 210 kills, cuts and stops of a pipeline at work, and the count of what was lost: half an hour
+proof: .venv/installed  ## 210 kills, cuts and stops of a pipeline at work, and the count of what was lost: 20 to 30 minutes
 	@$(BIN)/python -m tests.proof
 
 bench: .venv/installed  ## throughput, latency of limits, the gate, overshoot, the views: about 20 minutes

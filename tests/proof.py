@@ -1,6 +1,6 @@
 """The crash proof: the whole pipeline at work, killed again and again, and the count of what that lost or doubled.
 
-    python -m tests.proof                                  210 faults, about half an hour
+    python -m tests.proof                                  210 faults, 20 to 30 minutes
     python -m tests.proof --faults 24 --seed 7
 
 A real worker meters cell runs and account events from a real Kafka into a ClickHouse that is reached over HTTP (chDB
