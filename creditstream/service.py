@@ -78,14 +78,16 @@ def run_service(
 
 
 class _Worker(faust.Worker):
-    """Faust's worker with a bound on its end: a Kafka that is gone may keep aiokafka's from coming. And no later."""
+    """Faust's worker with a bound on its end, for a Kafka that is gone may keep aiokafka's from coming, and without a
+    last second in which nothing is left to do.
+    """
 
     async def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, STOP_S_MAX)
         await super().stop()
 
     async def _sentinel_task(self) -> None:
-        """Faust's runs the loop for one more second, when all has ended."""
+        """Faust's own runs the loop for one more second."""
         await asyncio.sleep(0)
 
 

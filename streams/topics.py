@@ -105,32 +105,14 @@ class Broker:
 
     def require(self, name: str) -> Topic:
         """The topic as the worker needs it. Problem when it is missing or does not fit."""
-        topic = self.topic(self._settings.topic(name))
-        if not topic:
-            missing = f"topic {self._settings.topic(name)} does not exist"
-            raise Problem(missing, f"on {self.bootstrap}", "Run `creditstream topics`.")
-        if topic.partitions != self._settings.partitions:
-            raise Problem(
-                f"topic {topic.name} does not fit",
-                f"it has {topic.partitions} partitions, the settings say {self._settings.partitions}",
-                "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
-            )
-        required, _ = TOPICS[name]
-        for key, value in required.items():
-            if topic.config.get(key) != value:
-                raise Problem(
-                    f"topic {topic.name} does not fit",
-                    f"{key} is {topic.config.get(key)}, not {value}",
-                    f"Set it: kafka-configs.sh --alter --topic {topic.name} --add-config {key}={value}",
-                )
-        return topic
+        return self._fitting(name, self.topic(self._settings.topic(name)))
 
     def ensure(self, name: str) -> tuple[Topic, bool]:
         """The topic as `require`, created when it does not exist (then True)."""
-        is_missing = self.topic(self._settings.topic(name)) is None
-        if is_missing:
-            self.create(name)
-        return self.require(name), is_missing
+        if found := self.topic(self._settings.topic(name)):
+            return self._fitting(name, found), False
+        self.create(name)
+        return self.require(name), True
 
     def ensure_all(self) -> None:
         """All topics, as `ensure`."""
@@ -173,6 +155,26 @@ class Broker:
             return {(place.topic, place.partition): place.offset if place.offset >= 0 else None for place in found}
         finally:
             consumer.close()
+
+    def _fitting(self, name: str, topic: Topic | None) -> Topic:
+        if not topic:
+            missing = f"topic {self._settings.topic(name)} does not exist"
+            raise Problem(missing, f"on {self.bootstrap}", "Run `creditstream topics`.")
+        if topic.partitions != self._settings.partitions:
+            raise Problem(
+                f"topic {topic.name} does not fit",
+                f"it has {topic.partitions} partitions, the settings say {self._settings.partitions}",
+                "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
+            )
+        required, _ = TOPICS[name]
+        for key, value in required.items():
+            if topic.config.get(key) != value:
+                raise Problem(
+                    f"topic {topic.name} does not fit",
+                    f"{key} is {topic.config.get(key)}, not {value}",
+                    f"Set it: kafka-configs.sh --alter --topic {topic.name} --add-config {key}={value}",
+                )
+        return topic
 
     def _metadata(self, name: str) -> ClusterMetadata:
         """librdkafka repeats a refused login until the timeout, and reports it only between two calls. So until it was

@@ -37,7 +37,7 @@ from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import INVARIANTS, wait_until_grown
 from tests.limit_messages import ROWS, Reference, Verdict, judge, small_plans
 from tests.traffic import PLANNED_DAYS_AGO, PlannedTraffic, WildTraffic
-from tests.worker_process import WorkerProcess
+from tests.worker_process import WorkerProcess, kafka_processes
 
 FAULTS: Final = 210
 RUNS_A_ROUND: Final = 1_000
@@ -55,6 +55,7 @@ class Stage(NamedTuple):
     """Everything that can be killed."""
 
     kafka: EmbeddedKafka
+    kafka_home: Home
     clickhouse: ClickHouseServer
     worker: WorkerProcess
     dice: random.Random
@@ -148,10 +149,8 @@ def has_met(stage: Stage, fault: str, state: str) -> bool:
 def kill_kafka(stage: Stage) -> None:
     """SIGKILL of the broker at any instant, and a new one on its files."""
     stage.pause(0, 0.8)
-    guard = stage.kafka._guard
-    assert guard
-    for process in psutil.Process(guard.pid).children():
-        process.kill()
+    _, broker = kafka_processes(stage.kafka_home)
+    broker.kill()
     stage.kafka.stop()
     stage.pause(0, 2)
     stage.kafka.start()
@@ -182,7 +181,7 @@ def play(stage: Stage, seed: int, kinds: Sequence[str], say: Callable[[str], Non
         new = tuple(f"ws_{number:03d}_{place}" for place in range(NEW_A_ROUND))
         traffic.workspaces = traffic.billed = (*traffic.workspaces[-NEW_A_ROUND:], *new)
         plans = [traffic.plan(name, traffic.started - PLANNED_DAYS_AGO) for name in new]
-        wait_until(stage, lambda: (status := stage.worker.status) and status.ready)
+        wait_until_ready(stage)
         stage.clickhouse.forget_log()
         stage.worker.bill([*plans, *traffic.account_events(EVENTS_A_ROUND)])
         stage.worker.produce((*traffic.cell_runs(RUNS_A_ROUND), *wild.events(WILD_A_ROUND)))
@@ -190,10 +189,7 @@ def play(stage: Stage, seed: int, kinds: Sequence[str], say: Callable[[str], Non
 
 
 def wait_until(stage: Stage, condition: Callable[[], object]) -> None:
-    """Supervise the worker until then: one that has ended to be restarted is started again.
-
-    AssertionError when it ended in another way, or when it takes too long.
-    """
+    """Supervise the worker until then: what has ended is started again. AssertionError when it takes too long."""
     deadline = time.monotonic() + RECOVERY_S_MAX
     while not condition():
         assert time.monotonic() < deadline, f"not recovered after {RECOVERY_S_MAX:.0f} s: {stage.worker.status}"
@@ -202,9 +198,14 @@ def wait_until(stage: Stage, condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def wait_until_ready(stage: Stage) -> None:
+    """Until the worker meters everything that it should."""
+    wait_until(stage, lambda: (status := stage.worker.status) and status.ready)
+
+
 def settled(stage: Stage) -> tuple[Reconciliation, Verdict, int]:
     """Everything is metered and told in peace: the books, what was told, and rows that break an invariant."""
-    wait_until(stage, lambda: (status := stage.worker.status) and status.ready)
+    wait_until_ready(stage)
     stage.worker.wait_until_told(RECOVERY_S_MAX)
     books = stage.worker.reconcile()
     assert stage.worker.stop() == 0
@@ -234,7 +235,7 @@ def prove(directory: Path, kinds: Sequence[str], seed: int, say: Callable[[str],
         fields = {"ledger_url": url, "plans_dir": small_plans(directory / "plans")}
         with WorkerProcess(directory / "worker", kafka.bootstrap, "", instance="one", **fields) as worker:
             worker.create_topic()
-            stage = Stage(kafka, clickhouse, worker, random.Random(seed))
+            stage = Stage(kafka, home, clickhouse, worker, random.Random(seed))
             play(stage, seed, kinds, say)
             say("metering what is left, and comparing everything")
             return Proof(Counter(kinds), *settled(stage), seed, time.monotonic() - began)

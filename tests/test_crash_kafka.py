@@ -13,7 +13,7 @@ import pytest
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from streams.app import EXIT_RESTART
-from tests.worker_process import WorkerProcess, cell_run, event_of
+from tests.worker_process import WorkerProcess, cell_run, event_of, kafka_processes
 
 START_S_MAX: Final = 60.0
 OVER_HTTP: Final = pytest.mark.parametrize("database_url", ["http"], indirect=True)
@@ -59,36 +59,29 @@ def metered(worker: WorkerProcess) -> bool:
     return bool(status) and {unit.partition: unit.mark + 1 for unit in status.units} == ends  # type: ignore[union-attr]
 
 
+def meter_embedded(worker: WorkerProcess) -> None:
+    """Start it with a Kafka of its own, and have it meter 40 runs."""
+    del worker.settings["kafka_bootstrap"]
+    worker.start("--embedded").wait_until(lambda status: status.ready, "ready", START_S_MAX)
+    endpoints = worker.home.worker()
+    assert endpoints
+    worker.settings["kafka_bootstrap"] = endpoints.kafka_bootstrap
+    worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
+    worker.wait_until_metered()
+
+
 def test_kill_9_of_an_embedded_worker_leaves_no_kafka_behind(tmp_path: Path) -> None:
     """Its Kafka ends with it, the next start finds topic and ledger as they were; without Kafka it ends with 75."""
     with WorkerProcess(tmp_path, "", "", partitions=2) as worker:
-        del worker.settings["kafka_bootstrap"]
-        worker.start("--embedded").wait_until(lambda status: status.ready, "ready", START_S_MAX)
-        endpoints = worker.home.worker()
-        assert endpoints
-        worker.settings["kafka_bootstrap"] = endpoints.kafka_bootstrap
-        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
-        worker.wait_until_metered()
+        meter_embedded(worker)
         worker.kill()
         psutil.wait_procs(kafka_processes(worker.home), timeout=15)
         assert not kafka_processes(worker.home)
 
-        del worker.settings["kafka_bootstrap"]
-        worker.start("--embedded").wait_until(lambda status: status.ready, "ready", START_S_MAX)
-        endpoints = worker.home.worker()
-        assert endpoints
-        worker.settings["kafka_bootstrap"] = endpoints.kafka_bootstrap
-        worker.produce(event_of(cell_run(f"ws_{number:04d}")) for number in range(40))
-        worker.wait_until_metered()
+        meter_embedded(worker)
         books = worker.reconcile()
         for process in kafka_processes(worker.home):
             process.kill()
         assert worker.wait() == EXIT_RESTART
 
     assert (books.closes, books.rows) == (True, 80)
-
-
-def kafka_processes(home: Home) -> list[psutil.Process]:
-    """The guard and the Kafka of a home."""
-    mark = f"-Dcreditstream.home={home.path}"
-    return [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]

@@ -13,17 +13,16 @@ from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
 from aiokafka import AIOKafkaConsumer
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
-from creditstream import kafka_guard
 from creditstream.embedded import EmbeddedKafka, find_java
 from creditstream.home import Endpoints, Home
 from creditstream.kafka_jars import load_jars
 from schemas.problem import Problem, Unreachable
+from tests.worker_process import kafka_processes
 
 WAIT_MAX_S = 60.0
 SETTLED_S = 0.2
@@ -77,13 +76,6 @@ def running(script: str, home: Home) -> Iterator[tuple[subprocess.Popen[str], st
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def kafka_processes(home: Home) -> list[psutil.Process]:
-    """The guard and the Kafka of `home`, the guard first."""
-    mark = f"-Dcreditstream.home={home.path}"
-    found = [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]
-    return sorted(found, key=lambda process: kafka_guard.__file__ not in process.info["cmdline"])
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 from uuid import UUID, uuid4
 
+import psutil
 from confluent_kafka import Producer
 
+from creditstream import kafka_guard
 from creditstream.asking import WorkerAnswers
 from creditstream.home import Home
 from creditstream.producing import open_producer
@@ -327,6 +329,13 @@ def creditstream(
         timeout=seconds,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def kafka_processes(home: Home) -> list[psutil.Process]:
+    """The guard and the Kafka of a home, the guard first."""
+    mark = f"-Dcreditstream.home={home.path}"
+    found = [process for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ())]
+    return sorted(found, key=lambda process: kafka_guard.__file__ not in process.info["cmdline"])
 
 
 _ASK: Final = """
