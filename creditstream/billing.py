@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import msgspec
 
 from creditstream.asking import Answers
-from creditstream.metering import await_rows
+from creditstream.awaiting import await_rows
 from schemas.account import AccountEvent
 from schemas.answers import LedgerRow
 from schemas.cell_run import to_milliseconds

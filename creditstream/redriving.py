@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from creditstream.asking import Answers
-from creditstream.metering import await_rows
+from creditstream.awaiting import await_rows
 from creditstream.producing import Outgoing, deliver
 from schemas.answers import LedgerRow, ParkedEvent
 from schemas.codec import decode_account_event, decode_run

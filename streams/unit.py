@@ -377,7 +377,7 @@ class Unit:
         self.mark = await self._append(batch.close(self.chain), self.mark)
         for take in batch.takes:
             self._unwritten.remove(take)
-            self._count(Counter(counts(take)), self.chain)
+        self._count(sum((Counter(counts(take)) for take in batch.takes), Counter()), self.chain, self.mark)
 
     async def _write_account_events(self, written: AccountBatch) -> None:
         """Both marks are read again, so that ``mark_read_at`` orders the rows of both chains as they were folded."""
@@ -385,16 +385,16 @@ class Unit:
         self.event_mark = await self._append(written.batch, stale)
         self.mark = msgspec.structs.replace(self.mark, age_from=TOO_OLD)
         del self._unwritten_events[: len(written.rows)]
-        self._count(Counter(f"{row.kind}/{row.reason}" for row in written.rows), self.event_chain)
+        self._count(Counter(f"{row.kind}/{row.reason}" for row in written.rows), self.event_chain, self.event_mark)
 
     async def _append(self, batch: Batch, mark: Mark) -> Mark:
         written: Mark = await self._shared.in_writer(self._shared.ledger.append, batch, mark, self._closing)
         return written
 
-    def _count(self, written: Counter[str], chain: Chain) -> None:
+    def _count(self, written: Counter[str], chain: Chain, mark: Mark) -> None:
         self._shared.written.update(written)
         if letters := {name: number for name, number in written.items() if name.startswith(Kind.DEAD_LETTER)}:
-            log.warning("dead_letters", chain=str(chain), mark=self.folded, **letters)
+            log.warning("dead_letters", chain=str(chain), mark=mark.last, **letters)
 
     async def _tick(self) -> None:
         """The clock's part: what waits for time alone, and what settling leaves to it."""

@@ -47,6 +47,8 @@ NEW_A_ROUND: Final = 2
 """Workspaces; with as many of the rounds before it."""
 BATCH_ROWS: Final = (100, 600)
 """A round is several inserts, so that a fault hits every step of one; each worker cuts them in its own way."""
+ENDS: Final = (None, 0, EXIT_RESTART, -signal.SIGKILL)
+"""How a worker may have ended before the next one starts; None: there was none."""
 RECOVERY_S_MAX: Final = 120.0
 SESSION_S: Final = 10.0
 
@@ -61,7 +63,10 @@ class Stage(NamedTuple):
     dice: random.Random
 
     def start_worker(self) -> None:
-        """The next one, which cuts its batches in another way."""
+        """The next one, which cuts its batches in another way. AssertionError when the last one ended as none should:
+        a supervisor would start it again, and hide it.
+        """
+        assert self.worker.ended in ENDS, f"the worker ended with exit code {self.worker.ended}: {self.worker.log}"
         self.worker.settings["batch_rows_max"] = self.dice.randint(*BATCH_ROWS)
         self.worker.start()
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import pytest
 from clickhouse_connect.driver.client import Client
+from structlog.testing import capture_logs
 
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
@@ -364,6 +365,20 @@ async def test_a_batch_is_written_when_it_has_lingered(client: Client) -> None:
     bench.deliver(chunk(0, range(1)))
     await bench.until(lambda: bench.acknowledged == 1)
     assert bench.kinds() == {"run": 1}
+
+
+async def test_dead_letters_are_logged_once_an_insert(client: Client) -> None:
+    """However many takes it was gathered from: a producer that sends nonsense must not fill the log, too."""
+    bench = await Bench.open(client, linger_s=0.3)
+    task = bench.start()
+    with capture_logs() as logged:
+        for last in range(3):
+            bench.deliver([Record(last, b"nonsense")])
+            await bench.wait(task, lambda last=last: bench.unit.read == (last, -1))  # type: ignore[misc]
+        await bench.wait(task, lambda: bench.acknowledged == 3)
+    await bench.kill(task)
+    letters = [line for line in logged if line["event"] == "dead_letters"]
+    assert [(line["mark"], line["dead_letter/malformed"]) for line in letters] == [(2, 3)]
 
 
 async def test_a_unit_that_drains_does_not_linger(client: Client) -> None:

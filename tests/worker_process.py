@@ -100,6 +100,11 @@ class WorkerProcess:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def ended(self) -> int | None:
+        """The exit code of the last process; None while it runs, and before the first."""
+        return self._process and self._process.poll()
+
     def start(self, *options: str, command: Sequence[str] = COMMAND) -> Self:
         """Start the process, and return at once."""
         assert not self.is_alive

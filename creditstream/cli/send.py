@@ -60,7 +60,7 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
 
 def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> int:
     """How many of them were set aside, as far as they are waited for."""
-    from creditstream.metering import await_rows
+    from creditstream.awaiting import await_rows
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_run
     from streams.topics import CELL_RUNS, Broker

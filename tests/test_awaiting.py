@@ -4,9 +4,9 @@ from typing import Any, Final
 
 import pytest
 
-from creditstream import metering
+from creditstream import awaiting
 from creditstream.asking import WorkerAnswers
-from creditstream.metering import await_rows
+from creditstream.awaiting import await_rows
 from schemas.answers import LedgerRow
 from schemas.ledger import Position
 from schemas.problem import Unreachable
@@ -58,7 +58,7 @@ def test_answers_in_parts_are_put_together(monkeypatch: pytest.MonkeyPatch) -> N
     """Each place gets its own row, of whichever answer and partition; rows of others in between are left out, and
     nothing behind the last place is asked for.
     """
-    monkeypatch.setattr(metering, "POLL_S", 0)
+    monkeypatch.setattr(awaiting, "POLL_S", 0)
     topic, answers = Topic("cell-runs", "id", 2, {}), Metering()
     places = [Position("cell-runs", *place) for place in ((1, 7), (0, 2), (0, 3), (1, 4), (0, 8))]
 
@@ -74,7 +74,7 @@ def test_answers_in_parts_are_put_together(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_page_is_no_larger_than_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies beyond one answer is asked for behind it."""
-    monkeypatch.setattr(metering, "PAGE_ROWS", 3)
+    monkeypatch.setattr(awaiting, "PAGE_ROWS", 3)
 
     class Written(WorkerAnswers):
         def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
@@ -85,9 +85,12 @@ def test_a_page_is_no_larger_than_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
     assert [rows[place].offset for place in places] == list(range(10))
 
 
-def test_a_wait_ends_when_no_row_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names the first offset without one, whoever wrote it: those before it have theirs."""
-    monkeypatch.setattr(metering, "WAIT_S_MAX", 0.2)
+def test_a_wait_ends_when_no_row_comes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It names the first offset without one, whoever wrote it: those before it have theirs. Before, it says once what
+    it waits for.
+    """
+    monkeypatch.setattr(awaiting, "WAIT_S_MAX", 0.4)
+    monkeypatch.setattr(awaiting, "QUIET_S", 0.05)
 
     class Stopped(WorkerAnswers):
         def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
@@ -96,3 +99,6 @@ def test_a_wait_ends_when_no_row_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [Position("cell-runs", 0, offset) for offset in (0, 4)]
     with pytest.raises(Unreachable, match=r"cell-runs\[0\]@1 has no ledger row after 0 s: the worker is not metering"):
         await_rows(Stopped(""), Topic("cell-runs", "id", 1, {}), places)
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for a worker to meter cell-runs[0]@1, up to 0 s"
+    ]
