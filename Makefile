@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# With it set, each of the suite's four hundred processes would compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test proof bench lint generated lock clean
 .DEFAULT_GOAL := demo
 

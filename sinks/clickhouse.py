@@ -151,10 +151,7 @@ def _open_http(url: str, password: str, database: str, answer_timeout_s: int) ->
 
 
 def _set_newer(client: Client) -> None:
-    known = client.query(
-        "SELECT name FROM system.settings WHERE name IN %(names)s", parameters={"names": list(_NEWER)}
-    ).result_rows
-    for (name,) in known:
+    for name in _NEWER.keys() & client.server_settings.keys():
         client.set_client_setting(name, _NEWER[name])
 
 
