@@ -30,7 +30,7 @@ DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium'
 EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
 
 
-class AccountRow(NamedTuple):
+class AccountFact(NamedTuple):
     """One account event as its ledger row says it; instants in Unix ms, credits in millicredits.
 
     ``allowance``: of a plan's period, or what was granted. ``credits``, ``pool`` and ``day`` (since 1970-01-01) are a
@@ -52,28 +52,30 @@ class AccountRow(NamedTuple):
     day: int
 
 
-_ACCOUNT_ROW: Final = (
+_ACCOUNT_FACT: Final = (
     "workspace_id, toString(kind), toUnixTimestamp64Milli(recorded_at), kafka_offset, "
     "toUnixTimestamp64Milli(effective_at), toString(plan), toInt64(allowance * 1000), restart_period, thresholds, "
     "toInt64(remaining_below * 1000), toString(pool), toInt64(credits * 1000), toInt32(toUInt16(day))"
 )
 
 
-def _account_rows(found: Iterable[Sequence[Any]]) -> list[AccountRow]:
+def _account_facts(found: Iterable[Sequence[Any]]) -> list[AccountFact]:
     rows = []
     for name, kind, recorded, offset, effective, plan, allowance, restart, thresholds, below, *rest in found:
         limits = (tuple(thresholds), None if below < 0 else below)
-        rows.append(AccountRow(name, Kind(kind), recorded, offset, effective, plan, allowance, restart, *limits, *rest))
+        rows.append(
+            AccountFact(name, Kind(kind), recorded, offset, effective, plan, allowance, restart, *limits, *rest)
+        )
     return rows
 
 
-def facts_of(client: Client, workspaces: Sequence[str]) -> list[AccountRow]:
+def facts_of(client: Client, workspaces: Sequence[str]) -> list[AccountFact]:
     """Every plan, grant and threshold of these workspaces, over all topic ids."""
     found = client.query(
-        f"SELECT {_ACCOUNT_ROW} FROM ledger WHERE workspace_id IN %(names)s AND kind IN ('plan', 'grant', 'limits')",
+        f"SELECT {_ACCOUNT_FACT} FROM ledger WHERE workspace_id IN %(names)s AND kind IN ('plan', 'grant', 'limits')",
         parameters={"names": list(workspaces)},
     )
-    return _account_rows(found.result_rows)
+    return _account_facts(found.result_rows)
 
 
 def draws_of(client: Client, workspaces: Sequence[str], since: date) -> list[tuple[str, str, int, Millicredits]]:
@@ -193,21 +195,21 @@ def runs_to_reverse(client: Client, identities: Iterable[Identity]) -> list[RunT
     return [RunToReverse(*row) for row in found.result_rows if Identity(row[0], row[1]) in wanted]
 
 
-def known_events(client: Client, identities: Iterable[Identity]) -> dict[Identity, tuple[str, UUID, str, AccountRow]]:
+def known_events(client: Client, identities: Iterable[Identity]) -> dict[Identity, tuple[str, UUID, str, AccountFact]]:
     """Account events in the ledger under these: position in Kafka, id of the run, actor, and all else that they say."""
     wanted = set(identities)
     found = client.query(
-        f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_ROW} FROM ledger "
+        f"SELECT event_id, run_id, toString(actor), topic, kafka_partition, {_ACCOUNT_FACT} FROM ledger "
         f"WHERE {EVENTS} AND workspace_id IN %(workspaces)s AND event_id IN %(ids)s",
         parameters=_apart(wanted),
     )
     known = {}
     for event_id, run_id, actor, topic, partition, *row in found.result_rows:
-        (account_row,) = _account_rows([row])
-        identity = Identity(account_row.workspace_id, event_id)
+        (fact,) = _account_facts([row])
+        identity = Identity(fact.workspace_id, event_id)
         if identity in wanted:
-            position = str(Position(topic, partition, account_row.offset))
-            known[identity] = (position, run_id, actor, account_row)
+            position = str(Position(topic, partition, fact.offset))
+            known[identity] = (position, run_id, actor, fact)
     return known
 
 
@@ -222,7 +224,7 @@ class Tail(NamedTuple):
 
     debits: pa.Table
     """Of the run chain, in Kafka's order."""
-    events: list[tuple[int, AccountRow]]
+    events: list[tuple[int, AccountFact]]
     """(mark_read_at in Unix ms, row) of the account chain, in Kafka's order."""
 
 
@@ -239,11 +241,11 @@ def tail_of(client: Client, runs: Chain, runs_after: int, events: Chain, events_
         use_strings=True,
     )
     found = client.query(
-        f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_ROW} FROM ledger WHERE {_MARKED} "
+        f"SELECT toUnixTimestamp64Milli(mark_read_at), {_ACCOUNT_FACT} FROM ledger WHERE {_MARKED} "
         f"AND kafka_offset > {{after:Int64}} AND {EVENTS} ORDER BY kafka_offset",
         parameters=_after(events, events_after),
     ).result_rows
-    rows = _account_rows([row[1:] for row in found])
+    rows = _account_facts([row[1:] for row in found])
     return Tail(debits, [(int(read[0]), row) for read, row in zip(found, rows, strict=True)])
 
 

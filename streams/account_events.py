@@ -19,7 +19,7 @@ from schemas.codec import decode_account_event
 from schemas.credits import PER_CREDIT, Millicredits, parse_credits
 from schemas.ledger import ACCOUNT_KINDS, Identity, Kind, Pool, Reason, number_of
 from schemas.plan import PlanLists
-from sinks.accounts import AccountRow, RunToReverse
+from sinks.accounts import AccountFact, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
 from streams.duplicates import Original
@@ -48,7 +48,7 @@ class Known(NamedTuple):
 NOTHING_KNOWN: Final = Known({}, {})
 
 
-def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs: Iterable[RunToReverse]) -> Known:
+def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountFact]], runs: Iterable[RunToReverse]) -> Known:
     """From the ledger's answers (`sinks.accounts.known_events`, `runs_to_reverse`)."""
     originals = {
         identity: Original(position, substance_of(row, run_id, actor))
@@ -57,8 +57,10 @@ def known_of(events: Mapping[Identity, tuple[str, UUID, str, AccountRow]], runs:
     return Known(originals, {Identity(run.workspace_id, run.run_id): run for run in runs})
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One ledger row of the account chain, in plain values; instants in Unix ms, credits in millicredits."""
+class RatedEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the account chain before it is in the ledger, in plain values; instants in Unix ms, credits in
+    millicredits.
+    """
 
     record: Record
     kind: Kind
@@ -80,11 +82,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-def with_rows(known: Known, rows: Iterable[Row], chain: Chain) -> Known:
+def with_rows(known: Known, rows: Iterable[RatedEvent], chain: Chain) -> Known:
     """With the events of rows on their way to the ledger. A run counts as known only once it is there."""
     events = {
         Identity(row.workspace_id, row.event_id): Original(
-            chain.position(row.record.offset), substance_of(account_row(row), row.run_id, row.actor)
+            chain.position(row.record.offset), substance_of(fact_of(row), row.run_id, row.actor)
         )
         for row in rows
         if row.kind in ACCOUNT_KINDS
@@ -135,7 +137,7 @@ def _run_of(event: RunReversed) -> Identity:
     return Identity(event.workspace_id, event.run_id)
 
 
-def rate_events(chunk: Sequence[Received], chain: Chain, known: Known, plans: PlanLists) -> list[Row]:
+def rate_events(chunk: Sequence[Received], chain: Chain, known: Known, plans: PlanLists) -> list[RatedEvent]:
     """Rows of a chunk of this chain, in its order.
 
     An event id that is known is a duplicate, or a dead letter where it says something else; a run is reversed once,
@@ -143,7 +145,7 @@ def rate_events(chunk: Sequence[Received], chain: Chain, known: Known, plans: Pl
     """
     standing = dict(known.events)
     reversed_at = {identity: run.reversed_at for identity, run in known.runs.items() if run.reversed_at}
-    rows: list[Row] = []
+    rows: list[RatedEvent] = []
     for received in chunk:
         record, event = received
         if isinstance(event, Refusal):
@@ -177,7 +179,7 @@ def substance(event: AccountEvent) -> tuple[object, ...]:
             return (Kind.LIMITS, actor, _percents(event), _below(event))
 
 
-def substance_of(row: AccountRow, run_id: UUID, actor: str) -> tuple[object, ...]:
+def substance_of(row: AccountFact, run_id: UUID, actor: str) -> tuple[object, ...]:
     """The same of an event that is in the ledger."""
     match row.kind:
         case Kind.PLAN:
@@ -200,7 +202,7 @@ def _below(event: LimitsChanged) -> Millicredits | None:
 
 def _fresh(
     record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[Identity, str], plans: PlanLists
-) -> Row:
+) -> RatedEvent:
     plain: dict[str, Any] = {"record": record, "workspace_id": event.workspace_id, "event_id": event.event_id}
     plain["actor"] = event.actor or ""
     match event:
@@ -209,21 +211,23 @@ def _fresh(
         case PremiumGranted():
             at = to_milliseconds(event.effective_at)
             granted: dict[str, Any] = {"effective_ms": at, "ran_ms": at, "allowance": parse_credits(event.credits)}
-            return Row(kind=Kind.GRANT, reason=Reason.PREMIUM_GRANTED, pool=Pool.PREMIUM, **plain, **granted)
+            return RatedEvent(kind=Kind.GRANT, reason=Reason.PREMIUM_GRANTED, pool=Pool.PREMIUM, **plain, **granted)
         case LimitsChanged():
             limits: dict[str, Any] = {"thresholds": _percents(event), "remaining_below": _below(event)}
-            return Row(kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, **plain, **limits)
+            return RatedEvent(
+                kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, **plain, **limits
+            )
         case RunReversed():
             return _reversal(event, plain, known.runs.get(_run_of(event)), reversed_at)
 
 
-def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
+def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> RatedEvent:
     at = to_milliseconds(event.effective_at)
     plan = plans.find(event.plan, at)
     if plan is None:
         refusal = Refusal(Reason.UNKNOWN_PLAN, f"plan {event.plan!r} stands in no plan list")
         return _set_aside(plain["record"], refusal, event)
-    return Row(
+    return RatedEvent(
         kind=Kind.PLAN, reason=Reason.PLAN_CHANGED, pool=Pool.ENRICHMENT, effective_ms=at, ran_ms=at, plan=plan.id,
         allowance=plan.allowance, restart_period=event.restart_period, thresholds=plan.thresholds,
         remaining_below=plan.remaining_below, **plain,
@@ -232,31 +236,33 @@ def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> Row:
 
 def _reversal(
     event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[Identity, str]
-) -> Row:
+) -> RatedEvent:
     if run is None:
         return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, f"no run {event.run_id} in the ledger"), event)
     plain |= {"run": run, "run_id": run.run_id, "ran_ms": run.ran_ms}
     if before := reversed_at.get(_run_of(event)):
-        return Row(kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, detail=f"the run was reversed at {before}", **plain)
-    return Row(
+        return RatedEvent(
+            kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, detail=f"the run was reversed at {before}", **plain
+        )
+    return RatedEvent(
         kind=Kind.REVERSAL, reason=Reason.REVERSED, pool=Pool(run.pool), credits=-run.credits,
         detail="what the run drew is given back", **plain,
     )  # fmt: skip
 
 
-def _copy(record: Record, event: AccountEvent, first: Original) -> Row:
+def _copy(record: Record, event: AccountEvent, first: Original) -> RatedEvent:
     if first.substance != substance(event):
         detail = f"differs from the event at {first.position}, which stands"
         return _set_aside(record, Refusal(Reason.CONFLICTING_DUPLICATE, detail), event)
-    return Row(
+    return RatedEvent(
         record=record, kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, workspace_id=event.workspace_id,
         event_id=event.event_id, run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
         actor=event.actor or "", ran_ms=record.timestamp, detail=f"a copy of the event at {first.position}",
     )  # fmt: skip
 
 
-def _set_aside(record: Record, refusal: Refusal, event: AccountEvent | None = None) -> Row:
-    return Row(
+def _set_aside(record: Record, refusal: Refusal, event: AccountEvent | None = None) -> RatedEvent:
+    return RatedEvent(
         record=record, kind=Kind.DEAD_LETTER, reason=refusal.reason, detail=refusal.detail, ran_ms=record.timestamp,
         workspace_id=event.workspace_id if event else "", event_id=event.event_id if event else _NIL,
         run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
@@ -264,7 +270,7 @@ def _set_aside(record: Record, refusal: Refusal, event: AccountEvent | None = No
     )  # fmt: skip
 
 
-def account_rows(chain: Chain, after: int, rows: Sequence[Row], batch_month: int) -> pa.Table:
+def ledger_rows(chain: Chain, after: int, rows: Sequence[RatedEvent], batch_month: int) -> pa.Table:
     """The chunk as rows of the ledger."""
     runs = [row.run for row in rows]
     offsets = np.array([row.record.offset for row in rows], np.int64)
@@ -306,7 +312,7 @@ def account_rows(chain: Chain, after: int, rows: Sequence[Row], batch_month: int
     return pa.table([_column(columns[field.name], field.type) for field in ACCOUNT_SCHEMA], schema=ACCOUNT_SCHEMA)
 
 
-def _account_columns(rows: Sequence[Row]) -> dict[str, Any]:
+def _account_columns(rows: Sequence[RatedEvent]) -> dict[str, Any]:
     below = [NO_LINE if row.remaining_below is None else row.remaining_below for row in rows]
     return {
         "event_id": [row.event_id.bytes for row in rows],
@@ -323,9 +329,20 @@ def _column(values: Any, kind: pa.DataType) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-def account_row(row: Row) -> AccountRow:
+def fact_of(row: RatedEvent) -> AccountFact:
     """A row as the ledger would give it back."""
-    return AccountRow(
-        row.workspace_id, row.kind, row.record.timestamp, row.record.offset, row.effective_ms, row.plan, row.allowance,
-        row.restart_period, row.thresholds, row.remaining_below, str(row.pool), row.credits, day_of(row.ran_ms),
-    )  # fmt: skip
+    return AccountFact(
+        workspace_id=row.workspace_id,
+        kind=row.kind,
+        recorded_ms=row.record.timestamp,
+        offset=row.record.offset,
+        effective_ms=row.effective_ms,
+        plan=row.plan,
+        allowance=row.allowance,
+        restart_period=row.restart_period,
+        thresholds=row.thresholds,
+        remaining_below=row.remaining_below,
+        pool=str(row.pool),
+        credits=row.credits,
+        day=day_of(row.ran_ms),
+    )

@@ -13,7 +13,7 @@ import structlog
 
 from schemas.problem import Unreachable
 from sinks import accounts, filter_keys
-from sinks.accounts import AccountRow
+from sinks.accounts import AccountFact
 from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.balances import METERED, Balances, Notice
@@ -211,7 +211,7 @@ class Loader:
         """Whom of these workspaces time alone moved between two instants, and what it told: each one's first instant,
         then the second.
         """
-        known: dict[str, list[AccountRow]] = {name: [] for name in names}
+        known: dict[str, list[AccountFact]] = {name: [] for name in names}
         for row in await self._look_up_aside(accounts.facts_of, names):
             known[row.workspace_id].append(row)
         left = {name: recovery.instants_of(rows, from_ms, to_ms) for name, rows in known.items()}

@@ -8,7 +8,7 @@ import msgspec
 import pyarrow as pa
 
 from sinks.ledger import Batch, Chain, batch_month
-from streams.account_events import Row
+from streams.account_events import RatedEvent
 from streams.inbox import Parcel
 from streams.records import bytes_of
 from streams.rows import Take, join_takes, ledger_rows
@@ -39,7 +39,7 @@ class AccountBatch(msgspec.Struct, frozen=True, eq=False):
     """Account events that are folded, on their way into the ledger."""
 
     batch: Batch
-    rows: Sequence[Row]
+    rows: Sequence[RatedEvent]
 
 
 class OpenBatch:

@@ -5,7 +5,7 @@ from typing import Final
 
 from schemas.ledger import Kind, Pool
 from schemas.limits import Cause
-from sinks.accounts import AccountRow
+from sinks.accounts import AccountFact
 from streams.balances import Account, Balances, Notice, Opening
 from streams.limits import Facts, Grant, Thresholds
 from streams.periods import PlanChange, history
@@ -13,7 +13,7 @@ from streams.periods import PlanChange, history
 _CAUSES: Final = {Kind.PLAN: Cause.PLAN, Kind.GRANT: Cause.GRANT, Kind.REVERSAL: Cause.REVERSAL}
 
 
-def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
+def fold_event(balances: Balances, row: AccountFact) -> list[Notice]:
     """Fold one event. Its account is loaded. A closed period's reversal moves nothing."""
 
     def change(account: Account) -> None:
@@ -25,7 +25,7 @@ def fold_event(balances: Balances, row: AccountRow) -> list[Notice]:
     return balances.apply(row.workspace_id, _CAUSES.get(row.kind), change, row.recorded_ms, row.offset)
 
 
-def with_event(facts: Facts, row: AccountRow) -> Facts:
+def with_event(facts: Facts, row: AccountFact) -> Facts:
     """The facts with one plan, grant or change of thresholds more."""
     arrival = row.recorded_ms, row.offset
     match row.kind:
@@ -46,7 +46,7 @@ def with_event(facts: Facts, row: AccountRow) -> Facts:
 
 
 def openings(
-    names: Iterable[str], events: Iterable[AccountRow], draws: Iterable[tuple[str, str, int, int]]
+    names: Iterable[str], events: Iterable[AccountFact], draws: Iterable[tuple[str, str, int, int]]
 ) -> dict[str, Opening]:
     """What the ledger holds of these workspaces, from its rows (`sinks.accounts.facts_of`, `draws_of`)."""
     facts = dict.fromkeys(names, Facts())

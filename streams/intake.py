@@ -32,10 +32,11 @@ from schemas.cell_run import (
 )
 from schemas.codec import decode_run
 from schemas.ledger import Reason, number_of
+from streams.periods import DAY_MS
 from streams.records import Record, Refusal, decoded, id_keys, partition_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
-AGE_MS_MAX: Final = 366 * 24 * 60 * 60 * 1000
+AGE_MS_MAX: Final = 366 * DAY_MS
 FEW: Final = 64
 """Up to so many records cost less one by one than as columns."""
 ROUTES_MAX: Final = 200_000
@@ -350,5 +351,5 @@ def _refuse_untimely(runs: Runs) -> None:
         runs.refusals[row] = (
             Refusal(Reason.FUTURE_RUN, f"`ran_at` is {milliseconds / 1000:,.3f} s ahead of the broker, at most 300 s")
             if milliseconds > 0
-            else Refusal(Reason.STALE_RUN, f"`ran_at` is over {-milliseconds // 86_400_000} days old, at most 366")
+            else Refusal(Reason.STALE_RUN, f"`ran_at` is over {-milliseconds // DAY_MS} days old, at most 366")
         )

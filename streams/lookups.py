@@ -6,7 +6,7 @@ from uuid import UUID
 
 from schemas.ledger import Identity
 from sinks import accounts
-from sinks.accounts import AccountRow, RunToReverse
+from sinks.accounts import AccountFact, RunToReverse
 from streams import account_events, facts, recovery
 from streams.balances import Opening
 from streams.duplicates import Original
@@ -25,7 +25,7 @@ class Lookups:
 
     async def known(self, chunk: Sequence[account_events.Received]) -> account_events.Known:
         """What the ledger knows of a chunk of account events."""
-        events: dict[Identity, tuple[str, UUID, str, AccountRow]] = {}
+        events: dict[Identity, tuple[str, UUID, str, AccountFact]] = {}
         runs: list[RunToReverse] = []
         if identities := account_events.event_identities(chunk):
             events = await self._look_up(accounts.known_events, identities)

@@ -17,7 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from schemas.ledger import Kind, Pool, number_of
-from sinks.accounts import AccountRow, Tail
+from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain
 from streams.balances import DAYS_KEPT, METERED, Balances, Debits, Notice, Opening, notice_of_time
 from streams.facts import fold_event, with_event
@@ -74,8 +74,8 @@ def first_ms(tail: Tail) -> int:
 
 
 def without(
-    tail: Tail, events: Sequence[AccountRow], draws: Sequence[tuple[str, str, int, int]]
-) -> tuple[list[AccountRow], list[tuple[str, str, int, int]]]:
+    tail: Tail, events: Sequence[AccountFact], draws: Sequence[tuple[str, str, int, int]]
+) -> tuple[list[AccountFact], list[tuple[str, str, int, int]]]:
     """What the ledger holds of the tail's workspaces (`facts_of`, `draws_of`), without the tail itself."""
     taken = {row[:4] for _, row in tail.events}  # workspace, kind, when and where it was recorded
     earlier = [row for row in events if row[:4] not in taken]
@@ -146,7 +146,7 @@ def seed(balances: Balances, voice: Voice, folded: UpTo, names: Sequence[str]) -
     voice.tell(balances, folded, [])
 
 
-def instants_of(rows: Sequence[AccountRow], from_ms: int, to_ms: int) -> tuple[int, ...]:
+def instants_of(rows: Sequence[AccountFact], from_ms: int, to_ms: int) -> tuple[int, ...]:
     """The instants between two times at which time alone may have changed what is told of a workspace, each by what was
     known then. ``rows``: all of its account events.
     """
@@ -164,7 +164,7 @@ def instants_of(rows: Sequence[AccountRow], from_ms: int, to_ms: int) -> tuple[i
 
 
 def told_at(
-    name: str, rows: Sequence[AccountRow], instant: int, opening: Opening
+    name: str, rows: Sequence[AccountFact], instant: int, opening: Opening
 ) -> list[tuple[Notice, Source | None]]:
     """What an instant told of a workspace, by what was known then. ``opening``: the debits recorded before it; of
     ``rows``, too, those recorded later are left out. With them it would have told something else.
@@ -177,7 +177,7 @@ def told_at(
     return [(notice, None) for notice in notices]
 
 
-def _known_at(rows: Sequence[AccountRow], at_ms: int) -> Facts:
+def _known_at(rows: Sequence[AccountFact], at_ms: int) -> Facts:
     """What had been recorded by then."""
     facts = Facts()
     for row in rows:

@@ -130,7 +130,7 @@ class Unit:
         self._sealed: asyncio.Queue[OpenBatch] = asyncio.Queue(maxsize=1)
         self._inbox = Inbox(self._sealed.full, lambda: shared.reading.unread(self.chain.partition, self.read))
         self._unwritten: list[Take] = []
-        self._unwritten_events: list[account_events.Row] = []
+        self._unwritten_events: list[account_events.RatedEvent] = []
         self.settling: Final = Settling(balances, voice, lambda: self.folded)
         self._draining = self._is_tick_due = False
         self._closing = threading.Event()
@@ -320,7 +320,7 @@ class Unit:
         if is_barrier:
             await self._write_all()
         rows = await self._rate_account_events(received)
-        told = [account_events.account_row(row) for row in rows if row.kind in ACCOUNT_KINDS]
+        told = [account_events.fact_of(row) for row in rows if row.kind in ACCOUNT_KINDS]
         self.balances.begin(chunk[0].timestamp)
         await self.load([row.workspace_id for row in told], chunk[0].timestamp)
         self._open.followed_by = self._account_batch(chunk, rows)
@@ -334,7 +334,9 @@ class Unit:
             self._tell(notices, lambda notice: Source(self.event_chain, notice.row))
         self._evict()
 
-    async def _rate_account_events(self, received: Sequence[account_events.Received]) -> list[account_events.Row]:
+    async def _rate_account_events(
+        self, received: Sequence[account_events.Received]
+    ) -> list[account_events.RatedEvent]:
         keys = account_events.keys_of(received)
         asked = account_events.to_look_up(received, self.filters.events.suspect(keys).before)
         self.filters.events.add(keys)
@@ -343,8 +345,8 @@ class Unit:
         known = account_events.with_rows(known, unwritten, self.event_chain)
         return account_events.rate_events(received, self.event_chain, known, self._shared.plans)
 
-    def _account_batch(self, chunk: list[Record], rows: Sequence[account_events.Row]) -> AccountBatch:
-        table = account_events.account_rows(
+    def _account_batch(self, chunk: list[Record], rows: Sequence[account_events.RatedEvent]) -> AccountBatch:
+        table = account_events.ledger_rows(
             self.event_chain, self._event_position, rows, batch_month(chunk[0].timestamp)
         )
         return AccountBatch(Batch(self.event_chain, self._event_position, chunk[-1].offset, table), rows)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Kind, Pool, number_of
-from sinks.accounts import AccountRow, Tail
+from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain
 from streams import recovery
 from streams.balances import Balances, Notice
@@ -18,7 +18,7 @@ from streams.facts import fold_event, openings
 from streams.messages import Source, alert_of
 from streams.periods import to_date
 from tests.account_records import Step, Story, at
-from tests.limit_voices import Rated, Seen, account_row_of, debits_of, refer, seen_of, told_of
+from tests.limit_voices import Rated, Seen, account_fact_of, debits_of, refer, seen_of, told_of
 from tests.records import run_id
 from tests.reference_limits import ReferenceLimits, Told
 
@@ -131,7 +131,7 @@ class Life:
 
     def take_events(self, records: Sequence[Rated]) -> None:
         """Fold a chunk of account events; one with a reversal, and everything before it, is written first."""
-        rows = [row for record in records if (row := account_row_of(record))]
+        rows = [row for record in records if (row := account_fact_of(record))]
         self.balances.begin(to_milliseconds(records[0].step.recorded))
         self._load([row.workspace_id for row in rows])
         self.unwritten += records
@@ -213,11 +213,11 @@ class Life:
             f"one id for two crossings: {self.told[alert.workspace_id, alert.alert_id]} {told}"
         )
 
-    def _events(self) -> list[tuple[int, AccountRow]]:
-        rows = [(row.insert, account_row_of(row.record)) for row in self.ledger if row.record.step.of_account]
+    def _events(self) -> list[tuple[int, AccountFact]]:
+        rows = [(row.insert, account_fact_of(row.record)) for row in self.ledger if row.record.step.of_account]
         return [(insert, row) for insert, row in rows if row]
 
-    def _facts_of(self, names: Sequence[str]) -> list[AccountRow]:
+    def _facts_of(self, names: Sequence[str]) -> list[AccountFact]:
         return [row for _, row in self._events() if row.workspace_id in names and row.kind != Kind.REVERSAL]
 
     def _draws(

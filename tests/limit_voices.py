@@ -19,7 +19,7 @@ from schemas.cell_run import from_milliseconds, to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool, number_of
 from schemas.limits import LimitAlert
-from sinks.accounts import AccountRow
+from sinks.accounts import AccountFact
 from sinks.ledger import Chain
 from streams.balances import NOTHING, Account, Balances, Debits, Notice
 from streams.facts import fold_event
@@ -171,7 +171,7 @@ def fold(balances: Balances, records: Sequence[Rated], of_account: bool) -> list
     positions = {record.offset if of_account else row: record.position for row, record in enumerate(records)}
     if not of_account:
         return [told_by(notice, positions) for notice in balances.fold(debits_of(records))]
-    rows = [row for record in records if (row := account_row_of(record))]
+    rows = [row for record in records if (row := account_fact_of(record))]
     return [told_by(notice, positions) for row in rows for notice in fold_event(balances, row)]
 
 
@@ -189,12 +189,12 @@ def debits_of(records: Sequence[Rated]) -> Debits:
     )
 
 
-def account_row_of(record: Rated) -> AccountRow | None:
+def account_fact_of(record: Rated) -> AccountFact | None:
     """An account event as its ledger row; None for a copy and a dead letter."""
     step, expected = record.step, record.expected
     if expected.kind in ("dead_letter", "duplicate"):
         return None
-    row = AccountRow(
+    row = AccountFact(
         step.workspace_id, Kind(expected.kind), to_milliseconds(step.recorded), record.offset, 0, "", 0, False, (),
         None, expected.pool, int(expected.credits * 1000), record.day,
     )  # fmt: skip

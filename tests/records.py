@@ -27,7 +27,6 @@ STEADY: Final = settings(derandomize=True, deadline=None, database=None, suppres
 """The same examples on every machine and at every load. `tests.conftest` makes it the default."""
 
 EXAMPLES: Final = Catalogue.load(EXAMPLE_CATALOGUES)
-DAY_MS: Final = 24 * 60 * 60 * 1000
 
 
 class Record(msgspec.Struct):

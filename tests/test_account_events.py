@@ -20,8 +20,8 @@ from sinks.accounts import RunToReverse, draws_of, facts_of
 from streams.account_events import (
     NOTHING_KNOWN,
     Known,
-    Row,
-    account_row,
+    RatedEvent,
+    fact_of,
     rate_events,
     receive,
     substance,
@@ -65,13 +65,15 @@ def a_run(run: int = 1, **said: Any) -> RunToReverse:
     return RunToReverse(**plain | said)
 
 
-def rows_of(*records: Record, known: Known = NOTHING_KNOWN, partition: int = 0, partitions: int = 1) -> list[Row]:
+def rows_of(
+    *records: Record, known: Known = NOTHING_KNOWN, partition: int = 0, partitions: int = 1
+) -> list[RatedEvent]:
     """The rows of one chunk."""
     chunk = receive(records, partition, partitions)
     return rate_events(chunk, CHAINS[1], known, PLANS)
 
 
-def said(rows: Sequence[Row]) -> list[str]:
+def said(rows: Sequence[RatedEvent]) -> list[str]:
     """Kind and reason of each."""
     return [f"{row.kind}/{row.reason}" for row in rows]
 
@@ -201,7 +203,7 @@ def test_the_newest_limits_stand_in_whatever_order_the_ledger_gives_them() -> No
     story.limits(at("Jan 1"), thresholds=[90])
     story.limits(at("Jan 2"), below="0")
     records = [account_record(n, step.event, step.recorded) for n, step in enumerate(story.steps)]
-    rows = [account_row(row) for row in rows_of(*records)]
+    rows = [fact_of(row) for row in rows_of(*records)]
     for given_by_ledger in (rows, rows[::-1]):
         found = openings(["ws_1"], given_by_ledger, [])["ws_1"].facts.thresholds
         assert found == Thresholds((to_milliseconds(at("Jan 2")), 1), (), 0)
@@ -426,7 +428,7 @@ async def test_openings_from_the_ledger_are_what_was_folded(client: Client) -> N
 def test_a_row_comes_back_as_it_was_rated() -> None:
     """What the fold is given of a row is what the ledger would give back."""
     rows = rows_of(account_record(3, plan(plan="own_lines", restart_period=True), NOW))
-    row = account_row(rows[0])
+    row = fact_of(rows[0])
     assert (row.plan, row.allowance, row.thresholds, row.remaining_below) == ("own_lines", 10_000, (30, 60), 2000)
     balances = Balances(1, row.recorded_ms)
     balances.load({"ws_1": NOTHING})

@@ -31,7 +31,7 @@ from tests.limit_histories import NAMES, SILENCE_MAX, Life, histories, live, ref
 from tests.limit_voices import (
     Rated,
     Seen,
-    account_row_of,
+    account_fact_of,
     debits_of,
     kafka_record,
     rated,
@@ -174,7 +174,7 @@ def test_f19_an_eviction_looks_at_a_bounded_number(monkeypatch: pytest.MonkeyPat
     for name in names:
         story = Story(name)
         story.plan("4", at("Jan 15"))
-        (plan,) = [account_row_of(record) for record in rated(story.steps)]
+        (plan,) = [account_fact_of(record) for record in rated(story.steps)]
         assert plan
         held.load(openings([name], [plan], [(name, Pool.ENRICHMENT, day_of(now_ms), 2_000)]))  # it waits for a period
     held.evict(0, 0)  # as many as were loaded
@@ -218,7 +218,7 @@ def test_alerts_of_a_take_are_told_in_kafkas_order() -> None:
     late, early = Story("ws_a"), Story("ws_b")
     for story in (late, early):
         story.plan("4", at("Jan 15"))
-    plans = [account_row_of(record) for record in rated([*late.steps, *early.steps])]
+    plans = [account_fact_of(record) for record in rated([*late.steps, *early.steps])]
     for story, hour in ((early, 1), (early, 2), (late, 3), (late, 4), (early, 5), (early, 6)):
         story.run(at(f"Jan 16 0{hour}:00"))
     steps = sorted([*late.steps[1:], *early.steps[1:]], key=lambda step: step.recorded)
@@ -251,7 +251,7 @@ def test_a_line_is_seen_ahead_at_the_pace_of_what_was_drawn() -> None:
     story = Story()
     story.plan("10", at("Jan 15"))
     now_ms = to_milliseconds(at("Jan 16"))
-    opening = openings(["ws_1"], filter(None, map(account_row_of, rated(story.steps))), [])["ws_1"]
+    opening = openings(["ws_1"], filter(None, map(account_fact_of, rated(story.steps))), [])["ws_1"]
     account = balances.Account("ws_1", opening, now_ms)
     seen = []
     for credits in (1_000, 1_000, 0, 1_999):

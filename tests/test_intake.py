@@ -31,13 +31,13 @@ from streams.intake import (
     read_chunk,
 )
 from streams.limits import Facts, Grant
-from streams.periods import PlanChange
+from streams.periods import DAY_MS, PlanChange
 from streams.records import Refusal, headers_text, partition_of
 from streams.rows import Take, counts, drawn, join_takes, ledger_rows, source_of
 from streams.topics import CELL_RUNS
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import AUGUST_MS
-from tests.records import DAY_MS, STEADY, Record, Road, event, fields_of, in_words, run_id, timestamp_text
+from tests.records import STEADY, Record, Road, event, fields_of, in_words, run_id, timestamp_text
 
 OUTCOMES: Final = tuple(Outcome)
 MADE_TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")

@@ -8,7 +8,7 @@ from schemas.cell_run import from_milliseconds, to_milliseconds
 from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool
 from schemas.limits import AlertKind, AsOf
-from sinks.accounts import AccountRow
+from sinks.accounts import AccountFact
 from streams.balances import NOTHING, Account
 from streams.facts import openings
 from streams.limits import alert_id, alert_id_of_time
@@ -23,10 +23,10 @@ NOW_MS = to_milliseconds(at("Jan 28 12:00"))
 AS_OF = AsOf(log="a+b", cell_runs=1, account_events=-1, at=from_milliseconds(NOW_MS))
 
 
-def plan_row(allowance: str) -> AccountRow:
+def plan_row(allowance: str) -> AccountFact:
     """Of ``ws_1``, from 15 January on."""
     since_ms = to_milliseconds(at("Jan 15"))
-    return AccountRow(
+    return AccountFact(
         "ws_1", Kind.PLAN, since_ms, 0, since_ms, "plan", parse_credits(allowance), False, (), None, "enrichment", 0, 0
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from schemas.ledger import Kind, Pool, number_of
 from schemas.limits import AlertKind
 from schemas.problem import Unreachable
 from sinks import accounts
-from sinks.accounts import AccountRow, Tail
+from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain
 from streams import assignment, recovery
 from streams.facts import openings
@@ -57,9 +57,9 @@ def test_a_fold_begins_behind_what_kafka_has_dropped() -> None:
     assert starting_point((9, 50), (5, 80), (0, 90)).is_seeded
 
 
-def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000, plan: str = "10") -> AccountRow:
+def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000, plan: str = "10") -> AccountFact:
     """A plan of ``ws_1`` as the ledger holds it."""
-    return AccountRow(
+    return AccountFact(
         "ws_1", Kind.PLAN, to_milliseconds(at(recorded)), offset, to_milliseconds(at(effective)), plan, allowance,
         False, (), None, "enrichment", 0, 0,
     )  # fmt: skip

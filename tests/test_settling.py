@@ -20,7 +20,7 @@ from streams.settling import STATES_EVERY_S, Settling, Written
 from streams.top_columns import AGE_S_MAX, Columns, TopColumns
 from streams.voice import Outlets, Voice
 from tests.account_records import Story, at
-from tests.limit_voices import account_row_of, debits_of, rated
+from tests.limit_voices import account_fact_of, debits_of, rated
 from tests.unit_bench import CHAINS
 
 USED = state_key("ws_1", Pool.ENRICHMENT)
@@ -80,7 +80,7 @@ class World:
         """The story's next step."""
         record = rated(self.story.steps)[-1]
         runs, events = self.folded
-        if row := account_row_of(record) if record.step.of_account else None:
+        if row := account_fact_of(record) if record.step.of_account else None:
             self.folded = (runs, events + 1)
             notices = fold_event(self.balances, row)
             sources = [Source(CHAINS[1], notice.row) for notice in notices]
