@@ -1,6 +1,6 @@
 """Who answers a question: the worker that holds the home, over its API, or the ledger itself when none does.
 
-chDB allows one process per directory (D13), so a command asks the worker while there is one and opens the ledger when
+chDB allows one process per directory, so a command asks the worker while there is one and opens the ledger when
 there is none. Both ways run the same queries and give the same records.
 """
 
