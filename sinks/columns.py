@@ -4,7 +4,7 @@ Arrow is the cheapest road into chDB (0.5 µs a row to encode). Two traps are de
 a UUID in RFC byte order, and an Enum8 takes an int8 by its stored number (`schemas.ledger.number_of`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -77,3 +77,12 @@ def decimals(millicredits: npt.NDArray[np.int64]) -> pa.Array:
 def constant(value: str | bytes | int, length: int, kind: pa.DataType) -> pa.Array:
     """One value, ``length`` times."""
     return pa.repeat(pa.scalar(value, kind), length)
+
+
+def sparse(blank: str | bytes, found: Mapping[int, str | bytes], length: int, kind: pa.DataType) -> pa.Array:
+    """A column that is blank but for a few rows: row → value."""
+    if not found:
+        return constant(blank, length, kind)
+    places = np.zeros(length, np.int64)
+    places[list(found)] = np.arange(1, len(found) + 1)
+    return pa.array([blank, *found.values()], kind).take(pa.array(places))

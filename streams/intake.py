@@ -11,6 +11,7 @@ A refused record keeps its row, blank, so that a chunk has exactly one row for e
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from operator import attrgetter
 from typing import Annotated, Final, Literal, NamedTuple
 from uuid import UUID
 
@@ -62,7 +63,8 @@ class LeanRun(msgspec.Struct, gc=False):
     actor: Label | None = None
 
 
-TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", "triggered_by", "actor")
+_OPTIONAL: Final = ("triggered_by", "actor")
+TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", *_OPTIONAL)
 
 
 class Runs(msgspec.Struct, frozen=True):
@@ -97,7 +99,8 @@ class Runs(msgspec.Struct, frozen=True):
         ids = pa.Array.from_buffers(pa.binary(16), len(self.lean), [None, pa.py_buffer(self.run_ids)])
         self.made["run_id"] = ids
         for name in TEXTS:
-            self.made[name] = pa.array([getattr(run, name) or "" for run in self.lean], pa.string())
+            column = pa.array(list(map(attrgetter(name), self.lean)), pa.string())
+            self.made[name] = column.fill_null("") if name in _OPTIONAL else column
         self.lean.clear()
 
     def texts(self, name: str, rows: Sequence[int]) -> list[str]:
@@ -161,22 +164,17 @@ def read_chunk(records: Sequence[Record], partition: int, partitions: int) -> Ru
 
 
 def _decode(records: Sequence[Record], refusals: dict[int, Refusal]) -> list[LeanRun]:
-    try:
-        values = [record.value for record in records]
-        if max(map(len, values)) <= MAX_EVENT_BYTES:  # type: ignore[arg-type]  # None: TypeError below
-            return [_decode_lean(value) for value in values]  # type: ignore[arg-type]
-    except (msgspec.MsgspecError, UnicodeError, TypeError, RecursionError):
-        pass
-    return [_decode_one(record.value, row, refusals) for row, record in enumerate(records)]
-
-
-def _decode_one(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> LeanRun:
-    if value is not None and len(value) <= MAX_EVENT_BYTES:
-        try:
-            return _decode_lean(value)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            pass
-    return _decode_strictly(value, row, refusals)
+    lean: list[LeanRun] = []
+    for row, record in enumerate(records):
+        value = record.value
+        if value is not None and len(value) <= MAX_EVENT_BYTES:
+            try:
+                lean.append(_decode_lean(value))
+                continue
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                pass
+        lean.append(_decode_strictly(value, row, refusals))
+    return lean
 
 
 def _decode_strictly(value: bytes | None, row: int, refusals: dict[int, Refusal]) -> LeanRun:

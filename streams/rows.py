@@ -4,7 +4,7 @@ A *take* is everything that waited for a unit at one moment: some chunks of one 
 records becomes exactly one row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from schemas.ledger import KINDS, OUTCOMES, REASONS, Identity, Kind, Pool, Reason, number_of
-from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants
+from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, sparse
 from sinks.ledger import Chain
 from streams.balances import Debits
 from streams.duplicates import Candidate, Original, Verdict
@@ -25,7 +25,6 @@ from streams.records import Record, Refusal, headers_text, redrive_of
 
 _RUN: Final = number_of(Kind.RUN)
 _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)
-_SPARSE: Final[dict[str, str | bytes]] = {"detail": "", "raw": b"", "raw_key": b"", "raw_headers": ""}
 
 
 class Take(msgspec.Struct, frozen=True, eq=False):
@@ -210,25 +209,21 @@ def _gaps(take: Take) -> npt.NDArray[np.int64]:
 
 def _sparse_columns(take: Take, dead: npt.NDArray[np.bool_]) -> dict[str, pa.Array]:
     """Details, and for dead letters the bytes as they came."""
+    letters = {row: take.records[row] for row in map(int, np.flatnonzero(dead))}
+    found: dict[str, tuple[str | bytes, Mapping[int, str | bytes]]] = {
+        "detail": ("", take.details),
+        "raw": (b"", {row: record.value or b"" for row, record in letters.items()}),
+        "raw_key": (b"", {row: record.key or b"" for row, record in letters.items()}),
+        "raw_headers": ("", {row: headers_text(record.headers) for row, record in letters.items()}),
+    }
     length = len(take.records)
-    if not take.details:
-        return {name: constant(blank, length, LEDGER_SCHEMA.field(name).type) for name, blank in _SPARSE.items()}
-    values: dict[str, list[str | bytes]] = {name: [blank] * length for name, blank in _SPARSE.items()}
-    for row, detail in take.details.items():
-        values["detail"][row] = detail
-    for row in map(int, np.flatnonzero(dead)):
-        record = take.records[row]
-        values["raw"][row] = record.value or b""
-        values["raw_key"][row] = record.key or b""
-        values["raw_headers"][row] = headers_text(record.headers)
-    return {name: pa.array(column, LEDGER_SCHEMA.field(name).type) for name, column in values.items()}
+    return {name: sparse(*told, length, LEDGER_SCHEMA.field(name).type) for name, told in found.items()}
 
 
 def _redrives(records: Sequence[Record]) -> pa.Array:
     """The dead letters that these records are sent again for; nearly always none."""
-    if not any(record.headers for record in records):
-        return constant("", len(records), pa.string())
-    return pa.array([redrive_of(record.headers) for record in records], pa.string())
+    found = {row: redrive_of(record.headers) for row, record in enumerate(records) if record.headers}
+    return sparse("", found, len(records), pa.string())
 
 
 def counts(take: Take) -> dict[str, int]:
