@@ -8,15 +8,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from creditstream.cli.tables import STATE_COLOURS
 from creditstream.cli.terminal import printable
 from creditstream.demo_scene import Listener, Told, TrialWorker
 from schemas.answers import Status
 from schemas.credits import group_credits, parse_credits
 from schemas.ledger import Kind
-from schemas.limits import LimitState, State
+from schemas.limits import LimitState
 
 WORKSPACES_SHOWN: Final = 7
-_COLOURS: Final = {State.OK: "green", State.WARNING: "yellow", State.EXHAUSTED: "red", State.UNKNOWN_PLAN: "dim"}
 
 
 class Look:
@@ -62,7 +62,7 @@ def _balances(states: dict[str, LimitState], trial: str) -> Table:
     table.add_column("state")
     for state in ranked(list(states.values()), trial)[:WORKSPACES_SHOWN]:
         used, allowance = parse_credits(state.used), parse_credits(state.allowance)
-        style = _COLOURS[state.state]
+        style = STATE_COLOURS[state.state]
         bar = ProgressBar(total=max(1, allowance), completed=max(0, used), width=30, complete_style=style)
         table.add_row(
             Text(printable(state.workspace_id)), state.plan or "none", group_credits(used), group_credits(allowance),

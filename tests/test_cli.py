@@ -26,9 +26,9 @@ import pytest
 from creditstream.api import listen
 from creditstream.cli import terminal
 from creditstream.cli.balance import BALANCE_COLUMNS, told
-from creditstream.cli.tables import show_rows
+from creditstream.cli.tables import BAR_WIDTH, show_rows
 from creditstream.home import Home
-from schemas.answers import PoolBalance, SpendCheck
+from schemas.answers import PoolBalance, SpendCheck, UsageRow
 from schemas.cell_run import Outcome
 from schemas.codec import encode_run
 from schemas.problem import Problem
@@ -399,6 +399,24 @@ def test_an_absolute_line_is_shown_where_it_was_crossed(capsys: pytest.CaptureFi
     show_rows([pool], "text", (), "", read=BALANCE_COLUMNS)
     header, line = capsys.readouterr().out.splitlines()
     assert ("remaining_below" in header, "1,500" in line) == (bool(below), bool(below))
+
+
+@pytest.mark.parametrize(
+    ("terminal", "columns", "has_bar"), [("1", "200", True), ("1", "40", False), ("", "200", False)]
+)
+def test_a_terminal_with_room_gets_bars(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: str, columns: str, has_bar: bool
+) -> None:
+    """Half of the allowance is half of a bar; who reads through a pipe, or on a narrow terminal, gets the figures."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "IGNORED", "1")
+    row = UsageRow(table_id="tbl_1", column_id="col_1", pool="enrichment", credits="5", runs=5, free_runs=0)
+    show_rows([row, row], "text", ("table_id", "pool", "credits"), "", bars=[(5_000, 10_000), (20_000, 10_000)])
+    told = capsys.readouterr().out
+    assert [len(filled) for filled in re.findall("\x1b\\[36m(━+)", told)] == (
+        [BAR_WIDTH // 2, BAR_WIDTH] if has_bar else []
+    )
+    assert told.count("tbl_1     enrichment        5") == 2
 
 
 def test_rules_check(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Questions about credits: what is left, where it went, may it run, what will it cost, who is close to a limit."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from shlex import quote
 
@@ -14,7 +15,7 @@ from creditstream.cli.options import (
     record_format_option,
     source_options,
 )
-from creditstream.cli.tables import grouped, show_record, show_rows, utc
+from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import CELLS_MAX, LIST_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
@@ -50,7 +51,11 @@ def balance(workspace: str, as_of: datetime | None, home: str, url: str, form: s
     """
     with ask(settings_of(home), url) as answers:
         pools = answers.balance(workspace, as_of)
-    show_rows(pools, form, PoolBalance.__struct_fields__, "", read=BALANCE_COLUMNS)
+    show_rows(pools, form, PoolBalance.__struct_fields__, "", read=BALANCE_COLUMNS, bars=_used(pools))
+
+
+def _used(pools: Sequence[PoolBalance | TopRow]) -> list[Bar]:
+    return [(parse_credits(pool.used), parse_credits(pool.allowance)) for pool in pools]
 
 
 @click.command()
@@ -237,4 +242,4 @@ def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: 
     with ask(settings_of(home), url) as answers:
         rows = answers.top(TopBy(by), limit, as_of)
     nothing = "Nobody's credits run out before the period's end." if by == TopBy.RUNS_OUT else "Nobody has a plan."
-    show_rows(rows, form, TopRow.__struct_fields__, nothing, read=TOP_COLUMNS)
+    show_rows(rows, form, TopRow.__struct_fields__, nothing, read=TOP_COLUMNS, bars=_used(rows))

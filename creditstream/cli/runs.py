@@ -1,5 +1,6 @@
 """Questions to the ledger: what was used, why a run cost what it cost."""
 
+from collections.abc import Sequence
 from datetime import date, datetime
 from shlex import quote
 from textwrap import wrap
@@ -10,10 +11,10 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.options import DAY, format_option, record_format_option, source_options
-from creditstream.cli.tables import grouped, show_record, show_rows, utc
+from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import LIST_MAX, By, EventRow, Explanation, RunRow
+from schemas.answers import LIST_MAX, By, EventRow, Explanation, RunRow, UsageRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
@@ -60,9 +61,16 @@ def usage(
             else answers.usage(workspace, By(by), *days)
         )
     columns = (*By(by).keys, "pool", "credits", "runs", "free_runs")
-    show_rows(rows, form, columns, f"{workspace} has no runs{' in these days' if start or end or period else ''}.")
+    nothing = f"{workspace} has no runs{' in these days' if start or end or period else ''}."
+    show_rows(rows, form, columns, nothing, bars=_shares(rows))
     if rows and form == "text":
         say("", f"More: `creditstream runs {quote(workspace)}`")
+
+
+def _shares(rows: Sequence[UsageRow]) -> list[Bar]:
+    """What each row drew, beside the largest."""
+    drawn = [parse_credits(row.credits) for row in rows]
+    return [(part, max(drawn)) for part in drawn]
 
 
 def _require_order(start: date | None, end: date | None) -> None:

@@ -2,15 +2,22 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
 
 from creditstream.cli.terminal import printable, say, write
-from schemas.credits import group_credits, parse_credits
+from schemas.credits import Millicredits, group_credits, parse_credits
+from schemas.limits import State
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Bar = tuple[Millicredits, Millicredits]
+"""A part and its whole."""
 
 
 def show_rows(
@@ -21,9 +28,11 @@ def show_rows(
     *,
     read: Sequence[str] = (),
     limit: int | None = None,
+    bars: Sequence[Bar] = (),
 ) -> None:
     """Print a table: ``columns`` of each row, of which people ``read`` some, or (empty) all. ``nothing`` is what they
-    read when there is no row; at the ``limit`` of a list they read that there may be more.
+    read when there is no row; at the ``limit`` of a list they read that there may be more. On a terminal with room for
+    it each row is followed by its bar.
     """
     if form == "json":
         write(_json(rows))
@@ -37,8 +46,7 @@ def show_rows(
     elif not rows:
         say(nothing)
     else:
-        shown = [name for name in read or columns if name not in RARE or any(getattr(row, name) for row in rows)]
-        _print_table(rows, shown)
+        _print_table(rows, [name for name in read or columns if name not in RARE or _says(rows, name)], bars)
         if len(rows) == limit:
             say("", f"--limit {limit} is reached: there may be more.")
 
@@ -59,26 +67,28 @@ AMOUNTS = frozenset({
     "opening", "granted", "debited", "reversed", "expired", "closing", "remaining_below",
 })  # fmt: skip
 """Columns that hold credits, which people read in groups of three digits."""
-RARE = frozenset({"remaining_below"})
-"""Columns that people read only where they say something: few set an absolute line."""
+RARE = frozenset({"remaining_below", "overage", "thresholds", "runs_out_on"})
+"""Columns that people read only where they say something."""
+STATE_COLOURS: Mapping[str, str] = {
+    State.OK: "green", State.WARNING: "yellow", State.EXHAUSTED: "red", State.UNKNOWN_PLAN: "dim",
+}  # fmt: skip
+BAR_WIDTH = 20
+BAR_COLOUR = "cyan"
 
 
-def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None:
+def _says(rows: Sequence[msgspec.Struct], column: str) -> bool:
+    return any(getattr(row, column) not in (None, "0", []) for row in rows)
+
+
+def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str], bars: Sequence[Bar]) -> None:
     """A line for each row; on a terminal that is too narrow for it, a line for each field that says something: what is
     folded can neither be read nor copied.
     """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        right = column in AMOUNTS or all(_is_count(getattr(row, column)) for row in rows)
-        table.add_column(column, justify="right" if right else "left")
     cells = [[printable(_read(column, getattr(row, column))) for column in columns] for row in rows]
-    for row in cells:
-        table.add_row(*map(Text, row))
     screen, text = Console(), io.StringIO()
+    table = _table(rows, columns, cells)
     width = Console(file=text, width=WIDTH_MAX).measure(table).maximum
     if screen.is_terminal and width > screen.width:
         names = max(map(len, columns))
@@ -87,8 +97,33 @@ def _print_table(rows: Sequence[msgspec.Struct], columns: Sequence[str]) -> None
         )
         write("\n".join(map("".join, fields)))
         return
+    if bars and screen.is_terminal and width + 2 + BAR_WIDTH <= screen.width:
+        table, width = _table(rows, columns, cells, bars), width + 2 + BAR_WIDTH
     Console(file=text, force_terminal=screen.is_terminal, width=width).print(table)
     write(text.getvalue())
+
+
+def _table(
+    rows: Sequence[msgspec.Struct], columns: Sequence[str], cells: Sequence[Sequence[str]], bars: Sequence[Bar] = ()
+) -> "Table":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column in AMOUNTS or all(_is_count(getattr(row, column)) for row in rows)
+        table.add_column(column, justify="right" if right else "left")
+    drawn = [
+        [ProgressBar(max(1, whole), max(0, part), BAR_WIDTH, complete_style=BAR_COLOUR, finished_style=BAR_COLOUR)]
+        for part, whole in bars
+    ]
+    for line, bar in zip(cells, drawn or [[]] * len(cells), strict=True):
+        styles = [
+            STATE_COLOURS.get(cell, "") if name == "state" else "" for name, cell in zip(columns, line, strict=True)
+        ]
+        table.add_row(*map(Text, line, styles), *bar)
+    return table
 
 
 def _read(column: str, value: Any) -> str:
