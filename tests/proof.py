@@ -76,7 +76,7 @@ class Stage(NamedTuple):
 
 
 def kill_worker(stage: Stage) -> None:
-    """SIGKILL amid its work."""
+    """SIGKILL while it works."""
     stage.pause(0, 0.8)
     stage.worker.kill()
 
@@ -90,7 +90,7 @@ def kill_worker_at_start(stage: Stage) -> None:
 
 
 def terminate_worker(stage: Stage) -> None:
-    """SIGTERM amid its work: it hands over."""
+    """SIGTERM while it works: it hands over."""
     stage.pause(0, 0.8)
     assert stage.worker.stop() in (0, EXIT_RESTART)
 
@@ -162,11 +162,11 @@ def kill_kafka(stage: Stage) -> None:
 
 
 KINDS: Final[dict[str, tuple[int, Callable[[Stage], None]]]] = {
-    "worker: SIGKILL amid its work": (6, kill_worker),
-    "worker: SIGKILL, and again while the next one starts": (4, kill_worker_at_start),
-    "worker: SIGKILL, its last insert lands after the next one has begun": (3, kill_worker_with_an_insert_on_the_wire),
+    "worker: SIGKILL while it works": (6, kill_worker),
+    "worker: SIGKILL, and again while its successor starts": (4, kill_worker_at_start),
+    "worker: SIGKILL, its last insert lands after its successor has begun": (3, kill_worker_with_an_insert_on_the_wire),
     "worker: SIGSTOP for longer than its session": (1, freeze_worker),
-    "worker: SIGTERM amid its work": (2, terminate_worker),
+    "worker: SIGTERM while it works": (2, terminate_worker),
     "ClickHouse: SIGKILL at any instant": (2, kill_clickhouse),
     "ClickHouse: SIGKILL before it executes an insert": (2, kill_clickhouse_at_an_insert("kill_before")),
     "ClickHouse: SIGKILL after it has executed an insert": (2, kill_clickhouse_at_an_insert("kill_after")),
@@ -268,17 +268,17 @@ class Proof(NamedTuple):
         sums, credits = books.sums, books.credits == books.credits_reference
         projected = (sums.credits_projected, sums.rows_projected) == (sums.credits_raw, sums.rows_raw)
         return [
-            ("events in Kafka without their ledger row", f"{books.events:,}", books.missing + books.behind),
-            ("ledger rows too many for an offset, or runs with two debits", f"{books.rows:,}", books.doubled),
-            ("ledger rows that a second rater charges otherwise", f"{books.rows:,}", books.different),
-            ("credits other than the second rater's sum", f"{Decimal(books.credits):,f}", int(not credits)),
-            ("credits other through projections than over raw rows", f"{Decimal(sums.credits_raw):,f}",
+            ("events in Kafka without a ledger row", f"{books.events:,}", books.missing + books.behind),
+            ("offsets with more than one ledger row, or runs with two debits", f"{books.rows:,}", books.doubled),
+            ("ledger rows that the second rater charges differently", f"{books.rows:,}", books.different),
+            ("credits that differ from the second rater's sum", f"{Decimal(books.credits):,f}", int(not credits)),
+            ("credits that differ between projections and raw rows", f"{Decimal(sums.credits_raw):,f}",
              int(not projected)),
             ("rows that break an invariant in SQL", f"{books.rows:,}", self.broken),
-            ("crossings that the ledger implies and nobody was told", f"{told.implied:,}", len(told.untold)),
+            ("crossings that the ledger implies and no alert reported", f"{told.implied:,}", len(told.untold)),
             ("alerts that nothing explains", f"{told.alerts:,}", len(told.unexplained)),
             ("alert ids that stand for two crossings, or share one", f"{told.alerts:,}", len(told.ambiguous_ids)),
-            ("pools whose newest state is not the ledger's balance", f"{told.pools:,}",
+            ("pools whose newest state differs from the ledger's balance", f"{told.pools:,}",
              len(told.wrong_states) + len(told.without_state)),
         ]  # fmt: skip
 
@@ -292,7 +292,7 @@ def tables(proof: Proof) -> str:
             f"{datetime.now(UTC):%Y-%m-%d}, seed {proof.seed}: {proof.faults.total()} faults in "
             f"{proof.seconds / 60:.0f} minutes.", "",
             "| fault | times |", "|---|---:|", *injected, "",
-            "| what was looked for | among | found |", "|---|---:|---:|", *found, "",
+            "| what we looked for | among | found |", "|---|---:|---:|", *found, "",
         ]
     )  # fmt: skip
 

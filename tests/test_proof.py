@@ -8,11 +8,11 @@ from tests.proof import KINDS, dealt, prove, tables
 def test_f9_whatever_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Worker, ClickHouse and Kafka are killed in turn, the server right before and after an insert, too."""
     kinds = [
-        "worker: SIGKILL, its last insert lands after the next one has begun",
+        "worker: SIGKILL, its last insert lands after its successor has begun",
         "ClickHouse: SIGKILL after it has executed an insert",
         "Kafka: SIGKILL of the broker",
         "ClickHouse: SIGKILL before it executes an insert",
-        "worker: SIGKILL amid its work",
+        "worker: SIGKILL while it works",
     ]
     proof = prove(tmp_path, kinds, seed=9, say=lambda line: None)
     assert proof.holds, (proof.books, proof.verdict)
