@@ -140,7 +140,7 @@ class Home(msgspec.Struct, frozen=True):
         holder = f"process {pid} holds it" if pid else "another process holds it"
         fix = f"Stop that process{f' (kill {pid})' if pid else ''}"
         if not self.worker():
-            holder, fix = f"{holder}: a worker that starts, or another command", "Try again in a few seconds"
+            holder, fix = f"{holder}: a worker that is starting, or another command", "Try again in a few seconds"
         return Problem(f"the home {self.path} is in use", holder, f"{fix}, or choose another directory with --home.")
 
 

@@ -126,23 +126,23 @@ def test_it_is_said_what_an_event_means(settings: dict[str, str | int]) -> None:
     assert one[1].startswith("It is on its way; `")
     assert "a smaller one, too, on the first day" in said("plan", "set", "ws_later", "20k")[1]
     assert said("limits", "set", "ws_told", "--threshold", "70", "--wait")[0] == (
-        "ws_told is told at 70 %, 100 % (workspace), no absolute line (default)."
+        "ws_told is alerted at 70 %, 100 % (workspace), no absolute line (default)."
     )
     again = said("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE, "--wait")
     assert again[1].startswith("Nothing has changed: the run was reversed at accounts-account-events[")
     (_, more) = said("reverse", str(MAILS[0].run_id), "--workspace", WORKSPACE)
-    assert re.search(rf"explain {MAILS[0].run_id} --workspace {WORKSPACE}` shows what became of it", more)
+    assert re.search(rf"explain {MAILS[0].run_id} --workspace {WORKSPACE}` shows the result", more)
 
 
 def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> None:
-    """A heading, a line for each pool, and the sentence that it foots; of now also the command that says what drew."""
+    """A heading, a line for each pool, and that it adds up; of now also the command that says what drew."""
     done = creditstream("statement", WORKSPACE, settings=settings)
     assert done.code == 0
     assert done.out.startswith(f"{WORKSPACE}, plan 20k, ")
-    assert "it foots" in done.out
+    assert "it adds up" in done.out
     assert f"creditstream usage {WORKSPACE} --from " in done.out
     then = creditstream("statement", WORKSPACE, "--as-of", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", settings=settings)
-    assert ("it foots" in then.out, "creditstream usage" in then.out) == (True, False)
+    assert ("it adds up" in then.out, "creditstream usage" in then.out) == (True, False)
     lines = read_json(creditstream("statement", WORKSPACE, "--format", "json", settings=settings))
     assert [(line["debited"], line["reversed"], line["closing"], line["foots"]) for line in lines] == [
         ("7", "2", "19995", True),
@@ -157,7 +157,7 @@ def test_a_check_answers_by_its_exit_code(settings: dict[str, str | int]) -> Non
     no = creditstream("check", WORKSPACE, "find_work_email", "--cells", "9998", settings=settings)
     assert no.code == 3
     assert no.out.startswith(
-        "no: it would draw 19,996, and 19,995 enrichment credits are left; the next period starts on "
+        "no: it would draw 19,996, but only 19,995 enrichment credits are left; the next period starts on "
     )
     own = creditstream("check", WORKSPACE, "clearbit_enrich_company", "--own-api-key", settings=settings)
     assert (own.code, own.out) == (0, "yes: with the workspace's own API key it costs nothing (R05) (own_api_key)\n")
@@ -170,7 +170,7 @@ def test_an_estimate_shows_worst_case_and_what_is_left_r14(settings: dict[str, s
     done = creditstream("estimate", WORKSPACE, "find_work_email", "--cells", "20000", settings=settings)
     assert done.code == 0
     assert "worst case  40,000 credits" in done.out
-    assert "(the worst case: name --table and --column to go by the column's own history)" in done.out
+    assert "(the worst case: give --table and --column to use the column's history)" in done.out
     history = ("--table", MAILS[0].table_id, "--column", "col_mail")
     mails = creditstream("estimate", WORKSPACE, "find_work_email", "--cells", "5", *history, settings=settings)
     assert "expected    10 credits (3 runs: 3 charged)" in mails.out
@@ -200,9 +200,7 @@ def test_grants_are_listed(settings: dict[str, str | int]) -> None:
     assert header.split() == ["effective_at", "credits", "in_force", "recorded_at"]
     assert line.split()[3:5] == ["0.5", "yes"]
     assert creditstream("plan", "set", "ws_grantless", "20k", "--wait", settings=settings).code == 0
-    assert creditstream("grants", "ws_grantless", settings=settings).out == (
-        "ws_grantless was granted no premium credits.\n"
-    )
+    assert creditstream("grants", "ws_grantless", settings=settings).out == ("ws_grantless has no premium grants.\n")
 
 
 def test_one_credit_is_one_credit(settings: dict[str, str | int]) -> None:
@@ -213,7 +211,7 @@ def test_one_credit_is_one_credit(settings: dict[str, str | int]) -> None:
     assert "  expected    1 premium credit (" in premium.out
     assert premium.err == "It does not fit: about 1 credit expected, 0 left.\n"
     mail = creditstream("reverse", str(RUNS[4].run_id), "--workspace", WORKSPACE, "--wait", settings=settings)
-    assert "is taken back: 1 premium credit given back, on the day of the run." in mail.err
+    assert "is reversed: 1 premium credit given back, on the day of the run." in mail.err
     told = creditstream("limits", "set", "ws_one", "--remaining-below", "1", "--wait", settings=settings)
     assert ", 1 credit left if the allowance is larger (workspace)." in told.err
 
@@ -222,7 +220,7 @@ def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
     """Thresholds and the absolute line, each with its origin."""
     done = creditstream("limits", "show", WORKSPACE, settings=settings)
     line = "12.5 credits left if the allowance is larger (workspace)"
-    assert done.out == f"{WORKSPACE} is told at 90 %, 100 % (workspace), {line}.\n"
+    assert done.out == f"{WORKSPACE} is alerted at 90 %, 100 % (workspace), {line}.\n"
 
 
 @pytest.mark.parametrize(
@@ -233,15 +231,15 @@ def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
         (
             ("grant", WORKSPACE, "1.2345"),
             2,
-            "'1.2345' is no amount; write 500 or 0.5, at most 12 digits and 3 decimals.",
+            "'1.2345' is not an amount; write 500 or 0.5, at most 12 digits and 3 decimals.",
         ),
-        (("grant", WORKSPACE, "1" * 13), 2, "is no amount; write 500 or 0.5, at most 12 digits and 3 decimals."),
-        (("grant", WORKSPACE, "0,5"), 2, "'0,5' is no amount"),
-        (("limits", "set", WORKSPACE, "--remaining-below", "1e3"), 2, "'1e3' is no amount"),
+        (("grant", WORKSPACE, "1" * 13), 2, "is not an amount; write 500 or 0.5, at most 12 digits and 3 decimals."),
+        (("grant", WORKSPACE, "0,5"), 2, "'0,5' is not an amount"),
+        (("limits", "set", WORKSPACE, "--remaining-below", "1e3"), 2, "'1e3' is not an amount"),
         (("grant", "", "5"), 1, "the premium_granted event is wrong: field `workspace_id`"),
         (("limits", "set", WORKSPACE, "--threshold", "101"), 2, "101 is not in the range"),
-        (("limits", "set", WORKSPACE), 2, "Give --threshold or --remaining-below, or else --plan-default."),
-        (("plan", "set", WORKSPACE, "20k", "--effective-at", "soon"), 2, "'soon' is no time"),
+        (("limits", "set", WORKSPACE), 2, "Give --threshold or --remaining-below, or only --plan-default."),
+        (("plan", "set", WORKSPACE, "20k", "--effective-at", "soon"), 2, "'soon' is not a time"),
         (("plan", "set", WORKSPACE, "20k", "--effective-at", "2019-12-31"), 1, "`effective_at` lies before 2020"),
         (("balance", "ws_none"), 4, "no workspace 'ws_none' in the ledger"),
         (("statement", WORKSPACE, "--period", "2098-01-01"), 4, "no period holds 2098-01-01"),

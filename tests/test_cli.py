@@ -576,7 +576,16 @@ def test_help_begins_with_where_to_start() -> None:
     for called in ([program], [sys.executable, "-m", "creditstream"]):
         help_text = subprocess.run([*called, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
         groups = re.findall("^╭─ ([A-Z][a-z ]+?) ─", help_text, re.MULTILINE)
-        assert groups == ["Options", "Start here", "Ask", "Before it runs", "Be told", "Bill", "Send", "Operate"]
+        assert groups == [
+            "Options",
+            "Start here",
+            "Ask",
+            "Check before running",
+            "Get alerts",
+            "Plans and credits",
+            "Send",
+            "Operate",
+        ]
 
 
 def test_help_that_nobody_reads_ends_quietly() -> None:
@@ -625,8 +634,9 @@ def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path:
         done = creditstream(*words, "--home", str(tmp_path), stdin=encode_run(EMAIL).decode())
 
         called = f"`{shlex.quote(sys.executable)} -m creditstream worker --home {tmp_path} --embedded`"
-        assert f"Kafka does not run: that in {tmp_path} ends with its worker. {called} starts it again; for" in line_of(
-            done, 5
+        assert (
+            f"Kafka is not running: the one in {tmp_path} ends with its worker. {called} starts it again; for"
+            in line_of(done, 5)
         )
 
 
@@ -637,7 +647,7 @@ def test_a_home_whose_kafka_starts_is_told_of_as_such(tmp_path: Path) -> None:
     with Home.at(tmp_path).hold():
         line = line_of(creditstream("grant", WORKSPACE, "5", "--home", str(tmp_path)), 5)
 
-    assert f"Kafka does not run yet: process {os.getpid()} holds {tmp_path}: a worker that starts, or" in line
+    assert f"Kafka is not running yet: process {os.getpid()} holds {tmp_path}: a worker that is starting, or" in line
     assert line.endswith("Try again in a few seconds.")
 
 
@@ -714,7 +724,7 @@ def test_nobody_is_told_to_end_a_worker_that_starts(tmp_path: Path) -> None:
     with home.hold():
         line = line_of(creditstream("balance", WORKSPACE, settings={"home": str(tmp_path)}), 1)
 
-    assert f"process {os.getpid()} holds it: a worker that starts, or another command. Try again" in line
+    assert f"process {os.getpid()} holds it: a worker that is starting, or another command. Try again" in line
 
 
 def test_a_worker_that_cannot_start_shows_its_trace_when_asked(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_an_alert_is_tested_and_received_on_one_machine(tmp_path: Path) -> None:
     """`listen` makes up a secret, `alerts test` signs with it; a wrong secret is refused on both sides."""
     with running(tmp_path, "listen", "--port", "0") as listener:
         listener.wait_for(lambda: "Ctrl-C ends it" in listener.text)
-        secret = listener.text.split("secret, made up: ")[1].splitlines()[0]
+        secret = listener.text.split("new secret: ")[1].splitlines()[0]
         url = listener.text.split("listening on ")[1].split(" ")[0]
         words = ("alerts", "test", url, "--allow-private", "--secret-env", "MADE_UP")
         good = run(tmp_path, *words, MADE_UP=secret)

@@ -51,12 +51,12 @@ class DeliveryRow(msgspec.Struct, frozen=True):
 
 @click.group()
 def alerts() -> None:
-    """Limit alerts: list them and their deliveries, try a receiver, send one again."""
+    """Limit alerts: list them and their deliveries, test a receiver, send one again."""
 
 
 @alerts.command()
 @click.argument("url")
-@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
+@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Default: a new secret, shown.")
 @click.option(
     "--format",
     "form",
@@ -65,9 +65,9 @@ def alerts() -> None:
     show_default=True,
     help="Format of the body.",
 )
-@click.option("--allow-private", is_flag=True, help="The URL may be plain http, or lie in a private network.")
+@click.option("--allow-private", is_flag=True, help="Allow plain http and private addresses.")
 def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> None:
-    """Send one signed alert, marked as a test, and say what to fix.
+    """Send one signed test alert to a receiver, and say what to fix.
 
     Example: `creditstream alerts test http://127.0.0.1:8630/ --secret-env HOOK_SECRET --allow-private`
     """
@@ -99,7 +99,7 @@ def _secret(variable: str | None) -> str:
 
     if variable is None:
         fresh = new_secret()
-        say(f"secret, made up: {fresh}", err=True)
+        say(f"new secret: {fresh}", err=True)
         return fresh
     secret = os.environ.get(variable, "").strip()
     try:
@@ -113,10 +113,10 @@ def _secret(variable: str | None) -> str:
 @alerts.command()
 @click.argument("alert_id", type=click.UUID)
 @endpoints_option
-@click.option("--endpoint", metavar="NAME", help="Only to this endpoint, whether it wants the alert or not.")
+@click.option("--endpoint", metavar="NAME", help="Only this endpoint, even if it does not want the alert.")
 @home_option
 def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | None) -> None:
-    """Send an alert once more, under the same id. Exit 1 when a receiver does not accept it.
+    """Send an alert again, under the same id. Exit 1 if a receiver does not accept it.
 
     Example: `creditstream alerts resend 0199b2c4-7d1e-5a30-9f00-5c2f6e0a1b22 --endpoints endpoints.toml`
     """
@@ -138,7 +138,7 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 @click.option("--workspace", metavar="WORKSPACE", help="Only alerts of this workspace.")
 @click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only alerts of this kind.")
 @click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
+    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="At most this many, newest first."
 )
 @as_of_option
 @source_options
@@ -146,7 +146,7 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 def list_alerts(
     workspace: str | None, kind: str | None, limit: int, as_of: datetime | None, home: str, url: str, form: str
 ) -> None:
-    """The newest limit alerts that left the meter.
+    """List the newest limit alerts that were sent.
 
     Example: `creditstream alerts list --kind exhausted`
     """
@@ -160,12 +160,16 @@ def list_alerts(
     "--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only deliveries in this state."
 )
 @click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many; failed ones first."
+    "--limit",
+    type=click.IntRange(1, LIST_MAX),
+    default=50,
+    show_default=True,
+    help="At most this many; failed ones first.",
 )
 @home_option
 @format_option
 def list_deliveries(state: str | None, limit: int, home: str | None, form: str) -> None:
-    """What became of the alerts of the last 48 days, at each endpoint.
+    """List what became of the last 48 days' alerts at each endpoint.
 
     Example: `creditstream alerts deliveries --state failed`
     """
@@ -192,11 +196,11 @@ def list_deliveries(state: str | None, limit: int, home: str | None, form: str) 
     type=click.IntRange(0, 65_535),
     default=PORT,
     show_default=True,
-    help="Port on 127.0.0.1; 0: any free one.",
+    help="Port on 127.0.0.1; 0: any free port.",
 )
-@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Without it, one is made up.")
+@click.option("--secret-env", metavar="NAME", help="Variable that holds the secret. Default: a new secret, shown.")
 def listen(port: int, secret_env: str | None) -> None:
-    """Receive alerts on this machine: verify each signature, print each alert in one line. Ctrl-C ends it.
+    """Receive alerts on this machine, check each signature, and print one line per alert. Stop with Ctrl-C.
 
     Example: `creditstream listen --secret-env HOOK_SECRET`
     """

@@ -34,9 +34,9 @@ TOP_COLUMNS = (
 )  # fmt: skip
 
 _cells = click.option(
-    "--cells", type=click.IntRange(1, CELLS_MAX), default=1, show_default=True, help="How many cells are to run."
+    "--cells", type=click.IntRange(1, CELLS_MAX), default=1, show_default=True, help="Number of cells to run."
 )
-_own_api_key = click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
+_own_api_key = click.option("--own-api-key", is_flag=True, help="The run uses the workspace's own API key.")
 
 
 @click.command()
@@ -45,7 +45,7 @@ _own_api_key = click.option("--own-api-key", is_flag=True, help="With the worksp
 @source_options
 @format_option
 def balance(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """What is left in both pools of a workspace.
+    """Show what a workspace has left in both pools.
 
     Example: `creditstream balance ws_0001 --as-of 2026-11-20`
     """
@@ -61,13 +61,13 @@ def _used(pools: Sequence[PoolBalance | TopRow]) -> list[Bar]:
 @click.command()
 @click.argument("workspace")
 @click.option(
-    "--period", type=DAY, metavar="YYYY-MM-DD", help="Any UTC day of the billing period; without it the running one."
+    "--period", type=DAY, metavar="YYYY-MM-DD", help="A UTC day in the billing period. Default: the running one."
 )
 @as_of_option
 @source_options
 @format_option
 def statement(workspace: str, period: datetime | None, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """One billing period from opening to closing. Exit 3 when it does not foot.
+    """Show one billing period from opening to closing balance. Exit 3 if it does not add up.
 
     Example: `creditstream statement ws_0001 --period 2026-11-01`
     """
@@ -78,11 +78,11 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
     show_rows(lines, form, StatementLine.__struct_fields__, "", read=STATEMENT_COLUMNS)
     wrong = [line.pool for line in lines if not line.foots]
     if wrong:
-        what = f"the statement of {workspace} does not foot"
+        what = f"the statement of {workspace} does not add up"
         raise Difference(what, f"pool {' and '.join(wrong)}", "Run `creditstream reconcile`.")
     if form == "text":
         days = f"--from {lines[0].period_start} --to {lines[0].period_end}"
-        say("", "opening + granted - debited + reversed - expired = closing: it foots.")
+        say("", "opening + granted - debited + reversed - expired = closing: it adds up.")
         if not as_of:  # usage goes by what the ledger knows now: other figures
             say(f"More: `creditstream usage {quote(workspace)} {days}`")
 
@@ -100,7 +100,7 @@ def _heading(line: StatementLine) -> str:
 @_own_api_key
 @click.option(
     "--on-unknown", type=click.Choice(["allow", "deny"]), default="deny", show_default=True,
-    help="The answer for a workspace without a plan.",
+    help="Answer for a workspace without a plan.",
 )  # fmt: skip
 @as_of_option
 @source_options
@@ -118,7 +118,7 @@ def check(
     url: str,
     form: str,
 ) -> None:
-    """May a workspace run an action? Exit 0: yes, 3: no. By the rules of the gate.
+    """Ask whether a workspace may run an action, by the gate's rules. Exit 0: yes, 3: no.
 
     Example: `creditstream check ws_0001 find_work_email --cells 200`
     """
@@ -140,7 +140,7 @@ _BECAUSE = {
     "unknown_workspace": "nothing is known of {workspace_id}",
     "unknown_plan": "{workspace_id} has no plan yet",
     "enough": "it would draw {credits} of the {remaining} {pool} credits left",
-    "not_enough": "it would draw {credits}, and {remaining} {pool} credits are left",
+    "not_enough": "it would draw {credits}, but only {remaining} {pool} credits are left",
     "exhausted": "no {pool} credits are left",
 }
 
@@ -163,10 +163,8 @@ def told(found: SpendCheck) -> str:
 @click.argument("workspace")
 @click.argument("action")
 @_cells
-@click.option("--table", "table_id", metavar="ID", default="", help="Table of the column.")
-@click.option(
-    "--column", "column_id", metavar="ID", default="", help="Column whose own history gives the expected cost."
-)
+@click.option("--table", "table_id", metavar="ID", default="", help="Table that holds the column.")
+@click.option("--column", "column_id", metavar="ID", default="", help="Column whose history gives the expected cost.")
 @_own_api_key
 @as_of_option
 @source_options
@@ -183,12 +181,12 @@ def estimate(
     url: str,
     form: str,
 ) -> None:
-    """What a bulk run will cost, at worst and expected, against what is left.
+    """Estimate a bulk run: worst case and expected cost, against what is left.
 
     Example: `creditstream estimate ws_0001 find_work_email --cells 5000 --table tbl_1 --column col_2`
     """
     if table_id and not column_id:
-        raise click.UsageError("--table says which column is meant; give --column, too.")
+        raise click.UsageError("--table only narrows --column. Give --column too.")
     column = {"table_id": table_id, "column_id": column_id}
     with ask(settings_of(home), url) as answers:
         found = answers.estimate(workspace, action, cells=cells, own_api_key=own_api_key, as_of=as_of, **column)
@@ -218,7 +216,7 @@ def _rests_on(found: Estimate) -> str:
     if found.worst_case == "0":
         return "it is free"
     if not found.column_id:
-        return "the worst case: name --table and --column to go by the column's own history"
+        return "the worst case: give --table and --column to use the column's history"
     if not found.history:
         return f"the worst case: column {found.column_id} has no history of this action"
     runs = sum(share.runs for share in found.history)
@@ -228,18 +226,20 @@ def _rests_on(found: Estimate) -> str:
 
 @click.command()
 @click.option(
-    "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="What to list first."
+    "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="Sort by this."
 )
-@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many.")
+@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="At most this many.")
 @day_of_option
 @source_options
 @format_option
 def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """Workspaces closest to a limit: by share of the allowance used, or by credits gone before the period's end.
+    """List the workspaces closest to a limit: most of the allowance used, or out of credits before the period ends.
 
     Example: `creditstream top --by runs_out`
     """
     with ask(settings_of(home), url) as answers:
         rows = answers.top(TopBy(by), limit, as_of)
-    nothing = "Nobody's credits run out before the period's end." if by == TopBy.RUNS_OUT else "Nobody has a plan."
+    nothing = (
+        "No workspace will run out before its period ends." if by == TopBy.RUNS_OUT else "No workspace has a plan."
+    )
     show_rows(rows, form, TopRow.__struct_fields__, nothing, read=TOP_COLUMNS, bars=_used(rows))

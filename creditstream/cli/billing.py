@@ -33,13 +33,13 @@ GRANT_COLUMNS = ("effective_at", "credits", "in_force", "recorded_at")
 def event_options(command: F) -> F:
     """The options of every event, and of whom to ask what became of it."""
     for option in (
-        click.option("--wait", is_flag=True, help="Wait until it is in the ledger, and say what became of it."),
-        click.option("--actor", metavar="NAME", help="Who does it."),
+        click.option("--wait", is_flag=True, help="Wait for the ledger row, and show the result."),
+        click.option("--actor", metavar="NAME", help="Who makes the change."),
         click.option(
             "--event-id",
             type=click.UUID,
             metavar="UUID",
-            help="Send the event under this id; without it, under a new one.",
+            help="Id of the event. Default: a new one.",
         ),
     ):
         command = option(command)
@@ -54,7 +54,7 @@ def plan() -> None:
 @plan.command("set")
 @click.argument("workspace")
 @click.argument("plan")
-@click.option("--effective-at", type=Instant(), help="From when on, past or future; without it from now on.")
+@click.option("--effective-at", type=Instant(), help="When it takes effect, past or future. Default: now.")
 @click.option("--restart-period", is_flag=True, help="Start a new billing period on that UTC day.")
 @event_options
 def set_plan(
@@ -62,7 +62,7 @@ def set_plan(
 ) -> None:
     """Give a workspace a plan.
 
-    A larger one counts at once, a smaller one from the next period on. Cancelling is a plan with allowance 0.
+    A larger plan counts at once, a smaller one from the next period on. To cancel, set a plan with allowance 0.
 
     Example: `creditstream plan set ws_0001 50k --effective-at 2026-11-26T10:00:00Z --wait`
     """
@@ -79,7 +79,7 @@ def set_plan(
 @source_options
 @format_option
 def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """The plans of a workspace, in the order in which they take effect.
+    """List the plans of a workspace in the order they take effect.
 
     Example: `creditstream plan show ws_0001`
     """
@@ -92,7 +92,7 @@ def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form:
 @click.command()
 @click.argument("workspace")
 @click.argument("credits", type=Credits())
-@click.option("--effective-at", type=Instant(), help="From when on; without it from now on.")
+@click.option("--effective-at", type=Instant(), help="When it takes effect. Default: now.")
 @event_options
 def grant(workspace: str, credits: str, effective_at: datetime | None, home: str, **sent: Any) -> None:
     """Add premium credits. They never expire.
@@ -110,22 +110,22 @@ def grant(workspace: str, credits: str, effective_at: datetime | None, home: str
 @source_options
 @format_option
 def grants(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """The premium grants of a workspace, in the order in which they take effect.
+    """List the premium grants of a workspace in the order they take effect.
 
     Example: `creditstream grants ws_0001`
     """
     with ask(settings_of(home), url) as answers:
         rows = answers.grants(workspace, as_of)
-    nothing = f"{workspace} was granted no premium credits."
+    nothing = f"{workspace} has no premium grants."
     show_rows(rows, form, GrantRow.__struct_fields__, nothing, read=GRANT_COLUMNS)
 
 
 @click.command()
 @click.argument("run_id", type=click.UUID)
-@click.option("--workspace", required=True, metavar="ID", help="Whose run it is.")
+@click.option("--workspace", required=True, metavar="ID", help="Workspace of the run.")
 @event_options
 def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
-    """Take a run back: what it drew is given back, once, on the day of the run.
+    """Reverse a run: give back what it drew, once, on the day of the run.
 
     Example: `creditstream reverse 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22 --workspace ws_0001`
     """
@@ -135,25 +135,31 @@ def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
 
 @click.group()
 def limits() -> None:
-    """Thresholds: at which of them a workspace is told that its credits run low."""
+    """Thresholds: when a workspace is alerted that its credits run low."""
 
 
 @limits.command("set")
 @click.argument("workspace")
-@click.option("--threshold", "thresholds", type=click.IntRange(1, 100), multiple=True, help="Percent; may be repeated.")
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=click.IntRange(1, 100),
+    multiple=True,
+    help="Percent of the allowance. Repeatable.",
+)
 @click.option("--remaining-below", type=Credits(), help="Also alert when no more than this remains.")
-@click.option("--plan-default", is_flag=True, help="Go back to the plan's thresholds.")
+@click.option("--plan-default", is_flag=True, help="Return to the plan's thresholds.")
 @event_options
 def set_limits(
     workspace: str, thresholds: tuple[int, ...], remaining_below: str | None, plan_default: bool, home: str, **sent: Any
 ) -> None:
-    """Give a workspace its own thresholds. What is left out is its plan's; 100 is always there.
+    """Give a workspace its own thresholds. What you leave out comes from its plan; 100 is always included.
 
     Example: `creditstream limits set ws_0001 --threshold 50 --threshold 90 --remaining-below 1000`
     """
     own = bool(thresholds) or remaining_below is not None
     if own == plan_default:
-        raise click.UsageError("Give --threshold or --remaining-below, or else --plan-default.")
+        raise click.UsageError("Give --threshold or --remaining-below, or only --plan-default.")
     fields = {"thresholds": thresholds or None, "remaining_below": remaining_below}
     metered = _send("limits_changed", workspace, home, fields, **sent)
     say(*of_limits(workspace, metered), err=True)
@@ -165,7 +171,7 @@ def set_limits(
 @source_options
 @record_format_option
 def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, form: str) -> None:
-    """The thresholds of a workspace, and where they come from: itself, its plan, or the default.
+    """Show a workspace's thresholds and their source: the workspace, its plan, or the default.
 
     Example: `creditstream limits show ws_0001`
     """

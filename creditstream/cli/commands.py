@@ -15,9 +15,9 @@ click.rich_click.COMMAND_GROUPS = {
     "creditstream": [
         {"name": "Start here", "commands": ["demo"]},
         {"name": "Ask", "commands": ["balance", "usage", "runs", "explain", "statement", "rules", "dead-letters"]},
-        {"name": "Before it runs", "commands": ["check", "estimate", "top"]},
-        {"name": "Be told", "commands": ["alerts", "notifier", "listen"]},
-        {"name": "Bill", "commands": ["plan", "grant", "grants", "reverse", "limits"]},
+        {"name": "Check before running", "commands": ["check", "estimate", "top"]},
+        {"name": "Get alerts", "commands": ["alerts", "notifier", "listen"]},
+        {"name": "Plans and credits", "commands": ["plan", "grant", "grants", "reverse", "limits"]},
         {"name": "Send", "commands": ["send"]},
         {"name": "Operate", "commands": ["worker", "reconcile", "topics", "migrate", "config"]},
     ]
@@ -27,9 +27,9 @@ click.rich_click.COMMAND_GROUPS = {
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=NAME)
 def cli() -> None:
-    """Meters cell runs into an exactly-once credit ledger, and explains any charge in one sentence.
+    """Meter cell runs into an exactly-once credit ledger, and explain any charge in one sentence.
 
-    Try `creditstream demo`.
+    Start with `creditstream demo`.
     """
 
 

@@ -51,11 +51,11 @@ def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | N
 
 
 def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
-    """A run that is taken back."""
-    told = f"Run {run_id} of {workspace} is taken back: what it drew is given back once, on the day of the run."
+    """A reversed run."""
+    told = f"Run {run_id} of {workspace} is reversed: what it drew is given back once, on the day of the run."
     if metered and metered.row.kind == Kind.REVERSAL:
         drawn = credits_text(-metered.row.credits, metered.row.pool)
-        told = f"Run {run_id} of {workspace} is taken back: {drawn} given back, on the day of the run."
+        told = f"Run {run_id} of {workspace} is reversed: {drawn} given back, on the day of the run."
     return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quote(workspace)}", metered)]
 
 
@@ -66,12 +66,14 @@ def of_limits(workspace: str, metered: Metered | None) -> list[str]:
 
 
 def told_limits(found: LimitsInForce) -> str:
-    """At what a workspace is told, and who said so."""
+    """At what a workspace is alerted, and who said so."""
     percents = ", ".join(f"{percent} %" for percent in found.thresholds)
     left = "no absolute line"
     if found.remaining_below:
         left = f"{credits_text(parse_credits(found.remaining_below))} left if the allowance is larger"
-    return f"{found.workspace_id} is told at {percents} ({found.thresholds_by}), {left} ({found.remaining_below_by})."
+    return (
+        f"{found.workspace_id} is alerted at {percents} ({found.thresholds_by}), {left} ({found.remaining_below_by})."
+    )
 
 
 def _moved(metered: Metered | None) -> list[str]:
@@ -102,4 +104,4 @@ def _known(metered: Metered | None) -> list[str]:
 
 def _more(words: str, metered: Metered | None) -> str:
     asked = f"`creditstream {words}`"
-    return f"More: {asked}" if metered else f"It is on its way; {asked} shows what became of it."
+    return f"More: {asked}" if metered else f"It is on its way; {asked} shows the result."

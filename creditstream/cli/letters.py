@@ -16,7 +16,7 @@ LETTER_COLUMNS = ("position", "recorded_at", "reason", "detail", "workspace_id",
 
 @click.group("dead-letters")
 def dead_letters() -> None:
-    """Events that could not be metered, with their bytes. Nothing is ever dropped."""
+    """Dead letters: events that could not be metered, kept byte for byte."""
 
 
 @dead_letters.command("list")
@@ -26,13 +26,13 @@ def dead_letters() -> None:
     help="Only letters with this reason.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="How many, newest first."
+    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="At most this many, newest first."
 )
-@click.option("--open", "only_open", is_flag=True, help="Only those that were not sent again.")
+@click.option("--open", "only_open", is_flag=True, help="Only letters not yet sent again.")
 @source_options
 @format_option
 def list_letters(reason: str | None, limit: int, only_open: bool, home: str, url: str, form: str) -> None:
-    """The newest dead letters. `closed_by` says where one was sent again.
+    """List the newest dead letters. `closed_by` is where one was sent again.
 
     Example: `creditstream dead-letters list --reason malformed`
     """
@@ -46,7 +46,7 @@ def list_letters(reason: str | None, limit: int, only_open: bool, home: str, url
 @source_options
 @record_format_option
 def show_letter(position: str, home: str, url: str, form: str) -> None:
-    """One dead letter, with its bytes.
+    """Show one dead letter with its bytes.
 
     Example: `creditstream dead-letters show 'cell-runs[3]@88123'`
     """
@@ -74,25 +74,25 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
 @click.option(
     "--reason",
     type=click.Choice([str(reason) for reason in REDRIVABLE_REASONS]),
-    help="All open letters with this reason, the oldest first.",
+    help="All open letters with this reason, oldest first.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(1, LIST_MAX),
     default=1000,
     show_default=True,
-    help="How many letters, with --reason.",
+    help="With --reason: at most this many letters.",
 )
 @home_option
 def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
-    """Send dead letters again, once their cause is mended, and wait for what becomes of them.
+    """Send dead letters again once you have fixed their cause, and wait for the result.
 
-    Exit 1 when one is set aside again: it is a new letter then, and its old one is closed.
+    Exit 1 if one is set aside again: it is then a new letter, and the old one is closed.
 
     Example: `creditstream dead-letters redrive --reason unknown_action`
     """
     if bool(positions) == bool(reason):
-        raise click.UsageError("Give positions, or --reason.")
+        raise click.UsageError("Give either positions or --reason.")
     from creditstream.redriving import redrive
 
     places = [_place(position) for position in positions]
@@ -112,7 +112,7 @@ def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, 
     say(f"sent {len(letters):,} again; `creditstream dead-letters list --open` shows what is left", err=True)
     if aside := sum(row.kind == Kind.DEAD_LETTER for _, row in sent):
         why = f"{aside:,} of {len(sent):,}, see above"
-        raise Problem("dead letters were set aside again", why, "Mend what keeps them from being metered first.")
+        raise Problem("dead letters were set aside again", why, "Fix the cause first.")
 
 
 def _place(position: str) -> Position:

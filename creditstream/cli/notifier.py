@@ -18,7 +18,7 @@ def endpoints_option(command: F) -> F:
         required=True,
         envvar=variable("webhook_endpoints"),
         show_envvar=True,
-        help="TOML file that says who is told.",
+        help="TOML file of the endpoints that receive alerts.",
     )(command)
 
 
@@ -28,8 +28,8 @@ def endpoints_option(command: F) -> F:
 def notifier(endpoints: Path, home: str | None) -> None:
     """Deliver limit alerts to webhooks and Slack: signed, retried for three days, each under one id.
 
-    SIGHUP reads the file of endpoints again. Stops on SIGTERM within 10 s, with exit code 0. Exit code 75 means: start
-    me again.
+    On SIGHUP it reads the endpoints file again. On SIGTERM it stops within 10 s with exit code 0. On exit code 75,
+    start it again.
 
     Example: `creditstream notifier --endpoints endpoints.toml`
     """

@@ -23,9 +23,9 @@ BOOK_COLUMNS = (
 @source_options
 @format_option
 def reconcile(home: str, url: str, form: str) -> None:
-    """Prove that every event is accounted for: Kafka's logs against the ledger, offset by offset.
+    """Prove that every event is accounted for: compare Kafka's logs with the ledger, offset by offset.
 
-    Reads cell runs and account events, rates them a second time by other code, and compares. Exit 3 on a difference.
+    It reads cell runs and account events, rates them again with other code, and compares. Exit 3 on a difference.
     """
     from creditstream.reconcile import PartitionBooks
     from creditstream.reconcile import reconcile as compare
@@ -51,9 +51,9 @@ def reconcile(home: str, url: str, form: str) -> None:
 
 @click.command()
 @home_option
-@click.option("--check", is_flag=True, help="Create nothing; fail when a topic is missing or does not fit.")
+@click.option("--check", is_flag=True, help="Create nothing; fail if a topic is missing or misconfigured.")
 def topics(home: str, check: bool) -> None:
-    """Create the topics that are missing, and check those that exist."""
+    """Create missing topics, and check existing ones."""
     from streams.topics import TOPICS, Broker
 
     broker = Broker(kafka_settings_of(home))
@@ -90,7 +90,7 @@ def migrate(home: str) -> None:
 @home_option
 @format_option
 def config(home: str | None, form: str) -> None:
-    """Every setting: its value, where it comes from, its bounds and its meaning."""
+    """List every setting with its value, source, bounds and meaning."""
     owner = whose_kafka(Home.at(home))
     taken = {"value": owner.kafka_bootstrap, "origin": f"the worker, process {owner.pid}"} if owner else {}
     rows = [

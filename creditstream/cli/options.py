@@ -39,7 +39,7 @@ def _keep_home(_: click.Context, __: click.Parameter, home: str | None) -> str |
 def source_options(command: F) -> F:
     """``--home`` and ``--url``: whom to ask."""
     url = click.option(
-        "--url", type=Url(), default="", callback=_keep_url, help="Ask this worker's read API, not the home's."
+        "--url", type=Url(), default="", callback=_keep_url, help="Ask this worker's read API instead of the home's."
     )
     return home_option(url(command))
 
@@ -61,7 +61,7 @@ def record_format_option(command: F) -> F:
 
 def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
     return click.option(
-        "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="How to print it."
+        "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="Output format."
     )
 
 
@@ -70,10 +70,10 @@ def kafka_settings_of(home: str | None = None) -> Settings:
     place = Home.at(home)
     if variable("kafka_bootstrap") not in os.environ and not place.worker() and place.kafka.exists():
         if pid := place.starting():
-            why = f"process {pid} holds {place.path}: a worker that starts, or another command"
-            raise Unreachable("Kafka does not run yet", why, "Try again in a few seconds.")
+            why = f"process {pid} holds {place.path}: a worker that is starting, or another command"
+            raise Unreachable("Kafka is not running yet", why, "Try again in a few seconds.")
         fix = f"`creditstream worker --embedded` starts it again; for another one, set {variable('kafka_bootstrap')}."
-        raise Unreachable("Kafka does not run", f"that in {place.path} ends with its worker", fix)
+        raise Unreachable("Kafka is not running", f"the one in {place.path} ends with its worker", fix)
     return settings_of(home)
 
 
@@ -90,7 +90,7 @@ class Instant(click.ParamType):
             instant = datetime.fromisoformat(value)
             return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
         except (ValueError, OverflowError):  # an offset may lead out of the years that there are
-            self.fail(f"{value!r} is no time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
+            self.fail(f"{value!r} is not a time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
 
 
 class Url(click.ParamType):
@@ -108,7 +108,7 @@ class Url(click.ParamType):
         except ValueError:
             is_url = False
         if value and not is_url:
-            self.fail(f"{value!r} is no URL; write http://127.0.0.1:8620, say.", param, ctx)
+            self.fail(f"{value!r} is not a URL; write it like http://127.0.0.1:8620.", param, ctx)
         return str(value)
 
 
@@ -122,17 +122,17 @@ class Credits(click.ParamType):
         try:
             return msgspec.convert(value, account.Credits)
         except msgspec.ValidationError:
-            self.fail(f"{value!r} is no amount; write 500 or 0.5, at most 12 digits and 3 decimals.", param, ctx)
+            self.fail(f"{value!r} is not an amount; write 500 or 0.5, at most 12 digits and 3 decimals.", param, ctx)
 
 
 def as_of_option(command: F) -> F:
     """``--as-of``: what the ledger knew at an instant."""
-    return _as_of("As the ledger knew it then, instead of now.")(command)
+    return _as_of("Answer as the ledger knew it then. Default: now.")(command)
 
 
 def day_of_option(command: F) -> F:
     """``--as-of`` of what is asked of all workspaces at once: see `creditstream.spending.top`."""
-    return _as_of("On that UTC day, by what the ledger knows now.")(command)
+    return _as_of("On that UTC day, as the ledger knows it now.")(command)
 
 
 def _as_of(means: str) -> Callable[[F], F]:

@@ -18,7 +18,7 @@ COLUMNS = ("action", "name", "category", "provider", "credits", "pool", "charges
 
 @click.group()
 def rules() -> None:
-    """The catalogue of actions and their prices."""
+    """The catalogue: actions and their prices."""
 
 
 def _catalogue() -> Catalogue:
@@ -28,17 +28,17 @@ def _catalogue() -> Catalogue:
 @rules.command("list")
 @format_option
 def list_rules(form: str) -> None:
-    """Every action of the version in force now."""
+    """List every action of the version in force."""
     nothing = "The catalogue lists no action."
     show_rows(prices(_catalogue(), now_ms()), form, Price.__struct_fields__, nothing, read=COLUMNS)
 
 
 @rules.command()
 @click.argument("action")
-@click.option("--own-api-key", is_flag=True, help="With the workspace's own API key.")
+@click.option("--own-api-key", is_flag=True, help="The run uses the workspace's own API key.")
 @record_format_option
 def show(action: str, own_api_key: bool, form: str) -> None:
-    """What a run of an action costs now.
+    """Show what a run of an action costs now.
 
     Example: `creditstream rules show find_work_email`
     """
@@ -68,7 +68,7 @@ def _cost(price: Price, own_api_key: bool) -> str:
 @rules.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def check(file: Path) -> None:
-    """Check a catalogue file as the worker would; exit 1 naming file, action and field."""
+    """Check a catalogue file by itself. Exit 1, naming file, action and field, if it is wrong."""
     version = read_version(file)
     since = f"{version.effective_from:%Y-%m-%d %H:%M} UTC"
     say(f"{file.name}: version {version.number}, {len(version.actions)} actions, from {since}")

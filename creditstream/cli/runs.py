@@ -29,11 +29,11 @@ FIELD_INDENT: Final = 13
 @click.command()
 @click.argument("workspace")
 @click.option(
-    "--by", type=click.Choice([str(by) for by in By]), default="column", show_default=True, help="What to sum by."
+    "--by", type=click.Choice([str(by) for by in By]), default="column", show_default=True, help="Group by this."
 )
 @click.option("--from", "start", type=DAY, metavar="YYYY-MM-DD", help="First UTC day.")
-@click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="The day after the last one.")
-@click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="Instead: the billing period that holds this UTC day.")
+@click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="Day after the last one.")
+@click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="Instead: the billing period with this UTC day.")
 @source_options
 @format_option
 def usage(
@@ -46,14 +46,14 @@ def usage(
     url: str,
     form: str,
 ) -> None:
-    """Credits and runs of a workspace.
+    """Sum a workspace's credits and runs by column, table, action, day or reason.
 
     Example: `creditstream usage ws_0001 --by day --from 2026-11-01 --to 2026-12-01`
     """
     days = [day.date() if day else None for day in (start, end)]
     _require_order(*days)
     if period and (start or end):
-        raise click.UsageError("Give --period, or --from and --to.")
+        raise click.UsageError("Give either --period, or --from and --to.")
     with ask(settings_of(home), url) as answers:
         rows = (
             answers.period_usage(workspace, By(by), period.date())
@@ -86,14 +86,14 @@ def _require_order(start: date | None, end: date | None) -> None:
     "--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only runs with this reason."
 )
 @click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="How many, newest first."
+    "--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="At most this many, newest first."
 )
 @source_options
 @format_option
 def runs(
     workspace: str, table_id: str, column_id: str, reason: str | None, limit: int, home: str, url: str, form: str
 ) -> None:
-    """The newest runs of a workspace, free ones too, each with the id that `explain` takes.
+    """List a workspace's newest runs, free ones too, with the ids that `explain` takes.
 
     Example: `creditstream runs ws_0001 --table tbl_1 --column col_2 --reason charged`
     """
@@ -105,13 +105,11 @@ def runs(
 
 @click.command()
 @click.argument("run_id", type=click.UUID)
-@click.option(
-    "--workspace", metavar="ID", default="", help="Whose run it is, when several workspaces have used the id."
-)
+@click.option("--workspace", metavar="ID", default="", help="Workspace of the run, if several have used its id.")
 @source_options
 @record_format_option
 def explain(run_id: UUID, workspace: str, home: str, url: str, form: str) -> None:
-    """Why a run cost what it cost, in one sentence, and the evidence.
+    """Explain in one sentence why a run cost what it cost, with evidence.
 
     Example: `creditstream explain 0199b2c4-7d1e-7a30-9f00-5c2f6e0a1b22`
     """

@@ -20,13 +20,13 @@ from streams.settings import Settings
 
 @click.command()
 @click.argument("file", type=click.File("rb"))
-@click.option("--wait", is_flag=True, help="Wait for each debit and print it.")
+@click.option("--wait", is_flag=True, help="Wait for each debit, and print it.")
 @source_options
 def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
     """Send cell runs from a file of JSON lines (`-`: standard input).
 
-    A bad line is reported with its number and field; the good ones are sent, and the exit code is 1. So it is when
-    one that was waited for is set aside as a dead letter.
+    Each bad line is reported by number and field; the good ones are sent. Exit 1 if a line was bad or, with --wait, if
+    a run was set aside as a dead letter.
 
     Example: `creditstream send --wait runs.ndjson`
     """
@@ -34,13 +34,13 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
     aside = _send(runs, kafka_settings_of(home), url, wait) if runs else 0
     if bad:
         raise Problem(
-            f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct and send them again."
+            f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct them and send them again."
         )
     if aside:
         why = f"{aside:,} of {len(runs):,}, see above"
         raise Problem("runs were set aside", why, "`creditstream dead-letters list --open` shows them.")
     if not runs:
-        raise Problem("nothing was sent", "the input holds no line", "Give one JSON object a line.")
+        raise Problem("nothing was sent", "the input is empty", "Give one JSON object per line.")
 
 
 def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
@@ -68,7 +68,7 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> int:
     topic = Broker(settings).require(CELL_RUNS)
     records = [Outgoing(topic.name, run.workspace_id, encode_run(run)) for run in runs]
     places = deliver(settings, records, "runs were", "Send the file again: a copy is never charged twice.")
-    next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` tells what the last one cost"
+    next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` shows what the last one cost"
     say(f"sent {len(runs):,} cell run{'s' * (len(runs) != 1)} to {settings.kafka_bootstrap}{next_step}", err=True)
     if not wait:
         return 0

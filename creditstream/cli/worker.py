@@ -19,13 +19,13 @@ EMBEDDED_INSTANCE = "embedded"
 
 
 @click.command()
-@click.option("--embedded", is_flag=True, help="Start Apache Kafka too, in the home.")
+@click.option("--embedded", is_flag=True, help="Also start Apache Kafka, in the home.")
 @click.option("--end-with-input", is_flag=True, hidden=True, help="Stop when standard input ends.")
 @home_option
 def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
-    """Meter cell runs: Kafka in, an exactly-once ledger out, a read API beside it.
+    """Meter cell runs from Kafka into an exactly-once ledger, and serve the read API.
 
-    Stops on SIGTERM within 10 s, with exit code 0. Exit code 75 means: start me again.
+    On SIGTERM it stops within 10 s with exit code 0. On exit code 75, start it again.
     """
     place = Home.at(home)
     with ExitStack() as held:
