@@ -78,9 +78,7 @@ def moment(as_of: datetime | None) -> Moment:
         return Moment(now_ms(), None)
     aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
     if not EARLIEST_RAN_AT <= aware < LATEST_EFFECTIVE_AT:
-        raise Problem(
-            f"nothing is known as of {as_of}", "it lies before 2020 or after 2099", "Ask for another instant."
-        )
+        raise Problem(f"nothing is known as of {as_of}", "it is before 2020 or after 2099", "Ask for another time.")
     return Moment(to_milliseconds(aware), to_milliseconds(aware))
 
 
@@ -277,7 +275,7 @@ def period_usage(
 def _asked_day(day: date | None, at: Moment) -> Day:
     wanted = at.day if day is None else to_day(day)
     if not _FIRST_DAY <= wanted <= at.day:
-        why = f"it lies after {to_date(at.day)}" if wanted > at.day else "the ledger begins with 2020"
+        why = f"it is after {to_date(at.day)}" if wanted > at.day else "the ledger begins in 2020"
         raise UnknownId(f"no period holds {day}", why, "Ask for another day.")
     return wanted
 

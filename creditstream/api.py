@@ -92,8 +92,8 @@ def create_api(meter: Meter) -> Litestar:
         workspace_id: FromQuery[str],
         by: FromQuery[By] = By.COLUMN,
         start: Annotated[date | None, QueryParameter(name="from", description="first UTC day")] = None,
-        end: Annotated[date | None, QueryParameter(name="to", description="the day after the last one")] = None,
-        period: Annotated[date | None, QueryParameter(description="any UTC day of a billing period, instead")] = None,
+        end: Annotated[date | None, QueryParameter(name="to", description="day after the last one")] = None,
+        period: Annotated[date | None, QueryParameter(description="instead: a UTC day in the billing period")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
         _require_days(start, end, period)
@@ -192,8 +192,8 @@ def create_api(meter: Meter) -> Litestar:
     )  # fmt: skip
 
 
-AsOf = Annotated[datetime | None, QueryParameter(description="what the ledger knew at this instant; now when left out")]
-OnDay = Annotated[datetime | None, QueryParameter(description="on the UTC day of it, by what the ledger knows now")]
+AsOf = Annotated[datetime | None, QueryParameter(description="as the ledger knew it then; default: now")]
+OnDay = Annotated[datetime | None, QueryParameter(description="on this UTC day, as the ledger knows it now")]
 Limit = Annotated[int, QueryParameter(ge=1, le=LIST_MAX)]
 PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
 PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
@@ -330,9 +330,13 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
 def _require_days(start: date | None, end: date | None, period: date | None) -> None:
     """Problem when they name no day, or two things at once."""
     if period and (start or end):
-        raise Problem("period and days exclude each other", f"period {period} names the days", "Leave one of them out.")
+        raise Problem(
+            "period and days cannot be combined", f"period {period} already names the days", "Leave one of them out."
+        )
     if start and end and end <= start:
-        raise Problem("no day is asked for", f"to={end} is not after from={start}", "`to` is the day after the last.")
+        raise Problem(
+            "the range holds no day", f"to={end} is not after from={start}", "`to` is the day after the last."
+        )
 
 
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[Failure]:

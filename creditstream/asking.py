@@ -123,7 +123,7 @@ def ledger_failed(error: Exception) -> Unreachable:
     from sinks.clickhouse import first_line
 
     return Unreachable(
-        "the ledger failed", first_line(error), "Mend what it names, and try again; the log of a server says more."
+        "the ledger failed", first_line(error), "Fix what it names and try again; the server's log says more."
     )
 
 
@@ -276,7 +276,9 @@ class WorkerAnswers:
                 raise _problem_of(error) from error
         except (OSError, ValueError, http.client.HTTPException, msgspec.MsgspecError) as error:
             reason = getattr(error, "reason", error)
-            raise Unreachable(f"the worker at {self._url} does not answer", str(reason), "Is it running?") from error
+            raise Unreachable(
+                f"the worker at {self._url} does not answer", str(reason), "Check that it is running."
+            ) from error
 
 
 Answers = WorkerAnswers
@@ -293,4 +295,6 @@ def _problem_of(error: "HTTPError") -> Problem:
         return _PROBLEMS[told.exit_code](told.what, told.why, told.fix)
     except (msgspec.MsgspecError, KeyError):
         said = f"{error.code} {error.reason}"
-        return Problem("the worker refused the question", said, "Is this the read API of a worker of this version?")
+        return Problem(
+            "the worker refused the question", said, "Check that this is the read API of a worker of this version."
+        )

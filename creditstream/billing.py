@@ -47,7 +47,7 @@ def require_plan(settings: Settings, plan: str, effective_at: datetime) -> Plan:
     if not found:
         names = ", ".join(known.id for known in lists.newest())
         raise UnknownId(
-            f"no plan {plan!r}", f"the plan lists name {names}", "Choose one of these, or add it to a list."
+            f"no plan {plan!r}", f"the plan lists name {names}", "Choose one of these, or add the plan to a list."
         )
     return found
 
@@ -60,7 +60,7 @@ def send_event(settings: Settings, event: AccountEvent) -> tuple["Topic", Positi
 
     topic = Broker(settings).require(ACCOUNT_EVENTS)
     record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))
-    fix = f"Send it again with --event-id {event.event_id}: it counts once."
+    fix = f"Send it again with --event-id {event.event_id}; it counts only once."
     (place,) = deliver(settings, [record], "account events were", fix)
     return topic, place
 

@@ -36,7 +36,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     place = Home.at(home)
     if worker := place.worker():
         raise Problem(
-            "a worker runs in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
+            "a worker is running in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
         )
     console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:

@@ -183,7 +183,9 @@ class EmbeddedKafka:
         lock = take_lock(path, STOP_MAX_S)
         if lock is None:
             pid = lock_holder(path)
-            raise Problem(f"Kafka runs already in {self._home.path}", f"process {pid} started it", "Stop that process.")
+            raise Problem(
+                f"Kafka is already running in {self._home.path}", f"process {pid} started it", "Stop that process."
+            )
         return lock
 
     def _end_orphan(self) -> None:

@@ -51,7 +51,7 @@ class Home(msgspec.Struct, frozen=True):
         try:
             return cls(Path(chosen).expanduser().resolve())
         except RuntimeError as error:
-            raise Problem(f"{chosen} is no directory", str(error), "Choose another home.") from error
+            raise Problem(f"{chosen} is not a directory", str(error), "Choose another home.") from error
 
     @property
     def kafka(self) -> Path:
@@ -122,7 +122,7 @@ class Home(msgspec.Struct, frozen=True):
             return None
         except OSError as error:
             raise Problem(
-                f"{self.path} cannot be read", error.strerror or "", "Choose a directory that you may read."
+                f"{self.path} cannot be read", error.strerror or "", "Choose a directory that you can read."
             ) from error
         return endpoints if endpoints.pid == holder else None
 
@@ -167,7 +167,7 @@ def take_lock(path: Path, wait_s: float) -> int | None:
 
 
 def _unusable(path: Path, error: OSError) -> Problem:
-    fix = "Make room on that disk" if error.errno in _FULL else "Choose a directory that you may write to"
+    fix = "Free space on that disk" if error.errno in _FULL else "Choose a directory that you can write to"
     return Problem(f"{path} cannot be used", error.strerror or str(error), f"{fix}.")
 
 

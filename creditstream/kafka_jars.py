@@ -49,7 +49,9 @@ def load_jars(say: Say, cache: Path | None = None, repository: str | None = None
     if _missing(jars, cache):
         lock = take_lock(cache / "load.lock", JARS_WAIT_MAX_S)
         if lock is None:
-            raise Unreachable("Kafka's jars cannot be loaded", "another process has been loading them for too long")
+            raise Unreachable(
+                "Kafka's jars cannot be downloaded", "another process has been downloading them for too long"
+            )
         try:
             _load(_missing(jars, cache), cache, repository, say)
         finally:
@@ -72,14 +74,13 @@ def _load(jars: list[Jar], cache: Path, repository: str | None, say: Say) -> Non
                 load.result()
                 if done == len(jars) or time.monotonic() - said_at >= PROGRESS_EVERY_S:
                     said_at = time.monotonic()
-                    say(f"loading Kafka's {len(jars)} jars, {megabytes:.0f} MB, once: {done}/{len(jars)}")
+                    say(f"downloading Kafka's {len(jars)} jars, {megabytes:.0f} MB, once: {done}/{len(jars)}")
         except (OSError, RuntimeError) as error:
             pool.shutdown(cancel_futures=True)
             raise Unreachable(
-                "Kafka's jars cannot be loaded",
+                "Kafka's jars cannot be downloaded",
                 str(error),
-                "Check the network (HTTPS_PROXY is followed), "
-                f"or copy the jars that {JARS_LIST.name} lists into {cache}.",
+                f"Check the network (HTTPS_PROXY is used), or copy the jars that {JARS_LIST.name} lists into {cache}.",
             ) from error
 
 

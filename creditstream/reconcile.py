@@ -159,8 +159,8 @@ def _require_common(logs: tuple[_Log, ...], bootstrap: str) -> None:
     if any(log.made_again for log in logs) and not any(log.audits for log in logs):
         raise Problem(
             "the ledger has no event of these topics",
-            f"its rows are of topics of these names with other ids than those at {bootstrap}",
-            "Name the Kafka of the worker that answers. If the topics were made again, let it meter them first.",
+            f"it has rows of topics with these names, but with other ids than those at {bootstrap}",
+            "Set CREDITSTREAM_KAFKA_BOOTSTRAP to the worker's Kafka. If topics are new, let it meter them first.",
         )
 
 
@@ -171,9 +171,9 @@ def _require_same_catalogue(answers: Answers, directory: Path) -> None:
         if here.get(pinned.number) != pinned.content_hash:
             differs = "is another" if pinned.number in here else "is not there"
             raise Problem(
-                "the catalogue here is not that of the workers",
+                "the catalogue here differs from the workers'",
                 f"version {pinned.number} {differs} in {directory}",
-                "Set CREDITSTREAM_CATALOGUE_DIR as they have it.",
+                "Set CREDITSTREAM_CATALOGUE_DIR as on the workers.",
             )
 
 
@@ -352,7 +352,7 @@ class _Books:
             consumer.close()
 
     def _unread(self, why: str) -> Unreachable:
-        return Unreachable(f"{self._topic.name}[{self._partition}] cannot be read to its mark", why, "Try again.")
+        return Unreachable(f"{self._topic.name}[{self._partition}] cannot be read up to its mark", why, "Try again.")
 
     def _report(self) -> PartitionBooks:
         audit = self._audit

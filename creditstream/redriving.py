@@ -39,7 +39,7 @@ def redrive(settings: Settings, answers: Answers, letters: Sequence[ParkedEvent]
             raise Problem(f"{letter.position} cannot be sent again", why, "Nothing was sent.")
     broker, named = Broker(settings), {letter.topic for letter in letters}
     topics = [broker.require(name) for name in (CELL_RUNS, ACCOUNT_EVENTS) if settings.topic(name) in named]
-    fix = "Try again: those that were delivered are closed, and a copy is never charged twice."
+    fix = "Try again: delivered letters are closed, and a duplicate is never charged."
     places = deliver(settings, [_record(settings, letter) for letter in letters], "dead letters were", fix)
     rows: dict[Position, LedgerRow] = {}
     for topic in topics:

@@ -153,7 +153,7 @@ def warning_of(worst: Millicredits, expected: Millicredits, remaining: Millicred
     if not worst:
         return ""
     if remaining is None:
-        return "The workspace has no plan yet, so nothing says what is left."
+        return "The workspace has no plan yet, so what is left is unknown."
     if worst <= remaining:
         return ""
     left = f"{group_credits(remaining)} left"

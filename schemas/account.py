@@ -37,7 +37,7 @@ class _Effective(_AccountEvent, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         if not EARLIEST_RAN_AT <= self.effective_at < LATEST_EFFECTIVE_AT:
-            raise ValueError("`effective_at` lies before 2020 or after 2099")
+            raise ValueError("`effective_at` is before 2020 or after 2099")
 
 
 class PlanChanged(_Effective, frozen=True, kw_only=True, omit_defaults=True, tag="plan_changed"):

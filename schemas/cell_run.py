@@ -57,13 +57,13 @@ class CellRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
 
     def __post_init__(self) -> None:
         if not isinstance(self.ran_at, datetime):
-            raise TypeError(f"`ran_at` is no datetime but {self.ran_at!r}: write datetime.now(UTC), say")
+            raise TypeError(f"`ran_at` is not a datetime but {self.ran_at!r}: write datetime.now(UTC), for example")
         if self.ran_at.utcoffset() is None:
-            raise ValueError("`ran_at` has no offset from UTC: write datetime.now(UTC), say")
+            raise ValueError("`ran_at` has no offset from UTC: write datetime.now(UTC), for example")
         if self.ran_at < EARLIEST_RAN_AT:
-            raise ValueError("`ran_at` lies before 2020")
+            raise ValueError("`ran_at` is before 2020")
         if self.ran_at > LATEST_RAN_AT:
-            raise ValueError("`ran_at` lies after the year 9999 in UTC")
+            raise ValueError("`ran_at` is after the year 9999 in UTC")
 
 
 def to_milliseconds(instant: datetime) -> int:

@@ -63,7 +63,7 @@ class PlanLists:
         for earlier, later in pairwise(versions):
             if earlier.starts_ms == later.starts_ms or earlier.number >= later.number:
                 why = f"{directory}: version {later.number} does not begin after version {earlier.number}"
-                raise PlanProblem("plan lists refused", why, "A later `effective_from` has a higher `version`.")
+                raise PlanProblem("plan lists refused", why, "Give a later `effective_from` a higher `version`.")
         return cls(versions)
 
     def find(self, plan: str, at_ms: int) -> Plan | None:
@@ -103,7 +103,7 @@ def _read(file: Path) -> PlanVersion:
     except (ValueError, RecursionError) as error:
         raise PlanProblem("plan list refused", f"{file.name}: {error}", "Correct the file.") from error
     if len({plan.id for plan in plans}) < len(plans):
-        raise PlanProblem("plan list refused", f"{file.name}: a plan stands there twice", "Give each its own id.")
+        raise PlanProblem("plan list refused", f"{file.name}: two plans have the same id", "Give each plan its own id.")
     return PlanVersion(to_milliseconds(wire.effective_from), wire.version, {plan.id: plan for plan in plans})
 
 
@@ -114,6 +114,6 @@ def _plan(entry: _WirePlan) -> Plan:
     except ValueError as error:
         raise ValueError(f"plan `{entry.id}`: {error}") from error
     if not (0 <= allowance < _CREDITS_MAX and 0 <= (below or 0) < _CREDITS_MAX):
-        raise ValueError(f"plan `{entry.id}`: credits lie between 0 and 10^12")
+        raise ValueError(f"plan `{entry.id}`: credits must be between 0 and 10^12")
     thresholds = tuple(sorted(set(entry.thresholds)))
     return Plan(id=entry.id, allowance=allowance, thresholds=thresholds, remaining_below=below)

@@ -36,8 +36,8 @@ def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
         if by_number[number].content_hash != content:
             raise Problem(
                 "a catalogue version was changed",
-                f"{by_number[number].file}: a worker has loaded version {number} with another content",
-                "Restore the file; a new price is a new version.",
+                f"{by_number[number].file}: a worker has loaded version {number} with other content",
+                "Restore the file; put new prices into a new version.",
             )
     return [version for version in catalogue.versions if version.number not in pinned]
 
@@ -50,7 +50,7 @@ def _refuse_late(client: Client, version: Version) -> None:
     if late:
         raise Problem(
             "a catalogue version comes too late",
-            f"{version.file}: runs since its effective_from that are priced already: {late:,}",
+            f"{version.file}: runs since its effective_from that are already priced: {late:,}",
             "Give it an effective_from in the future.",
         )
 

@@ -103,7 +103,7 @@ def _open_chdb(directory: Path, database: str) -> Client:
         raise Problem(
             "the ledger cannot be opened",
             f"another process holds {directory}, or it is damaged" if _is_lock_error(error) else str(error),
-            "Ask the worker that runs there, or stop it first.",
+            "Ask the worker that is running there, or stop it first.",
         ) from error
     client.command(f"CREATE DATABASE IF NOT EXISTS `{database}`")
     client.database = database

@@ -23,10 +23,10 @@ _CONDITIONS: Final = (
 _SET_ASIDE: Final = {
     Reason.TOO_LARGE: "its event is too large",
     Reason.MALFORMED: "its event is not a valid cell run",
-    Reason.MISROUTED: "its event came under another Kafka key, or on another partition, than its workspace's",
-    Reason.FUTURE_RUN: "it lies in the future",
+    Reason.MISROUTED: "its event had another Kafka key or partition than its workspace's",
+    Reason.FUTURE_RUN: "its time is in the future",
     Reason.STALE_RUN: "it arrived too late",
-    Reason.CONFLICTING_DUPLICATE: "another event under the same run id said something else",
+    Reason.CONFLICTING_DUPLICATE: "another event with the same run id had different facts",
     Reason.UNKNOWN_ACTION: "no price is known for it",
     Reason.UNKNOWN_PLAN: "no plan list names the plan",
 }
@@ -78,7 +78,7 @@ def again(deliveries: list[EventRow]) -> str:
         told += f" It was delivered {'twice' if copies == 1 else f'{copies + 1:,} times'} and counted once."
     if conflicts:
         events = "1 other event" if conflicts == 1 else f"{conflicts:,} other events"
-        told += f" {events} under the same run id said something else and did not count."
+        told += f" {events} with the same run id had different facts and did not count."
     return told
 
 

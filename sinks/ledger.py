@@ -165,7 +165,7 @@ def append_steps(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float] 
         if acknowledged >= ACKNOWLEDGED_MAX:
             raise Incident(
                 f"{batch.chain}: the ledger drops what it acknowledges",
-                f"{acknowledged} inserts after offset {batch.after} were acknowledged and the mark did not move; "
+                f"{acknowledged} inserts after offset {batch.after} were acknowledged, but the mark did not move: "
                 "the insert tokens outlived their rows, as after a restore",
                 f"Stop all workers. Raise CREDITSTREAM_EPOCH above {epoch}, then start them.",
             )

@@ -66,7 +66,7 @@ def pending(client: Client, migrations: list[Migration]) -> list[Migration]:
             raise Problem(
                 "a migration was changed after it ran",
                 f"{known[number].name} has another checksum in the ledger",
-                "Restore the file; changes go into a new migration.",
+                "Restore the file; put changes into a new migration.",
             )
     return [migration for migration in migrations if migration.number not in applied]
 

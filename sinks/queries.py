@@ -99,7 +99,7 @@ def runs(
 
 
 def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id: str = "") -> Explanation:
-    """Why a run cost what it cost. UnknownId when no event carried this id; Problem when runs of several workspaces do
+    """Why a run cost what it cost. UnknownId when no event carries this id; Problem when runs of several workspaces do
     and none is named.
     """
     rows = _rows_under(client, run_id, workspace_id) if run_id.int else []  # what could not be read has no run id
@@ -107,14 +107,14 @@ def explanation(client: Client, run_id: UUID, catalogue: Catalogue, workspace_id
         of_whom = f" of {workspace_id}" if workspace_id else ""
         raise UnknownId(
             f"no run {run_id}{of_whom} in the ledger",
-            f"no event{of_whom} that could be read carried this id",
-            "Is it older than the ledger? What could not be read: `creditstream dead-letters list --reason malformed`.",
+            f"no event{of_whom} that could be read carries this id",
+            "It may be older than the ledger, or unreadable: see `creditstream dead-letters list --reason malformed`.",
         )
     if len(names := sorted({row["workspace_id"] for row in rows if row["kind"] == Kind.RUN})) > 1:
         raise Problem(
             f"run id {run_id} names {len(names)} runs",
             f"of {', '.join(names)}",
-            "Name the workspace, too: `--workspace`.",
+            "Name the workspace with `--workspace`.",
         )
     cell = {name: run_of(rows)[name] for name in ("workspace_id", "table_id", "column_id", "row_id")}
     ((runs_of_this_cell,),) = client.query(

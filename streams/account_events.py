@@ -257,7 +257,7 @@ def _copy(record: Record, event: AccountEvent, first: Original) -> RatedEvent:
     return RatedEvent(
         record=record, kind=Kind.DUPLICATE, reason=Reason.DUPLICATE, workspace_id=event.workspace_id,
         event_id=event.event_id, run_id=event.run_id if isinstance(event, RunReversed) else _NIL,
-        actor=event.actor or "", ran_ms=record.timestamp, detail=f"a copy of the event at {first.position}",
+        actor=event.actor or "", ran_ms=record.timestamp, detail=f"a duplicate of the event at {first.position}",
     )  # fmt: skip
 
 

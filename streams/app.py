@@ -133,7 +133,7 @@ class MeterApp(faust.App):
             raise Problem(
                 "the two topics are not assigned together",
                 f"cell runs {sorted(runs)}, account events {sorted(events)}",
-                "Give every worker of the group the same version and topics.",
+                "Run the same version with the same topics in every worker of the group.",
             )
         self.chunks.held.clear()
         resume, commit = await self.meter.assign(runs, self.conf.id)

@@ -49,7 +49,7 @@ def _logs_in(settings: Settings) -> bool:
     if wanted != bool(settings.kafka_username):
         name, protocol = variable("kafka_username"), variable("kafka_security_protocol")
         why = f"{protocol} is {settings.kafka_security_protocol}, {name} is {settings.kafka_username or 'empty'}"
-        raise Problem("the settings are wrong", why, "A user needs one of the SASL protocols, and these a user.")
+        raise Problem("the settings are wrong", why, "Set both a SASL protocol and a user, or neither.")
     return wanted
 
 
@@ -58,4 +58,4 @@ def _tls(settings: Settings) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=settings.kafka_ca_file or None)
     except OSError as error:
         why = f"{variable('kafka_ca_file')}={settings.kafka_ca_file}: {error.strerror or error}"
-        raise Problem("Kafka's certificates cannot be read", why, "It is a PEM file.") from error
+        raise Problem("Kafka's certificates cannot be read", why, "Give a PEM file.") from error

@@ -197,7 +197,7 @@ def decide(candidates: Iterable[Candidate], known: dict[Identity, Original]) -> 
             if candidate.is_debit:
                 standing[candidate.identity] = candidate.event
         elif original.substance == candidate.event.substance:
-            detail = f"a copy of the run at {original.position}"
+            detail = f"a duplicate of the run at {original.position}"
             verdicts[candidate.row] = Verdict(Kind.DUPLICATE, Reason.DUPLICATE, detail)
         else:
             both = zip(RUN_SUBSTANCE, original.substance, candidate.event.substance, strict=True)

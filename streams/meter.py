@@ -210,9 +210,9 @@ class Meter:
         found = self.broker.topic(topic.name)
         if found and found.id != topic.id:
             raise Problem(
-                f"topic {topic.name} was made again",
+                f"topic {topic.name} was recreated",
                 f"its id is {found.id}, this process meters {topic.id}",
-                "Restart: the new one is metered from its first offset.",
+                "Restart the worker; it meters the new topic from its first offset.",
             )
 
     def _follow(self, states: Mapping[int, LogRange]) -> None:
@@ -288,7 +288,7 @@ class Meter:
         Unreachable after `close`: the API answers on until it has ended, too.
         """
         if not self.is_open:
-            raise Unreachable("the worker is stopping", "it has let go of the ledger", "Ask again in a few seconds.")
+            raise Unreachable("the worker is stopping", "it has closed the ledger", "Ask again in a few seconds.")
         return await self.threads.ask("answers", question, *args, **named)
 
     def plans_of(self, workspace_id: str) -> Sequence[PlanChange] | None:

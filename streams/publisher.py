@@ -95,7 +95,7 @@ class Publisher:
             raise Unreachable(
                 f"Kafka at {self._bootstrap} does not take alerts and states",
                 self._failure,
-                "See the broker's log; the worker folds them again when it starts.",
+                "See the broker's log; the worker sends them again when it starts.",
             )
 
     def _listen(self) -> None:

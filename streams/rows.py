@@ -59,7 +59,7 @@ def rate_take(
     debits = table.rate(runs.coded("action"), runs.outcome, runs.own_api_key, runs.ran_ms)
     take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
     for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
-        take.details[row] = f"action {runs.texts('action', [row])[0]!r} stands in no version of the catalogue"
+        take.details[row] = f"action {runs.texts('action', [row])[0]!r} is in no version of the catalogue"
     for row, refusal in runs.refusals.items():
         _overrule(take, row, Verdict(Kind.DEAD_LETTER, refusal.reason, refusal.detail))
     return take

@@ -50,26 +50,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     plans_dir: Annotated[str, Meta(min_length=1, description="directory of the plan lists' TOML files")] = str(
         EXAMPLE_PLANS
     )
-    topic_prefix: Annotated[Name, Meta(description="put before topic names and the group id on a shared broker")] = ""
+    topic_prefix: Annotated[Name, Meta(description="prefix of topic names and the group id, for a shared broker")] = ""
     partitions: Annotated[int, Meta(ge=1, le=1024, description="partitions of a topic; fixed for its life")] = 4
     replication_factor: Annotated[int, Meta(ge=1, le=7, description="replicas of a topic at creation")] = 1
     instance: Annotated[Name, Meta(description="static group member id, one per replica; empty: dynamic")] = ""
-    linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="a batch is written after this at the latest")] = 1000
-    batch_rows_max: Annotated[
-        int, Meta(ge=1, le=500_000, description="a batch of this many rows is written at once")
-    ] = 40_000
+    linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="the longest that a row waits to be written")] = 1000
+    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="most rows in one insert")] = 40_000
     duplicate_filter_mb_max: Annotated[
-        int, Meta(ge=8, le=65_536, description="memory of the filters that find copies, all partitions together")
+        int, Meta(ge=8, le=65_536, description="memory of the filters that find duplicates, all partitions together")
     ] = 250
     balances_max: Annotated[
-        int, Meta(ge=1_000, le=50_000_000, description="most workspaces whose balance is kept in memory")
+        int, Meta(ge=1_000, le=50_000_000, description="workspaces whose balance is kept in memory, at most")
     ] = 200_000
-    epoch: Annotated[int, Meta(ge=0, description="raised by an operator after a restore of the ledger")] = 0
+    epoch: Annotated[int, Meta(ge=0, description="raise it after a restore of the ledger")] = 0
     retention_gap: Annotated[
-        Literal["stop", "continue"], Meta(description="when Kafka dropped events before they were read")
+        Literal["stop", "continue"], Meta(description="what to do when Kafka dropped events before they were read")
     ] = "stop"
     webhook_endpoints: Annotated[
-        str, Meta(description="TOML file of the endpoints that the notifier tells; only the notifier reads it")
+        str, Meta(description="TOML file of the endpoints to which the notifier delivers; only it reads this")
     ] = ""
     api_host: Annotated[str, Meta(min_length=1, description="address of the read API; it has no login")] = "127.0.0.1"
     api_port: Annotated[int, Meta(ge=0, le=65_535, description="port of the read API; 0: any free one")] = 8620
@@ -114,7 +112,7 @@ def read_settings(environ: Mapping[str, str] = os.environ, **flags: str | int | 
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$.")
         name = variable(place.rstrip("`")) if place else "a setting"
-        raise Problem("the settings are wrong", f"{name}: {why}", "Correct it, or unset it.") from error
+        raise Problem("the settings are wrong", f"{name}: {why}", "Correct or unset it.") from error
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str | int]:

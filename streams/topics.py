@@ -165,7 +165,7 @@ class Broker:
             raise Problem(
                 f"topic {topic.name} does not fit",
                 f"it has {topic.partitions} partitions, the settings say {self._settings.partitions}",
-                "Set CREDITSTREAM_PARTITIONS; never add partitions, since a workspace would then have two writers.",
+                "Set CREDITSTREAM_PARTITIONS; never add partitions: a workspace would then have two writers.",
             )
         required, _ = TOPICS[name]
         for key, value in required.items():

@@ -150,7 +150,7 @@ def test_f16_a_copy_is_a_duplicate_in_one_chunk_and_over_chunks() -> None:
     assert said(rows_of(first, copy)) == ["plan/plan_changed", "duplicate/duplicate"]
     known = Known({Identity("ws_1", event_id(1)): Original("account-events[0]@0", substance(plan()))}, {})
     (row,) = rows_of(copy, known=known)
-    assert (row.kind, row.detail) == (Kind.DUPLICATE, "a copy of the event at account-events[0]@0")
+    assert (row.kind, row.detail) == (Kind.DUPLICATE, "a duplicate of the event at account-events[0]@0")
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_limits_say_whose_they_are(settings: dict[str, str | int]) -> None:
         (("limits", "set", WORKSPACE, "--threshold", "101"), 2, "101 is not in the range"),
         (("limits", "set", WORKSPACE), 2, "Give --threshold or --remaining-below, or only --plan-default."),
         (("plan", "set", WORKSPACE, "20k", "--effective-at", "soon"), 2, "'soon' is not a time"),
-        (("plan", "set", WORKSPACE, "20k", "--effective-at", "2019-12-31"), 1, "`effective_at` lies before 2020"),
+        (("plan", "set", WORKSPACE, "20k", "--effective-at", "2019-12-31"), 1, "`effective_at` is before 2020"),
         (("balance", "ws_none"), 4, "no workspace 'ws_none' in the ledger"),
         (("statement", WORKSPACE, "--period", "2098-01-01"), 4, "no period holds 2098-01-01"),
         (("estimate", WORKSPACE, "nobody_priced_this"), 4, "no action 'nobody_priced_this' in the catalogue"),

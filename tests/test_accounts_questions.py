@@ -242,7 +242,7 @@ def test_a_period_to_come_has_no_statement(client: Client) -> None:
     rows = AccountRows()
     rows.run(at("2026-01-10"))
     rows.write(client)
-    wrong = (date(2026, 2, 1), "it lies after 2026-01-31"), (date(1960, 1, 1), "the ledger begins with 2020")
+    wrong = (date(2026, 2, 1), "it is after 2026-01-31"), (date(1960, 1, 1), "the ledger begins in 2020")
     for day, why in wrong:  # the first one has come: no answer as of January may call it the future
         with pytest.raises(UnknownId, match=f"no period holds {day}: {why}"):
             accounts.statement(client, "ws_1", day, at("2026-01-31"))

@@ -137,7 +137,7 @@ def test_an_estimate_of_what_is_free_r13(client: Client) -> None:
         estimate(client, "x", 9)
     planless = estimate(client, "enrich_person", 9)
     assert (planless.remaining, planless.fits) == (None, False)
-    assert planless.warning == "The workspace has no plan yet, so nothing says what is left."
+    assert planless.warning == "The workspace has no plan yet, so what is left is unknown."
 
 
 @STEADY
@@ -223,7 +223,7 @@ def test_top_of_the_past_goes_by_what_is_known_now_and_says_so(client: Client, t
         asked = api.get("/schema/openapi.json").json()["paths"]["/v1/top"]["get"]["parameters"]
     (parameter,) = [each for each in asked if each["name"] == "as_of"]
     for said in (getattr(option, "help", ""), parameter["description"]):
-        assert "by what the ledger knows now" in said
+        assert "as the ledger knows it now" in said
 
 
 class _Answering(Meter):

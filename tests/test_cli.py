@@ -283,7 +283,7 @@ def test_send_waits_for_the_debits(settings: dict[str, str | int]) -> None:
     first, second = done.out.splitlines()
     assert first.startswith(f"{run.run_id}  2 credits  charged  Charged 2 credits")
     assert second.startswith(
-        f"{run.run_id}  0 credits  duplicate  Not charged again: this is a copy of the run at cli-"
+        f"{run.run_id}  0 credits  duplicate  Not charged again: this is a duplicate of the run at cli-"
     )
     assert done.err.startswith("sent 2 cell runs to ")
 
@@ -484,7 +484,7 @@ def test_config_shows_the_kafka_that_is_in_force(worker: WorkerProcess, settings
 def test_a_wrong_setting_is_one_line() -> None:
     """It names the variable and its bound, and `config` does not send whoever asks it to itself."""
     line = line_of(creditstream("config", settings={"epoch": -1}), 1)
-    assert "CREDITSTREAM_EPOCH: Expected `int` >= 0. Correct it" in line
+    assert "CREDITSTREAM_EPOCH: Expected `int` >= 0. Correct or unset it" in line
 
 
 def test_an_unknown_id_is_exit_code_4(settings: dict[str, str | int]) -> None:
@@ -532,7 +532,7 @@ def test_a_server_that_is_no_worker_is_told_from_one(page: bytes) -> None:
     """In one line, whatever page it answers with, and with what to look at."""
     line = line_of(refused_with(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page)), 1)
     assert line.endswith(
-        "the worker refused the question: 404 Not Found. Is this the read API of a worker of this version?"
+        "the worker refused the question: 404 Not Found. Check that this is the read API of a worker of this version."
     )
 
 
@@ -567,7 +567,7 @@ def test_a_home_that_is_a_file_is_no_riddle() -> None:
 
 def test_a_home_of_nobody_is_one_line() -> None:
     """Of a user who does not exist."""
-    assert "~nobody-here/x is no directory" in line_of(creditstream("top", "--home", "~nobody-here/x"), 1)
+    assert "~nobody-here/x is not a directory" in line_of(creditstream("top", "--home", "~nobody-here/x"), 1)
 
 
 def test_help_begins_with_where_to_start() -> None:

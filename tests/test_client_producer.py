@@ -146,7 +146,7 @@ def test_a_run_that_would_be_a_dead_letter_is_refused_at_once(
 def test_what_is_no_run_is_refused_too(settings: Settings) -> None:
     """Also where it would look like one in Kafka: an author who hands over a dict learns it in a sentence."""
     with CellRunProducer(settings) as producer:
-        with pytest.raises(InvalidRun, match=r"it is no CellRun but \{'run_id'"):
+        with pytest.raises(InvalidRun, match=r"it is not a CellRun but \{'run_id'"):
             producer.record(msgspec.to_builtins(a_run(1)))
         assert (producer.counts().refused, producer.counts().accepted) == (1, 0)
 
@@ -533,7 +533,7 @@ def test_a_full_disk_is_said_and_counted(settings: Settings, door: Door) -> None
     done = run_program(FULL_DISK, behind(door, settings))
     assert done.returncode == 0, done.stderr
     said, accepted = done.stdout.splitlines()
-    assert said.startswith("the run was not recorded: the spool cannot be written: File too large. Make room")
+    assert said.startswith("the run was not recorded: the spool cannot be written: File too large. Free space")
     with CellRunProducer(settings) as heir:
         assert heir.flush(60) == 0
     assert first_copies(settings) == {"ws_1": [int(number) for number in accepted.split()]}

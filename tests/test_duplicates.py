@@ -181,7 +181,7 @@ def changed(**facts: object) -> tuple[object, ...]:
 
 
 def duplicate(position: str) -> Verdict:
-    return Verdict(Kind.DUPLICATE, Reason.DUPLICATE, f"a copy of the run at {position}")
+    return Verdict(Kind.DUPLICATE, Reason.DUPLICATE, f"a duplicate of the run at {position}")
 
 
 def conflict(fields: str, position: str) -> Verdict:
@@ -329,7 +329,7 @@ def summary(rows: Iterable[Row]) -> list[tuple[str, str]]:
     return [(row.reason, row.detail) for row in rows]
 
 
-COPY_OF_0: Final = ("duplicate", "a copy of the run at cell-runs[0]@0")
+COPY_OF_0: Final = ("duplicate", "a duplicate of the run at cell-runs[0]@0")
 
 
 def test_copies_within_a_chunk() -> None:

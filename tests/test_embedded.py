@@ -291,7 +291,7 @@ def test_wrong_jar_is_never_used(jars: list[Path], tmp_path: Path) -> None:
 
 def test_unreachable_repository_is_a_problem(tmp_path: Path) -> None:
     """Without a network the problem names the way around it."""
-    with pytest.raises(Unreachable, match=r"(?s)cannot be loaded.*HTTPS_PROXY.*kafka_jars\.txt") as raised:
+    with pytest.raises(Unreachable, match=r"(?s)cannot be downloaded.*HTTPS_PROXY.*kafka_jars\.txt") as raised:
         load_jars(print, tmp_path, "http://127.0.0.1:9")
 
     assert raised.value.exit_code == 5
@@ -385,7 +385,7 @@ def test_a_home_that_is_found_unusable_while_it_is_held_is_a_problem(tmp_path: P
 
     with pytest.raises(Problem, match=rf"{home.ledger} cannot be used: File exists\. Choose a directory"), home.hold():
         home.ledger.mkdir()
-    with pytest.raises(Problem, match=rf"{tmp_path} cannot be used: No space left on device\. Make room"), home.hold():
+    with pytest.raises(Problem, match=rf"{tmp_path} cannot be used: No space left on device\. Free space"), home.hold():
         home.publish(Endpoints("127.0.0.1:1", "http://127.0.0.1:1", os.getpid()))
     with pytest.raises(FileNotFoundError), home.hold():
         Path("/nowhere/else").read_bytes()

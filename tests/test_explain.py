@@ -110,14 +110,14 @@ def test_an_action_that_the_catalogue_lost(reason: Reason, credits: str, expecte
         (Reason.MALFORMED, "Not charged: the run was set aside, because its event is not a valid cell run (so)."),
         (
             Reason.MISROUTED,
-            "Not charged: the run was set aside, because its event came under another Kafka key, or on another "
-            "partition, than its workspace's (so).",
+            "Not charged: the run was set aside, because its event had another Kafka key or partition than its "
+            "workspace's (so).",
         ),
-        (Reason.FUTURE_RUN, "Not charged: the run was set aside, because it lies in the future (so)."),
+        (Reason.FUTURE_RUN, "Not charged: the run was set aside, because its time is in the future (so)."),
         (Reason.STALE_RUN, "Not charged: the run was set aside, because it arrived too late (so)."),
         (
             Reason.CONFLICTING_DUPLICATE,
-            "Not charged: the run was set aside, because another event under the same run id said something else (so).",
+            "Not charged: the run was set aside, because another event with the same run id had different facts (so).",
         ),
         (Reason.UNKNOWN_ACTION, "Not charged: the run was set aside, because no price is known for it (so)."),
         (
@@ -180,12 +180,12 @@ CONFLICT: Final = delivery(Kind.DEAD_LETTER, Reason.CONFLICTING_DUPLICATE)
         ([COPY], " It was delivered twice and counted once."),
         ([COPY] * 2, " It was delivered 3 times and counted once."),
         ([COPY] * 1000, " It was delivered 1,001 times and counted once."),
-        ([CONFLICT], " 1 other event under the same run id said something else and did not count."),
-        ([CONFLICT] * 2, " 2 other events under the same run id said something else and did not count."),
+        ([CONFLICT], " 1 other event with the same run id had different facts and did not count."),
+        ([CONFLICT] * 2, " 2 other events with the same run id had different facts and did not count."),
         (
             [COPY, CONFLICT],
             " It was delivered twice and counted once."
-            " 1 other event under the same run id said something else and did not count.",
+            " 1 other event with the same run id had different facts and did not count.",
         ),
         ([delivery(Kind.DEAD_LETTER, Reason.UNKNOWN_ACTION)], ""),
     ],
@@ -212,7 +212,7 @@ def row(offset: int = 7, **fields: Any) -> dict[str, Any]:
 
 
 def copy(offset: int, **fields: Any) -> dict[str, Any]:
-    detail = "a copy of the run at cell-runs[3]@7"
+    detail = "a duplicate of the run at cell-runs[3]@7"
     plain = {"kind": "duplicate", "reason": "duplicate", "credits": Decimal(0), "pool": "none", "catalogue": 0}
     return row(offset, **({"detail": detail} | plain | fields))
 
@@ -294,7 +294,7 @@ def test_the_debit_is_explained_and_not_what_came_before() -> None:
     assert found.sentence == (
         'Charged 2 credits: "Find Work Email" returned data. It had been set aside as unknown_action, and was sent '
         "again. It was delivered 3 times and counted once. "
-        "1 other event under the same run id said something else and did not count."
+        "1 other event with the same run id had different facts and did not count."
     )
     assert [one.position for one in found.deliveries] == [f"cell-runs[3]@{offset}" for offset in (2, 7, 9, 11, 12)]
     assert [one.credits for one in found.deliveries] == ["0", "2", "0", "0", "0"]
@@ -435,7 +435,7 @@ def test_an_explanation_from_the_ledger(client: Client) -> None:
     assert found.sentence == (
         'Charged 2 credits: "Find Work Email" returned data. It had been set aside as unknown_action, and was sent '
         "again. It was delivered twice and counted once. "
-        "1 other event under the same run id said something else and did not count."
+        "1 other event with the same run id had different facts and did not count."
     )
     assert (found.credits, found.price, found.catalogue, found.runs_of_this_cell) == ("2", "2", 2, 2)
     assert [(one.position, one.reason) for one in found.deliveries] == [
@@ -467,7 +467,7 @@ def test_a_run_id_of_two_workspaces_needs_the_workspace(client: Client) -> None:
     assert {name: (one.workspace_id, one.credits) for name, one in found.items()} == {
         "ws_1": ("ws_1", "2"), "ws_2": ("ws_2", "1")
     }  # fmt: skip
-    with pytest.raises(UnknownId, match="no event of ws_3 that could be read carried this id"):
+    with pytest.raises(UnknownId, match="no event of ws_3 that could be read carries this id"):
         explanation(client, run_id(1), EXAMPLES, "ws_3")
 
 

@@ -292,9 +292,9 @@ def test_times_are_truncated_to_milliseconds(text: str, same: str) -> None:
         ({"own_api_key": "no"}, "field `own_api_key`: Expected `bool`, got `str`"),
         ({"ran_at": "2026-08-20T12:00:00"}, "field `ran_at`: Expected `datetime` with a timezone component"),
         ({"ran_at": "yesterday"}, "field `ran_at`: Invalid RFC3339 encoded datetime"),
-        ({"ran_at": "2019-12-31T23:59:59.999Z"}, "`ran_at` lies before 2020"),
-        ({"ran_at": "2019-12-31T23:59:59.9999999Z"}, "`ran_at` lies before 2020"),
-        ({"ran_at": "9999-12-31T23:59:59-01:00"}, "`ran_at` lies after the year 9999 in UTC"),
+        ({"ran_at": "2019-12-31T23:59:59.999Z"}, "`ran_at` is before 2020"),
+        ({"ran_at": "2019-12-31T23:59:59.9999999Z"}, "`ran_at` is before 2020"),
+        ({"ran_at": "9999-12-31T23:59:59-01:00"}, "`ran_at` is after the year 9999 in UTC"),
     ],
 )
 def test_a_malformed_event_names_its_field(fields: dict[str, Any], detail: str) -> None:

@@ -180,7 +180,7 @@ def test_a_changed_version_is_refused(client: Client) -> None:
     first = version(1, LONG_AGO)
     pin_catalogue(client, Catalogue([first]))
     changed = msgspec.structs.replace(first, content_hash="changed", file="renamed.toml")
-    with pytest.raises(Problem, match=r"changed: renamed.toml: a worker has loaded version 1 with another content"):
+    with pytest.raises(Problem, match=r"changed: renamed.toml: a worker has loaded version 1 with other content"):
         pin_catalogue(client, Catalogue([changed]))
     assert pinned(client) == [(1, "as it was")]
 
@@ -196,7 +196,7 @@ def test_of_two_contents_that_come_at_once_the_first_stands(client: Client, monk
         assert found is own
 
     monkeypatch.setattr(catalogue_versions, "_refuse_late", another_is_first)
-    with pytest.raises(Problem, match=r"changed: mine.toml: a worker has loaded version 1 with another content"):
+    with pytest.raises(Problem, match=r"changed: mine.toml: a worker has loaded version 1 with other content"):
         pin_catalogue(client, Catalogue([own]))
     pin_catalogue(client, Catalogue([others]))
 
@@ -213,7 +213,7 @@ def test_a_version_that_comes_late_is_refused(client: Client) -> None:
     first = version(1, LONG_AGO)
     pin_catalogue(client, Catalogue([first]))
     write(Ledger(client), CHAIN, 9)
-    with pytest.raises(Problem, match=r"too late: v2.toml: runs since its .* priced already: 5"):
+    with pytest.raises(Problem, match=r"too late: v2.toml: runs since its .* already priced: 5"):
         pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT)]))
     assert pinned(client) == [(1, "as it was")]
     pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT + timedelta(seconds=5))]))

@@ -186,7 +186,7 @@ def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> N
     [
         ({"from": "2026-12-01", "to": "2026-11-01"}, "to=2026-11-01 is not after from=2026-12-01"),
         ({"from": "2026-11-01", "to": "2026-11-01"}, "to=2026-11-01 is not after from=2026-11-01"),
-        ({"period": "2026-11-02", "from": "2026-11-01"}, "period 2026-11-02 names the days"),
+        ({"period": "2026-11-02", "from": "2026-11-01"}, "period 2026-11-02 already names the days"),
     ],
 )
 def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str], why: str) -> None:

@@ -189,7 +189,7 @@ def test_another_catalogue_than_the_workers_is_not_compared_by(worker: WorkerPro
     first, second = sorted(EXAMPLE_CATALOGUES.glob("*.toml"))
 
     shutil.copy(first, tmp_path)
-    with pytest.raises(Problem, match=f"not that of the workers: version 2 is not there in {tmp_path}"):
+    with pytest.raises(Problem, match=f"differs from the workers': version 2 is not there in {tmp_path}"):
         reconcile(answers, settings)
     (tmp_path / second.name).write_text(second.read_text().replace('price = "2"', 'price = "3"', 1))
     with pytest.raises(Problem, match=f"version 2 is another in {tmp_path}. Set CREDITSTREAM_CATALOGUE_DIR"):

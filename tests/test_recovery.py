@@ -66,7 +66,7 @@ def plan_row(recorded: str, effective: str, offset: int, allowance: int = 10_000
 
 
 def test_f13_a_tail_takes_out_its_own_events_and_not_those_of_a_deleted_topic() -> None:
-    """Offsets begin again in a topic that was made again: an equal one is another event."""
+    """Offsets begin again in a topic that was recreated: an equal one is another event."""
     old, new = plan_row("Jan 1", "Jan 1", 0), plan_row("Feb 1", "Feb 1", 0)
     events, _ = without(Tail(NO_DEBITS, [(1, new)]), [old, new], [])
     assert events == [old]

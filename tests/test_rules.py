@@ -341,7 +341,7 @@ def test_an_unknown_action_is_parked(own_api_key: bool, outcome: Outcome) -> Non
     (row,) = charge(EXAMPLES, [{"action": "find_yeti", "outcome": outcome, "own_api_key": own_api_key}])
 
     assert row[1:6] == ("dead_letter", "unknown_action", "none", Decimal(0), 0)
-    assert row.detail == "action 'find_yeti' stands in no version of the catalogue"
+    assert row.detail == "action 'find_yeti' is in no version of the catalogue"
 
 
 # Which version of the catalogue prices a run.

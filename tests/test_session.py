@@ -153,6 +153,6 @@ def test_a_late_catalogue_version_is_seen_in_any_time_zone(
     )
     with (
         connect_under({"session_timezone": "America/New_York"}, ledger_url, monkeypatch) as abroad,
-        pytest.raises(Problem, match=f"priced already: {ROWS}"),
+        pytest.raises(Problem, match=f"already priced: {ROWS}"),
     ):
         pin_catalogue(abroad, Catalogue([late]))

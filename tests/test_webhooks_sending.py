@@ -141,8 +141,8 @@ def test_an_answer_that_is_only_announced_is_waited_for(raw: bytes, said: str) -
         (599, "599"),
         (STALL, "no answer within 0.4 s"),
         (DRIP, "no answer within 0.4 s"),
-        (DIE, "the answer is no HTTP"),
-        (GARBAGE, "the answer is no HTTP"),
+        (DIE, "the answer is not HTTP"),
+        (GARBAGE, "the answer is not HTTP"),
     ],
 )
 def test_anything_else_is_a_failure_that_says_why(receiver: WebhookReceiver, behaviour: Behaviour, said: str) -> None:
@@ -319,5 +319,5 @@ def test_what_is_signed_and_no_alert_is_refused(body: bytes) -> None:
     tried = Receiver(key, 0, said.append, said.append)
     now_s = int(datetime.now(UTC).timestamp())
     assert tried.receive(signed_headers([key], "id", now_s, body), body) == 400
-    assert said[0].startswith("refused with 400: the body is no alert: ")
+    assert said[0].startswith("refused with 400: the body is not an alert: ")
     tried.close()

@@ -127,7 +127,7 @@ def test_reconcile_proves_nothing_that_it_could_not_read(another: WorkerProcess)
 
     endpoints = another.home.worker()
     assert endpoints is not None
-    with pytest.raises(Unreachable, match=re.escape(f"{topic}[{partition}] cannot be read to its mark: ")):
+    with pytest.raises(Unreachable, match=re.escape(f"{topic}[{partition}] cannot be read up to its mark: ")):
         reconcile(Dropping(endpoints.api_url), another.configured)
 
 

@@ -67,7 +67,7 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> int:
 
     topic = Broker(settings).require(CELL_RUNS)
     records = [Outgoing(topic.name, run.workspace_id, encode_run(run)) for run in runs]
-    places = deliver(settings, records, "runs were", "Send the file again: a copy is never charged twice.")
+    places = deliver(settings, records, "runs were", "Send the file again; a duplicate is never charged.")
     next_step = "" if wait else f"; `creditstream explain {runs[-1].run_id}` shows what the last one cost"
     say(f"sent {len(runs):,} cell run{'s' * (len(runs) != 1)} to {settings.kafka_bootstrap}{next_step}", err=True)
     if not wait:

@@ -102,7 +102,7 @@ class Gate(GateRules):
     def wait_ready(self, timeout_s: int = READY_S_MAX) -> None:
         """Return once all states that Kafka had are held. Unreachable, with the last trouble, if it takes longer."""
         if self._closed:
-            raise Unreachable("the gate is closed", "it follows nothing any more", "Make another one.")
+            raise Unreachable("the gate is closed", "it has stopped following the limit states", "Create a new one.")
         deadline = time.monotonic() + timeout_s
         self._start()
         while (follower := self._follower) is None and time.monotonic() < deadline:
@@ -113,7 +113,7 @@ class Gate(GateRules):
             raise Unreachable(
                 f"the gate is not ready after {timeout_s} s",
                 f"{trouble or 'the topic is still being read'} ({self._topic} on {self._bootstrap})",
-                "Check CREDITSTREAM_KAFKA_BOOTSTRAP, and that a worker has made the topic.",
+                "Check CREDITSTREAM_KAFKA_BOOTSTRAP, and that the topic exists (`creditstream topics`).",
             )
 
     @property

@@ -262,5 +262,5 @@ class Outbox:
 def spool_refused(error: OSError) -> RunRefused:
     """The refusal that a failure of the disk means."""
     return RunRefused(
-        "the run was not recorded", f"the spool cannot be written: {error.strerror or error}", "Make room on the disk."
+        "the run was not recorded", f"the spool cannot be written: {error.strerror or error}", "Free space on the disk."
     )

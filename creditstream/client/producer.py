@@ -303,7 +303,7 @@ class CellRunProducer:
 def _refused(error: KafkaError) -> Problem:
     if error.code() == KafkaError._INVALID_ARG:
         return Problem("Kafka options refused", error.str(), "Correct `kafka=`.")
-    return Problem("the producer cannot be made", error.str(), "Allow this process more threads.")
+    return Problem("the producer cannot be created", error.str(), "Allow this process more threads.")
 
 
 def _dispose(producer: Producer | None) -> None:

@@ -56,10 +56,10 @@ def valid_value(run: CellRun) -> bytes:
     """
     try:
         if not isinstance(run, CellRun):
-            raise TypeError(f"it is no CellRun but {run!r:.80}")
+            raise TypeError(f"it is not a CellRun but {run!r:.80}")
         msgspec.convert(msgspec.structs.asdict(run), CellRun)
         value = encode_run(run)
         decode_run(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRun("the run was not recorded", name_field(str(error)), "Correct the worker.") from error
+        raise InvalidRun("the run was not recorded", name_field(str(error)), "Correct the run.") from error
     return value

@@ -44,14 +44,14 @@ class Address(NamedTuple):
         if not parts.hostname or parts.username is not None or parts.fragment:
             raise ValueError("a URL has a host, and neither user, password nor fragment")
         if parts.port == 0:
-            raise ValueError("nobody listens on port 0")
+            raise ValueError("port 0 cannot be reached")
         try:
             host = parts.hostname.encode("idna").decode()
         except UnicodeError as error:
-            raise ValueError("the host is no name") from error
+            raise ValueError("the host is not a valid name") from error
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not all("!" <= character <= "~" for character in path):
-            raise ValueError("the path has characters that must be written in percent form")
+            raise ValueError("the path has characters that must be percent-encoded")
         return cls(parts.scheme == "https", host, PORT_OF[parts.scheme] if parts.port is None else parts.port, path)
 
 
@@ -97,7 +97,7 @@ def _convert(document: dict[str, object]) -> dict[str, EndpointEntry]:
         entries = document.get("endpoints")
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             if not ENDPOINT_NAME.fullmatch(name):
-                said = "a name is of a to z, 0 to 9, _ and -, 64 at the most, and begins with a letter or digit"
+                said = "a name has 1 to 64 characters of a-z, 0-9, _ and -, and begins with a letter or digit"
                 raise ValueError(f"endpoint `{name}`: {said}") from error
             try:
                 msgspec.convert(entry, EndpointEntry)

@@ -92,7 +92,7 @@ class Outbox:
 
     def _unreachable(self, why: str) -> Unreachable:
         where = f"{self._topic} on {self._settings.kafka_bootstrap}"
-        return Unreachable(f"{where} cannot be written", why, "Start Kafka; then this.")
+        return Unreachable(f"{where} cannot be written", why, "Start Kafka first.")
 
 
 def read_to_end(settings: Settings, topic: str, partitions: Iterable[int]) -> Iterator[Message]:

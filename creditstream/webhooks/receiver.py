@@ -59,7 +59,7 @@ class Receiver:
             self._server = Server(("127.0.0.1", port), Request)
         except OSError as error:
             why = error.strerror or str(error)
-            raise Problem(f"port {port} cannot be listened on", why, "Choose another one with --port.") from error
+            raise Problem(f"port {port} cannot be opened", why, "Choose another with --port.") from error
 
     @property
     def url(self) -> str:
@@ -82,7 +82,7 @@ class Receiver:
         except BadSignature as error:
             return self._refuse(HTTPStatus.UNAUTHORIZED, str(error))
         except (ValueError, RecursionError) as error:
-            return self._refuse(HTTPStatus.BAD_REQUEST, f"the body is no alert: {error}")
+            return self._refuse(HTTPStatus.BAD_REQUEST, f"the body is not an alert: {error}")
         again = "  (again)" if webhook_id in self._seen else ""
         self._seen.append(webhook_id)
         self.accepted += 1

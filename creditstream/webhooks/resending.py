@@ -68,7 +68,7 @@ def resend(
     found = find_alert(settings, topic.name, range(topic.partitions), alert_id)
     if found is None:
         fix = "See `creditstream alerts list`; alerts are kept for 40 days."
-        raise UnknownId(f"no alert {alert_id}", f"{topic.name} does not have it", fix)
+        raise UnknownId(f"no alert {alert_id}", f"{topic.name} does not hold it", fix)
     partition, message = found
     alert = decode_alert(message)
     assert alert is not None

@@ -199,7 +199,7 @@ def _failure(error: Exception, timed_out: bool, answer_s_max: float) -> Answer:
     if isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | http.client.IncompleteRead):
         return Answer(0, "the receiver closed the connection without an answer", "See the receiver's log.")
     if isinstance(error, http.client.HTTPException):
-        return Answer(0, f"the answer is no HTTP ({type(error).__name__})", "Check host and port.")
+        return Answer(0, f"the answer is not HTTP ({type(error).__name__})", "Check host and port.")
     return Answer(0, f"no connection: {getattr(error, 'strerror', '') or type(error).__name__}", "Check the network.")
 
 

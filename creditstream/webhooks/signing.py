@@ -55,7 +55,7 @@ def verify(keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now_s
         raise BadSignature(f"no header {missing[0]}")
     stamp = headers[TIMESTAMP]
     if not (stamp.isascii() and stamp.isdigit() and len(stamp) <= 12):
-        raise BadSignature(f"{TIMESTAMP} is no number of seconds")
+        raise BadSignature(f"{TIMESTAMP} is not a number of seconds")
     if abs(now_s - int(stamp)) > TOLERANCE_S:
         raise BadSignature(f"{TIMESTAMP} is {abs(now_s - int(stamp))} s away from the clock here")
     expected = [_sign(key, headers[ID], int(stamp), body).encode() for key in keys]
