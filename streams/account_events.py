@@ -225,7 +225,7 @@ def _plan(event: PlanChanged, plain: dict[str, Any], plans: PlanLists) -> RatedE
     at = to_milliseconds(event.effective_at)
     plan = plans.find(event.plan, at)
     if plan is None:
-        refusal = Refusal(Reason.UNKNOWN_PLAN, f"plan {event.plan!r} stands in no plan list")
+        refusal = Refusal(Reason.UNKNOWN_PLAN, f"plan {event.plan!r} is in no plan list")
         return _set_aside(plain["record"], refusal, event)
     return RatedEvent(
         kind=Kind.PLAN, reason=Reason.PLAN_CHANGED, pool=Pool.ENRICHMENT, effective_ms=at, ran_ms=at, plan=plan.id,
