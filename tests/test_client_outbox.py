@@ -1,8 +1,13 @@
 """Which way a run takes, step by step: memory, disk, and what may not overtake what."""
 
+import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import pytest
@@ -14,8 +19,8 @@ from creditstream.client import spool as spools
 from creditstream.client.outbox import Outbox
 from creditstream.client.recording import Counts, RunRefused
 from creditstream.client.segment import Segment
-from creditstream.client.spool import Spool
-from schemas.codec import encode_run
+from creditstream.client.spool import Spool, prepare_root
+from schemas.codec import decode_run, encode_run
 from streams.topics import CELL_RUNS
 from tests.client_kafka import a_run, wait_until
 
@@ -81,6 +86,11 @@ def places(outbox: Outbox) -> tuple[int, int]:
     """How many runs are in memory, and how many only on disk."""
     counts = outbox.counts()
     return counts.waiting_in_memory, counts.waiting_in_spool
+
+
+def numbers(values: list[bytes]) -> list[int]:
+    """Which runs these are."""
+    return [decode_run(value).run_id.int - (1 << 64) for value in values]
 
 
 def read(spool: Spool) -> list[bytes]:
@@ -187,6 +197,107 @@ def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(tmp_path: Path
     with pytest.raises(RunRefused, match="the producer is closed"):
         put(outbox, 1)
     assert (outbox.counts().accepted, outbox.counts().refused) == (0, 1)
+
+
+class TimeIsUp(BaseException):
+    """What a worker's own alarm raises."""
+
+
+def interrupted(call: Callable[[], None], moment: int, handler: Callable[[], None]) -> bool:
+    """Call, and run the handler at one of the moments in our code at which Python runs those of signals: a function
+    begins, or C has returned. False when there are not so many.
+    """
+    moments = count(1)
+    left = [handler]
+
+    def at(frame: FrameType, event: str, _: object) -> None:
+        is_ours = event in ("call", "c_return") and frame.f_globals["__name__"].startswith("creditstream.")
+        if is_ours and next(moments) == moment:
+            sys.setprofile(None)
+            left.pop()()
+
+    try:
+        sys.setprofile(at)
+        call()
+    finally:
+        sys.setprofile(None)
+    return not left
+
+
+class Story:
+    """What a worker does with one outbox, of which it notes what was accepted and what Kafka got."""
+
+    def __init__(self, root: Path, producer: Producer, *, write_ahead: bool) -> None:
+        prepare_root(root)
+        self.spool = Spool(root, CELL_RUNS, 10_000_000)
+        self.outbox = open_outbox(self.spool, write_ahead=write_ahead)
+        self._producer = self.outbox.producer = producer
+        self.accepted: list[int] = []
+        self.sent: list[bytes] = []
+
+    def records(self, *numbers: int) -> None:
+        for number in numbers:
+            put(self.outbox, number)
+            self.accepted.append(number)
+
+    def flushes(self) -> None:
+        while self.outbox.counts().waiting_in_spool or self.outbox.is_busy:
+            self.outbox.hand_over()
+            for sequence, run in tuple(self.outbox._waiting.items()):
+                self.sent.append(run.value)
+                self.outbox._deliver(sequence, None, None)  # type: ignore[arg-type]
+
+    def closes(self) -> None:
+        self.outbox.close()
+        self.outbox.take_back()
+        self.spool.close()
+
+    def raises(self) -> None:
+        raise TimeIsUp
+
+    def after(self, root: Path) -> list[int]:
+        """What Kafka has in the end, when an heir has sent the rest: first copies in their order."""
+        heir = Story(root, self._producer, write_ahead=True)
+        heir.outbox.adopt()
+        heir.flushes()
+        heir.closes()
+        return numbers(list(dict.fromkeys([*self.sent, *heir.sent])))
+
+
+@pytest.mark.parametrize("does", ["records", "flushes", "closes", "raises"])
+@pytest.mark.parametrize("way", ["memory", "disk", "new_segment", "new_directory"])
+def test_whenever_a_signal_comes_its_handler_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, does: str
+) -> None:
+    """Whether it records, flushes, closes or raises in the middle of a put: what was accepted arrives in its order,
+    what was not is refused as after `close`, and no lock stays taken.
+    """
+    monkeypatch.setattr(os, "fsync", os.fstat)  # returns at once
+    if way == "new_segment":
+        monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
+    producer = nowhere()
+    for moment in count(1):
+        root = tmp_path / str(moment)
+        story = Story(root, producer, write_ahead=way != "memory")
+        story.records(*([] if way == "new_directory" else [0]))
+        handler = partial(story.records, 2, 3) if does == "records" else getattr(story, does)
+        try:
+            if not interrupted(lambda story=story: story.records(1), moment, handler):
+                break
+        except (RunRefused, TimeIsUp) as said:
+            expected = "raises" if isinstance(said, TimeIsUp) else "closes"
+            if does != expected or (does == "closes" and "is closed" not in str(said)):
+                raise
+        if does != "closes":
+            story.records(4)
+        story.closes()
+        arrived = [number for number in story.after(root) if number in story.accepted]
+        for others in ({0, 1, 4}, {0, 2, 3, 4}):
+            assert [n for n in arrived if n in others] == sorted(others & set(story.accepted))
+        if does != "raises":  # of what is just opened nobody knows yet
+            assert story.outbox.counts().accepted == len(story.accepted)
+            assert list(root.iterdir()) == []
+    assert moment > 10
 
 
 def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:

@@ -210,12 +210,12 @@ class Outbox:
         return ticket
 
     def _hand(self, run: _Run) -> bool:
-        if self.producer is None or self.has_failed:
+        if (producer := self.producer) is None or self.has_failed:
             return False
         sequence = self._sequence = self._sequence + 1
         on_delivery = partial(self._deliver, sequence)
         try:
-            self.producer.produce(self._topic, run.value, run.workspace_id, on_delivery=on_delivery)
+            producer.produce(self._topic, run.value, run.workspace_id, on_delivery=on_delivery)
         except BufferError:
             return False
         except KafkaException as error:

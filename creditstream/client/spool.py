@@ -90,6 +90,11 @@ class Spool:
         self._own: _Directory | None = None
         self._adopted: list[_Directory] = []
         self._tail: Segment | None = None
+        self._appends = 0
+        """Frames that append: more than one where the handler of a signal came between. Until they end, what they write
+        into stays, and a `close` waits for them, not they for it.
+        """
+        self._is_over = False
         self._first = self._last = _MIDDLE
 
     @property
@@ -109,11 +114,21 @@ class Spool:
 
     def append(self, value: bytes) -> Ticket:
         """Write one run at the end. SpoolFull, or OSError, and then it does not count."""
+        self._appends += 1
+        try:
+            return self._append(value)
+        finally:
+            self._appends -= 1
+            if self._is_over:
+                self.close()
+
+    def _append(self, value: bytes) -> Ticket:
         own = sum(segment.length for segment in self._segments if segment.is_own)
         if own + len(value) + 1 > self._bytes_max:
             raise SpoolFull
         tail = self._tail
-        if tail is None or tail.length >= SEGMENT_BYTES or tail.failure or tail.is_gone:
+        is_full = tail is not None and tail.length >= SEGMENT_BYTES and self._appends == 1
+        if tail is None or is_full or tail.failure or tail.is_gone:
             self._rotate()
         assert self._tail is not None
         self._tail.append(value + b"\n", 1)
@@ -219,7 +234,12 @@ class Spool:
         return adopted
 
     def close(self) -> None:
-        """Leave to the next process what is left, and nothing where nothing is."""
+        """Leave to the next process what is left, and nothing where nothing is. Within an append, in the handler of a
+        signal, that is done at its end.
+        """
+        self._is_over = True
+        if self._appends:
+            return
         with suppress(OSError):  # what cannot be deleted is left, too: a copy is never charged twice
             self._remove_sent()
         for segment in self._segments:
@@ -276,8 +296,12 @@ class Spool:
         self._retire_tail()
         self._last += 1
         tail = self._create(self._last)
-        self._segments.append(tail)
+        if self._tail:  # the handler of a signal was quicker, and what was recorded since must not come before its run
+            tail.close()
+            tail.path.unlink()
+            return
         self._tail = tail
+        self._segments.append(tail)
 
     def _retire_tail(self) -> None:
         tail, self._tail = self._tail, None
@@ -288,7 +312,12 @@ class Spool:
 
     def _create(self, number: int) -> Segment:
         if self._own is None:
-            self._own = _new_directory(self._root, self._topic)
+            made = _new_directory(self._root, self._topic)
+            if self._own is None:
+                self._own = made
+            else:  # the handler of a signal was quicker
+                self._adopted.append(made)
+                self._leave(made)
         path = self._own.path / f"{number:016d}.ndjson"
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -308,7 +337,7 @@ class Spool:
         """Delete the segments, and the adopted directories, of which Kafka has everything."""
         kept = []
         for segment in self._segments:
-            if not segment.is_read or segment.pending:
+            if not segment.is_read or segment.pending or (self._appends and segment is self._tail):
                 kept.append(segment)
                 continue
             segment.close()
