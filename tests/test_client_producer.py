@@ -1,11 +1,14 @@
 """The producer on a real Kafka: order and completeness through outages, kills, forks and full disks."""
 
+import gc
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import reduce
@@ -26,7 +29,7 @@ from creditstream.client.spool import Entry, Spool, prepare_root
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
-from streams.settings import Settings
+from streams.settings import Settings, read_settings
 from streams.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import Door, a_run, complaints, first_copies, fresh_settings, make_topics, recorded, wait_until
 
@@ -297,6 +300,17 @@ is_up = sys.argv[2] == "True"
 producer = CellRunProducer(settings, memory_s_max=30 if is_up else 1)
 for number in range(0, 50):
     producer.record(a_run(number))
+trouble = producer._outbox.trouble
+while not is_up and not producer._candidate:
+    time.sleep(0.01)
+noted = trouble.noted
+while not is_up and trouble.noted == noted:  # then its thread has no hand on the connection that it tries
+    time.sleep(0.01)
+idle = os.fork()
+if not idle:
+    producer.close(0)
+    sys.exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(idle, 0)[1]) == 0
 child = os.fork()
 mine = range(50, 100) if child else range(1000, 1050)
 for number in mine:
@@ -315,7 +329,9 @@ sys.exit(0)
 
 @pytest.mark.parametrize("is_up", [True, False], ids=["up", "down"])
 def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, door: Door, is_up: bool) -> None:
-    """Runs of before and after a fork arrive once each, or lie in two spools; both processes end in an orderly way."""
+    """Runs of before and after a fork arrive once each, or lie in two spools; both processes end in an orderly way, and
+    so does a child that records nothing.
+    """
     done = run_program(FORKS, settings if is_up else behind(door, settings), str(is_up))
     assert done.returncode == 0, done.stderr
     if is_up:
@@ -586,6 +602,32 @@ def test_a_close_in_an_outage_leaves_all_to_the_spool(settings: Settings, door: 
     with CellRunProducer(settings) as heir:
         assert heir.flush(60) == 0
     assert first_copies(settings) == in_turn(*range(30))
+
+
+def test_a_close_waits_only_for_what_would_be_lost(settings: Settings, door: Door) -> None:
+    """Where all is on disk, and Kafka gone, nothing is waited for; runs without a spool are, until Kafka is there."""
+    spooled = CellRunProducer(behind(door, settings), memory_s_max=1)
+    in_memory = CellRunProducer(behind(door, settings), memory_s_max=1, on_full="block")
+    record(spooled, *range(30))
+    record(in_memory, *range(300, 330))
+    for producer in (spooled, in_memory):
+        wait_until(lambda producer=producer: producer._outbox.producer is None, "taken back")
+    started_s = time.monotonic()
+    spooled.close(60)
+    assert time.monotonic() - started_s < 30
+    threading.Timer(0.2, door.open).start()
+    in_memory.close(60)
+    assert first_copies(settings) == in_turn(*range(300, 330))
+
+
+def test_a_closed_producer_is_forgotten(tmp_path: Path) -> None:
+    """Whoever makes many keeps none of them; nor is a loss that was told told again at the end of the program."""
+    producer = CellRunProducer(read_settings({}, kafka_bootstrap="127.0.0.1:1", home=str(tmp_path)))
+    producer.close(0)
+    forgotten = weakref.ref(producer)
+    del producer
+    gc.collect()
+    assert forgotten() is None
 
 
 CLOSES_FOR_LONG = """

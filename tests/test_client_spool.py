@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from creditstream import home
 from creditstream.client import spool as spools
-from creditstream.client.segment import READ_BYTES
+from creditstream.client.segment import READ_BYTES, Segment
 from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
 from schemas.codec import encode_run
 from schemas.problem import Problem
@@ -208,6 +208,18 @@ def test_a_torn_line_was_never_accepted(tmp_path: Path) -> None:
     assert not segment.exists()
 
 
+def test_a_run_may_end_where_a_block_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orphan is read in blocks: neither is a run torn by their edges, nor whole what fills more than one of them."""
+    one, torn = values(1, 2)
+    monkeypatch.setattr(spools, "READ_BYTES", len(one))
+    directory = tmp_path / f"00000000000000000001-1-{CELL_RUNS}"
+    directory.mkdir()
+    (directory / "0000000000000001.ndjson").write_bytes(one + b"\n" + torn)
+    heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert (adopt(heir), read_all(heir), files(directory)) == (1, [one], ["0000000000000001.ndjson", "lock"])
+    assert heir.size_bytes == len(one) + 1
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -293,6 +305,16 @@ def test_a_segment_that_cannot_be_read_holds_up_no_other(
     assert hidden.exists()
 
 
+def test_what_follows_a_file_that_was_set_aside_goes_to_another(tmp_path: Path) -> None:
+    """Also where that is the newest, to which runs were still appended."""
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    one, two = values(1, 2)
+    spool.append(one).segment.path.write_bytes(b"")
+    assert (spool.read(10), spool.unreadable) == ([], 1)
+    spool.append(two)
+    assert (spool.unread, read_all(spool)) == (1, [two])
+
+
 def test_what_the_process_lacks_is_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a descriptor nothing is read, by its writer or an heir; with one again all of it is, in its order."""
     monkeypatch.setattr(spools, "SEGMENT_BYTES", 1)
@@ -305,7 +327,19 @@ def test_what_the_process_lacks_is_no_fault_of_a_file(tmp_path: Path, monkeypatc
     spool.close()
     with no_descriptors(1), pytest.raises(OSError, match="Too many open files"):
         heir.find_orphans()
-    assert (adopt(heir) + adopt(heir), read_all(heir), heir.unreadable) == (2, values(1, 2), 0)
+    found, lacking = spools._found, [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    def taken_by_another_thread(path: Path) -> Segment:
+        if lacking:
+            raise lacking.pop()
+        return found(path)
+
+    monkeypatch.setattr(spools, "_found", taken_by_another_thread)
+    assert adopt(heir) == 0
+    with pytest.raises(OSError, match="Too many open files"):
+        heir.find_orphans()
+    assert adopt(heir) == 0
+    assert (adopt(heir), read_all(heir), heir.unreadable) == (2, values(1, 2), 0)
 
 
 @contextmanager
@@ -431,18 +465,24 @@ def test_an_alarm_within_a_write_tears_no_line(
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("call", ["fstat", "pwrite"])
-def test_a_handler_that_records_too_loses_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """Whenever in an append the signal comes: both runs are in the spool, whole."""
+@pytest.mark.parametrize(("call", "time"), [("fstat", 1), ("fstat", 2), ("pwrite", 1)])
+def test_a_handler_that_records_too_loses_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, time: int
+) -> None:
+    """Whenever in an append the signal comes, and whatever of a run lies there torn or is written when it does: both
+    runs are in the spool, whole.
+    """
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two, three = values(1, 2, 3)
-    spool.append(one)
-    plain = getattr(os, call)
+    with spool.append(one).segment.path.open("ab") as file:
+        file.write(three[:50])
+    plain, times = getattr(os, call), iter(range(1, 100))
 
-    def interrupted(*args: int) -> object:
-        answer = plain(*args)
-        monkeypatch.setattr(os, call, plain)  # one signal
-        spool.append(three)
+    def interrupted(descriptor: int, data: bytes = b"", *place: int) -> object:
+        answer = plain(descriptor, *([data[:10], *place] if place else []))
+        if next(times) == time:
+            monkeypatch.setattr(os, call, plain)  # one signal
+            spool.append(three)
         return answer
 
     monkeypatch.setattr(os, call, interrupted)
@@ -473,6 +513,8 @@ def test_who_closes_in_a_handler_waits_for_nobody(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("does", ["records", "closes"])
 def test_a_handler_within_a_sync_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
     """A handler that records needs a sync of its own in the middle of one; one that closes leaves the file to that."""
+    gc.collect()  # those of other tests
+    before = descriptors()
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     one, two = values(1, 2)
     ticket = spool.append(one)
@@ -499,9 +541,36 @@ def test_a_handler_within_a_sync_waits_for_nobody(tmp_path: Path, monkeypatch: p
     thread.join(10)
     assert done == [does, "synced"]
     spool.close()
+    assert descriptors() == before
     heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     adopt(heir)
     assert read_all(heir) == ([one, two] if does == "records" else [one])
+
+
+def test_who_acknowledges_waits_for_no_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kafka may have a run before the disk has: its file goes, and is closed by whoever syncs it."""
+    gc.collect()  # those of other tests
+    before = descriptors()
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    ticket = spool.append(values(1)[0])
+    syncs, acknowledged = threading.Event(), threading.Event()
+    waited: list[bool] = []
+
+    def slow(_: int) -> None:
+        syncs.set()
+        waited.append(acknowledged.wait(10))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    thread = threading.Thread(target=ticket.segment.sync, args=[ticket.length], daemon=True)
+    thread.start()
+    assert syncs.wait(10)
+    for entry in spool.read(1):
+        spool.acknowledge(entry)
+    acknowledged.set()
+    thread.join(10)
+    assert (waited, files(tmp_path)) == ([True], ["lock"])
+    spool.close()
+    assert descriptors() == before
 
 
 def test_a_sync_that_failed_once_fails_for_all_that_it_was_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,13 +731,14 @@ def test_an_heir_that_cannot_delete_gives_its_locks_up(tmp_path: Path) -> None:
     assert adopt(Spool(tmp_path, CELL_RUNS, BYTES_MAX)) == 1
 
 
-@pytest.mark.parametrize("moment", ["holds", "has_left", "leaves_before_the_lock"])
+@pytest.mark.parametrize("moment", ["holds", "has_left", "leaves_before_the_lock", "leaves_before_the_file"])
 def test_an_heir_that_is_quicker_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Whenever an heir finds a directory that its maker has not locked yet: the run is taken all the same, and nobody
     adopts what lives.
     """
     heir = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
-    where, name = (home, "_try_lock") if moment == "leaves_before_the_lock" else (spools, "lock_file")
+    places = {"leaves_before_the_lock": (home, "_try_lock"), "leaves_before_the_file": (os, "open")}
+    where, name = places.get(moment, (spools, "lock_file"))
     plain = getattr(where, name)
 
     def comes_late(*args: object) -> object:
@@ -742,6 +812,20 @@ def test_wherever_a_process_is_killed_the_next_one_leaves_nothing_behind(tmp_pat
     assert whole == "0,1,2"
 
 
+def test_a_child_keeps_no_file_of_its_parent(tmp_path: Path) -> None:
+    """Neither a lock nor a segment, its own or adopted: what is deleted is to be gone from the disk."""
+    dead = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    dead.append(values(1)[0])
+    dead.close()
+    gc.collect()  # those of other tests
+    before = descriptors()
+    spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
+    assert adopt(spool) == 1
+    spool.append(values(2)[0])
+    spool.after_fork()  # which a child does with its copy
+    assert descriptors() == before
+
+
 FORKS_WHILE_IT_LEAVES = """
 import os, sys
 from pathlib import Path
@@ -782,20 +866,33 @@ def test_a_fork_while_directories_are_left_closes_nothing_of_others(tmp_path: Pa
 
 
 def test_a_thread_that_comes_late_shares_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fsync covers all that was written before it; what Kafka already has needs none."""
+    """One fsync covers all that was written before it, and nothing that comes while it lasts; what Kafka already has
+    needs none.
+    """
     synced: list[int] = []
     monkeypatch.setattr(spools.os, "fsync", synced.append)
     spool = Spool(tmp_path, CELL_RUNS, BYTES_MAX)
     tickets = [spool.append(value) for value in values(1, 2, 3)]
     before = len(synced)
-    for ticket in reversed(tickets):
+
+    def records_meanwhile(descriptor: int) -> None:
+        synced.append(descriptor)
+        monkeypatch.setattr(spools.os, "fsync", synced.append)
+        tickets.append(spool.append(values(4)[0]))
+
+    monkeypatch.setattr(spools.os, "fsync", records_meanwhile)
+    for ticket in (*reversed(tickets), tickets[-1]):
         ticket.segment.sync(ticket.length)
     assert len(synced) == before + 1
-    late = spool.append(values(4)[0])
+    tickets[-1].segment.sync(tickets[-1].length)
+    assert len(synced) == before + 2
+    late = spool.append(values(5)[0])
     for entry in spool.read(10):
         spool.acknowledge(entry)
-    late.segment.sync(late.length)
-    assert len(synced) == before + 1
+    thread = threading.Thread(target=late.segment.sync, args=[late.length], daemon=True)
+    thread.start()
+    thread.join(10)
+    assert (thread.is_alive(), len(synced)) == (False, before + 2)
 
 
 def test_a_directory_that_cannot_be_used_is_a_problem(tmp_path: Path) -> None:
@@ -838,7 +935,17 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(
             spool.put_first(values(1, 2))
     assert files(tmp_path) == ["lock"]
     spool.put_first(values(1, 2))
-    assert numbers(spool.read(10)) == values(1, 2)
+    assert descriptors() == before + 1
+    entries = spool.read(10)
+    assert numbers(entries) == values(1, 2)
+    for entry in entries:
+        spool.acknowledge(entry)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            spool.append(values(3)[0])
+    spool.close()
+    assert (list(tmp_path.iterdir()), descriptors()) == ([], before)
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])

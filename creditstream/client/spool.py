@@ -179,14 +179,12 @@ class Spool:
             self._remove_sent()
 
     def rewind(self, entries: Iterable[Entry]) -> bool:
-        """These, all that is pending, are to be read again. False where a file of theirs was set aside meanwhile, from
-        which nothing can be: then nothing is done.
+        """These, all that is pending, in the order of their reading, are to be read again. False where a file of theirs
+        was set aside meanwhile, from which nothing can be: then nothing is done.
         """
         first: dict[int, Entry] = {}
         for entry in entries:
-            held = first.setdefault(id(entry.segment), entry)
-            if entry.position < held.position:
-                first[id(entry.segment)] = entry
+            first.setdefault(id(entry.segment), entry)
         if not first.keys() <= set(map(id, self._segments)):
             return False
         for entry in first.values():
@@ -279,8 +277,6 @@ class Spool:
             number += bool(lines)
         segment.position, segment.runs_read = position, number
         segment.pending += len(entries)
-        if not segment.pending:
-            self._remove_sent()
         return entries
 
     def _set_aside(self, path: Path, error: OSError) -> None:
@@ -376,9 +372,8 @@ def _new_directory(root: Path, topic: str) -> _Directory:
     """A directory of its own, locked. An heir that finds it before that takes it for a dead process's: then another."""
     while True:
         path = root / f"{time.time_ns():020d}-{os.getpid()}-{topic}"
-        path.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _lock(path)
+            lock = _lock(path)  # which makes it
         except (FileNotFoundError, FileExistsError):  # it has gone, or just then
             continue
         except OSError:  # a full disk, or no descriptor left
