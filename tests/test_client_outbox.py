@@ -362,20 +362,20 @@ def test_what_librdkafka_does_not_take_goes_to_the_spool(spool: Spool, option: s
 
 def test_memory_is_bounded_and_what_left_it_leaves_the_disk(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more is handed over than there is room for; whoever hands over hears whether to go on at once."""
-    monkeypatch.setattr(outboxes, "QUEUE_RUNS_MAX", 2)
-    monkeypatch.setattr(outboxes, "HAND_OVER_RUNS", 1)
+    monkeypatch.setattr(outboxes, "QUEUE_RUNS_MAX", 3)
+    monkeypatch.setattr(outboxes, "HAND_OVER_RUNS", 2)
     outbox = open_outbox(spool)
-    put(outbox, 1, 2, 3)
+    put(outbox, 1, 2, 3, 4)
     outbox.producer = nowhere()
     assert [outbox.hand_over() for _ in range(3)] == [True, False, False]
-    assert (places(outbox), outbox.is_busy) == ((2, 1), True)
-    for sequence in (1, 2):
+    assert (places(outbox), outbox.is_busy) == ((3, 1), True)
+    for sequence in (1, 2, 3):
         outbox._deliver(sequence, None, None)  # type: ignore[arg-type]
     assert (outbox.hand_over(), places(outbox)) == (False, (1, 0))
-    outbox._deliver(3, None, None)  # type: ignore[arg-type]
-    assert (outbox.counts(), outbox.is_busy) == (Counts(accepted=3, spooled=3, delivered=3), False)
-    put(outbox, 4, 5, 6)
-    assert places(outbox) == (2, 1)
+    outbox._deliver(4, None, None)  # type: ignore[arg-type]
+    assert (outbox.counts(), outbox.is_busy) == (Counts(accepted=4, spooled=4, delivered=4), False)
+    put(outbox, 5, 6, 7, 8)
+    assert places(outbox) == (3, 1)
 
 
 def test_who_waits_for_room_goes_on_once_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +434,7 @@ def test_a_slow_link_is_not_silence(spool: Spool, clock: Clock) -> None:
         clock.now_s += 4
         assert not outbox.is_silent(5)
     clock.now_s += 2
+    put(outbox, 7)  # is no answer
     assert outbox.is_silent(5)
 
 

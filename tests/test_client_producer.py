@@ -300,12 +300,6 @@ is_up = sys.argv[2] == "True"
 producer = CellRunProducer(settings, memory_s_max=30 if is_up else 1)
 for number in range(0, 50):
     producer.record(a_run(number))
-trouble = producer._outbox.trouble
-while not is_up and not producer._candidate:
-    time.sleep(0.01)
-noted = trouble.noted
-while not is_up and trouble.noted == noted:  # then its thread has no hand on the connection that it tries
-    time.sleep(0.01)
 idle = os.fork()
 if not idle:
     producer.close(0)

@@ -645,6 +645,17 @@ def test_a_directory_that_was_removed_is_made_again(tmp_path: Path, acknowledged
     assert [path.read_bytes() for path in tmp_path.rglob("*.ndjson")] == [two + b"\n"]
 
 
+def test_a_root_that_was_removed_has_no_orphans(tmp_path: Path) -> None:
+    """Nothing waits there, so there is no trouble; the next run makes it again."""
+    root = tmp_path / "spool"
+    prepare_root(root)
+    spool = Spool(root, CELL_RUNS, BYTES_MAX)
+    root.rmdir()
+    assert adopt(spool) == 0
+    spool.append(values(1)[0])
+    assert read_all(spool) == values(1)
+
+
 def test_a_full_spool_says_so(tmp_path: Path) -> None:
     """Beyond its bytes it takes nothing, and what it has stays whole, and counts also when it was set aside."""
     one, two = values(1, 2)

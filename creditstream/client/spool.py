@@ -197,7 +197,7 @@ class Spool:
         root. This may take long; runs may be appended meanwhile.
         """
         paths = sorted(self._aside)
-        for directory in sorted(self._root.iterdir()):
+        for directory in sorted(self._root.iterdir()) if self._root.exists() else ():  # else somebody has removed it
             if not directory.is_dir() or not self._may_adopt(directory.name):
                 continue
             try:
