@@ -136,13 +136,39 @@ def test_what_lies_on_disk_is_not_written_again(spool: Spool) -> None:
     """An outage that goes on costs no more bytes: spooled runs that come back are read again."""
     outbox = open_outbox(spool)
     put(outbox, 1, 2)
-    size = spool.size_bytes
+    written = list(spool._root.rglob("*.ndjson"))
     for _ in range(3):
         outbox.producer = nowhere()
         outbox.hand_over()
         assert places(outbox) == (2, 0)
         outbox.take_back()
-    assert (places(outbox), spool.size_bytes, outbox.counts().spooled) == ((0, 2), size, 2)
+    assert (places(outbox), outbox.counts().spooled) == ((0, 2), 2)
+    assert list(spool._root.rglob("*.ndjson")) == written
+
+
+def test_what_the_disk_does_not_take_back_stays_in_memory(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kafka and the disk fail at once: the runs wait where they are, those recorded since behind them, and all are told
+    of; Kafka gets them in their order.
+    """
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    outbox = open_outbox(spool)
+    outbox.producer = nowhere()
+    put(outbox, 1, 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", full)
+        outbox.take_back()
+    assert (places(outbox), outbox.in_memory_only, outbox.counts().spooled) == ((2, 0), 2, 0)
+    assert outbox.trouble.reason == "the spool cannot be written: No space left on device"
+    outbox.producer = nowhere()
+    put(outbox, 3)
+    assert places(outbox) == (2, 1)
+    while outbox.hand_over():
+        pass
+    assert places(outbox) == (3, 0)
+    assert numbers([run.value for run in outbox._waiting.values()]) == [1, 2, 3]
 
 
 def test_write_ahead_puts_every_run_on_disk_first(spool: Spool) -> None:
@@ -309,10 +335,10 @@ def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:
     outbox.hand_over()
     put(outbox, 2)
     outbox.take_back()
+    outbox.producer = nowhere()
     put(outbox, 3)
     assert (outbox.counts(), outbox.in_memory_only) == (Counts(accepted=3, waiting_in_memory=3), 3)
     assert outbox.wait_until_empty(0) == 3
-    outbox.producer = nowhere()
     outbox.hand_over()
     assert [run.value for run in outbox._waiting.values()] == [encode_run(a_run(number)) for number in (1, 2, 3)]
 
@@ -358,6 +384,19 @@ def test_what_librdkafka_does_not_take_goes_to_the_spool(spool: Spool, option: s
     assert outbox.has_failed == (option == "message.max.bytes")
     outbox.take_back()
     assert read(spool) == [encode_run(a_run(1)), long, encode_run(a_run(2))]
+
+
+def test_what_is_read_and_not_taken_is_neither_tried_at_once_nor_sent_twice(spool: Spool) -> None:
+    """librdkafka is full: its thread sleeps, and what it was given and what not go back to the spool in their order."""
+    outbox = open_outbox(spool)
+    put(outbox, 1, 2)
+    outbox.producer = nowhere(**{"queue.buffering.max.messages": 1})
+    assert (outbox.hand_over(), places(outbox)) == (False, (2, 0))
+    put(outbox, 3)
+    assert (outbox.hand_over(), places(outbox)) == (False, (2, 1))
+    outbox.take_back()
+    assert places(outbox) == (0, 3)
+    assert numbers(read(spool)) == [1, 2, 3]
 
 
 def test_memory_is_bounded_and_what_left_it_leaves_the_disk(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -615,9 +615,14 @@ def test_a_close_waits_only_for_what_would_be_lost(settings: Settings, door: Doo
 
 
 def test_a_closed_producer_is_forgotten(tmp_path: Path) -> None:
-    """Whoever makes many keeps none of them; nor is a loss that was told told again at the end of the program."""
+    """Whoever makes many keeps none of them; nor is a loss that was told told again at the end of the program. What a
+    child would record by it nobody would send: it is refused there, too.
+    """
     producer = CellRunProducer(read_settings({}, kafka_bootstrap="127.0.0.1:1", home=str(tmp_path)))
     producer.close(0)
+    producer.after_fork()  # which a child does with its copy
+    with pytest.raises(RunRefused, match="the producer is closed"):
+        producer.record(a_run(1))
     forgotten = weakref.ref(producer)
     del producer
     gc.collect()

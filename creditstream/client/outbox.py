@@ -181,8 +181,7 @@ class Outbox:
             return None
         if self._spool:
             return self._append(self._spool, value)
-        if self._in_memory >= QUEUE_RUNS_MAX:
-            self._wait_for_room()
+        self._wait_for_room()
         if self._recalled or not self._hand(run):
             self._recalled.append(run)
         return None
