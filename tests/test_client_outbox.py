@@ -339,6 +339,7 @@ def test_without_a_spool_what_is_taken_back_stays_in_order() -> None:
     put(outbox, 3)
     assert (outbox.counts(), outbox.in_memory_only) == (Counts(accepted=3, waiting_in_memory=3), 3)
     assert outbox.wait_until_empty(0) == 3
+    outbox.adopt()  # of which there is nothing
     outbox.hand_over()
     assert [run.value for run in outbox._waiting.values()] == [encode_run(a_run(number)) for number in (1, 2, 3)]
 
@@ -429,6 +430,19 @@ def test_who_waits_for_room_goes_on_once_there_is_some(monkeypatch: pytest.Monke
     outbox._deliver(1, None, None)  # type: ignore[arg-type]
     patient.join(10)
     assert (patient.is_alive(), places(outbox)) == (False, (1, 0))
+
+
+def test_who_waits_for_what_is_no_run_goes_on(spool: Spool) -> None:
+    """Once it is read, nothing more can come of it: a close does not take its time for damage on disk."""
+    outbox = open_outbox(spool)
+    spool.append(b"damage")
+    patient = threading.Thread(target=outbox.wait_until_empty, args=[600], daemon=True)
+    patient.start()
+    wait_until(lambda: outbox._changed._waiters, "waiting")  # type: ignore[attr-defined]
+    outbox.producer = nowhere()
+    outbox.hand_over()
+    patient.join(10)
+    assert not patient.is_alive()
 
 
 def test_a_file_that_goes_while_its_runs_are_in_memory_takes_none_along(

@@ -1,6 +1,7 @@
 """The producer on a real Kafka: order and completeness through outages, kills, forks and full disks."""
 
 import gc
+import itertools
 import os
 import secrets
 import signal
@@ -25,6 +26,7 @@ from creditstream.client import CellRunProducer, InvalidRun, RunRefused, outbox
 from creditstream.client import producer as producers
 from creditstream.client import spool as spools
 from creditstream.client.forking import STUCK
+from creditstream.client.outbox import Outbox
 from creditstream.client.spool import Entry, Spool, prepare_root
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
@@ -612,6 +614,22 @@ def test_a_close_waits_only_for_what_would_be_lost(settings: Settings, door: Doo
     threading.Timer(0.2, door.open).start()
     in_memory.close(60)
     assert first_copies(settings) == in_turn(*range(300, 330))
+
+
+def test_an_idle_producer_sleeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing to do its thread takes no processor from the enrichment, also once it was woken."""
+    turns, plain = itertools.count(), Outbox.hand_over
+
+    def counted(outbox: Outbox) -> bool:
+        next(turns)
+        return plain(outbox)
+
+    monkeypatch.setattr(Outbox, "hand_over", counted)
+    nobody = read_settings({}, kafka_bootstrap="127.0.0.1:1", home=str(tmp_path))
+    with CellRunProducer(nobody) as producer:
+        producer.flush(0)
+        time.sleep(1)
+    assert next(turns) < 10
 
 
 def test_a_closed_producer_is_forgotten(tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ class Spool:
         """Delete the segments, and the adopted directories, of which Kafka has everything."""
         kept = []
         for segment in self._segments:
-            if not segment.is_read or segment.pending or (self._appends and segment is self._tail):
+            if not segment.is_read or segment.pending or self._appends:
                 kept.append(segment)
                 continue
             segment.close()
