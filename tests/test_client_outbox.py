@@ -208,16 +208,29 @@ def test_what_dead_processes_left_holds_up_no_run(
     assert (outbox.counts().adopted, places(outbox)) == (1, (0, 2))
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("has_spool", [True, False])
-def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(tmp_path: Path, has_spool: bool) -> None:
-    """A signal comes between librdkafka's answer and our note of it: the run is refused."""
+def test_a_handler_that_closes_in_the_middle_loses_nothing_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_spool: bool, moment: str
+) -> None:
+    """A signal comes right before librdkafka gets the run, or between its answer and our note of it: it is refused."""
+
+    def closes() -> None:
+        outbox.close()
+        outbox.take_back()
 
     class Interrupted(Producer):
         def produce(self, *args: Any, **named: Any) -> None:
             super().produce(*args, **named)
-            outbox.close()
-            outbox.take_back()
+            if moment == "after":
+                closes()
 
+    def interrupted(*args: Any) -> object:
+        if moment == "before":
+            closes()
+        return partial(*args)
+
+    monkeypatch.setattr(outboxes, "partial", interrupted)
     outbox = open_outbox(Spool(tmp_path, CELL_RUNS, 10_000_000) if has_spool else None)
     outbox.producer = nowhere(Interrupted)
     with pytest.raises(RunRefused, match="the producer is closed"):
@@ -316,7 +329,7 @@ def test_whenever_a_signal_comes_its_handler_does_no_harm(
                 raise
         if does != "closes":
             story.records(4)
-        story.closes()
+            story.closes()
         arrived = [number for number in story.after(root) if number in story.accepted]
         for others in ({0, 1, 4}, {0, 2, 3, 4}):
             assert [n for n in arrived if n in others] == sorted(others & set(story.accepted))

@@ -586,6 +586,14 @@ def test_a_program_that_just_ends_sends_everything(settings: Settings) -> None:
     assert first_copies(settings) == {"ws_1": list(range(30))}
 
 
+def test_a_program_that_just_ends_says_what_it_loses(tmp_path: Path) -> None:
+    """Without a spool, and without Kafka: how many runs, on standard error."""
+    nobody = read_settings({}, kafka_bootstrap="127.0.0.1:1", home=str(tmp_path))
+    hurries = "from creditstream.client import producer as producers\nproducers.FLUSH_S_MAX = 0\n"
+    done = run_program(hurries + ENDS_WITHOUT_CLOSING, nobody, "raise")
+    assert "30 accepted runs are lost" in done.stderr
+
+
 def test_a_close_in_an_outage_leaves_all_to_the_spool(settings: Settings, door: Door) -> None:
     """What Kafka does not take by then is on disk, also what was only in memory."""
     producer = CellRunProducer(behind(door, settings))

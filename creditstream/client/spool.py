@@ -198,7 +198,7 @@ class Spool:
         """
         paths = sorted(self._aside)
         for directory in sorted(self._root.iterdir()) if self._root.exists() else ():  # else somebody has removed it
-            if not directory.is_dir() or not self._may_adopt(directory.name):
+            if not self._may_adopt(directory.name):
                 continue
             try:
                 lock = _lock(directory)
