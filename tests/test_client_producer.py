@@ -339,6 +339,35 @@ def test_a_forked_child_has_its_own_connection_and_spool(settings: Settings, doo
     assert first_copies(settings) == {"ws_1": list(range(100)), "ws_2": list(range(1000, 1050))}
 
 
+FORKS_IN_AN_OUTAGE = """
+producer = CellRunProducer(settings, memory_s_max=1)
+producer.record(a_run(0))
+while not producer._candidate:
+    time.sleep(0.01)
+if child := os.fork():
+    producer.close(0)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+producer.record(a_run(1))
+while producer._outbox.producer:
+    time.sleep(0.01)
+open(settings.home + "/waits", "w").close()
+os._exit(producer.flush(20))
+"""
+
+
+def test_a_child_of_an_outage_tries_by_a_connection_of_its_own(settings: Settings, door: Door) -> None:
+    """Not by the one that its parent tried, which leads nowhere in it: its runs arrive once Kafka is there."""
+
+    def open_once_it_waits() -> None:
+        wait_until((Path(settings.home) / "waits").exists, "waiting")
+        door.open()
+
+    threading.Thread(target=open_once_it_waits, daemon=True).start()
+    done = run_program(FORKS_IN_AN_OUTAGE, behind(door, settings))
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+    assert 1 in first_copies(settings)["ws_1"]  # and its parent's, if it has adopted that
+
+
 FORKS_AMID_A_RESOLUTION = """
 def resolve():
     while True:
