@@ -153,9 +153,7 @@ class Inbox:
 def _up_to(last_ms: int, waiting: deque[Parcel]) -> Parcel:
     """The next chunk, up to an instant. The rest of it stays next, and acknowledges the whole chunk."""
     parcel = waiting[0]
-    number = len(parcel.chunk)
-    if parcel.chunk[-1].timestamp > last_ms:
-        number = bisect_right(parcel.chunk, last_ms, key=lambda record: record.timestamp)
+    number = bisect_right(parcel.chunk, last_ms, key=lambda record: record.timestamp)
     if number == len(parcel.chunk):
         return waiting.popleft()
     part = parcel.chunk[:number]

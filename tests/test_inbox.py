@@ -100,25 +100,42 @@ async def test_runs_wait_for_account_events_that_kafka_still_has() -> None:
     assert await everything(box) == [(False, [3, 4]), (True, [4])]
     box.put(backlog(8, of_account=True))
     assert await everything(box) == [(False, [8]), (True, [8])]
-    box.put(backlog(8, 9))
-    assert await everything(box) == [(False, [8])]
+    box.put(backlog(9, 10, of_account=True))
+    assert await everything(box) == [(True, [9, 10])]
+    box.put(backlog(10, 11))
+    assert await everything(box) == [(False, [10])]
     unread[1] = 0
-    assert await everything(box) == [(False, [9])]
+    assert await everything(box) == [(False, [11])]
 
 
 async def test_a_topic_of_which_nothing_comes_holds_up_the_other_for_a_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A partition without a leader, say. As soon as something comes of it, it is waited for again."""
-    monkeypatch.setattr(inbox, "SILENCE_S_MAX", 0.0)
-    box = Inbox(lambda: False, lambda: (1, 1))
+    """A partition without a leader, say. As soon as something comes of it, or all of it is known to be here, the time
+    begins anew.
+    """
+    now_s = 1000.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now_s)
+    unread = [1, 1]
+    box = Inbox(lambda: False, lambda: (unread[0], unread[1]))
     box.put(backlog(3))
+    assert await everything(box) == []
+    now_s += inbox.SILENCE_S_MAX * 0.9
+    assert await everything(box) == []
+    now_s += inbox.SILENCE_S_MAX * 0.1
     assert await everything(box) == [(False, [3])]
     box.put(backlog(5, of_account=True))
-    assert await everything(box) == [(True, [5])]
-    monkeypatch.setattr(inbox, "SILENCE_S_MAX", 60.0)
-    box.put(backlog(9))
     assert await everything(box) == []
+    now_s += inbox.SILENCE_S_MAX
+    assert await everything(box) == [(True, [5])]
+    box.put(backlog(9))
+    assert await everything(box) == [], "something had come"
+    unread[1] = 0
+    assert await everything(box) == [(False, [9])]
+    unread[1] = 1
+    now_s += inbox.SILENCE_S_MAX
+    box.put(backlog(10))
+    assert await everything(box) == [], "all of it was here"
 
 
 async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
@@ -165,10 +182,11 @@ async def test_a_slow_writer_holds_a_backlogs_account_events_by_the_brokers_time
     monkeypatch.setattr(inbox, "HELD_S_MAX", 600.0)
     box = Inbox(lambda: True)
     box.put(backlog(5_000, of_account=True))
-    box.put(backlog(5_000, 600_000, 605_000, 605_001))
-    assert await taken_runs(box) == [5_000]
+    for parts in ((5_001, 600_000), (605_000, 605_001), (700_000,)):
+        box.put(backlog(*parts))
+    assert await taken_runs(box) == [5_001, 605_000]
     assert instants(box.take_account_events()) == [5_000]
-    assert await taken_runs(box) == [605_001]
+    assert await taken_runs(box) == [605_001, 700_000]
 
 
 async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +207,7 @@ async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypat
     await asyncio.sleep(0.06)
     box.put(event(7, of_account=True))
     assert box.take_account_events() == [], "they have not been held yet"
-    monkeypatch.setattr(inbox, "HELD_S_MAX", 0.0)
+    await asyncio.sleep(0.06)
     assert instants(box.take_account_events()) == [7]
 
 
@@ -205,6 +223,17 @@ async def test_a_full_take_and_a_deadline_end_the_waiting() -> None:
     deadline = asyncio.get_running_loop().time() + 0.01
     assert await box.take_runs(100, deadline) == []
     assert asyncio.get_running_loop().time() >= deadline, "a nudge is used up"
+
+
+async def test_who_waits_for_runs_is_called_back() -> None:
+    """By a nudge, and by account events that come first."""
+    box = Inbox(lambda: False)
+    for call in (box.nudge, lambda: box.put(event(1, of_account=True))):
+        waiting = asyncio.create_task(box.take_runs(100, None))
+        await asyncio.sleep(0.01)
+        call()
+        async with asyncio.timeout(60):
+            assert await waiting == []
 
 
 async def test_only_a_long_chunk_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,10 +172,11 @@ async def test_a_second_that_is_over_is_not_waited_for_again(monkeypatch: pytest
 async def test_an_alert_is_noted_and_flushed_before_its_chunk_is_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile states go on; what is told during a flush waits for the next one."""
     world = await planned(monkeypatch)
-    world.noting = asyncio.Event()
     world.run(5)
     world.write("runs")
-    assert await world.after(STATES_EVERY_S) == ["used 5", "alert (50,)"]
+    assert await world.after(STATES_EVERY_S / 2) == ["used 5", "alert (50,)"], "the database is asked once a second"
+    world.noting = asyncio.Event()
+    assert await world.after(STATES_EVERY_S / 2) == []
     world.run(3)
     assert await world.after(0) == ["used 8", "alert (80,)"]
     world.run(1)
@@ -232,6 +233,8 @@ async def test_a_group_begins_before_anything_is_acknowledged(monkeypatch: pytes
     assert await world.after(STATES_EVERY_S) == ["begun", "nothing new"]
     world.write("nothing new")
     assert await world.after(STATES_EVERY_S) == ["nothing new"]
+    world.settling.commit_begin = commit
+    assert await world.after(STATES_EVERY_S) == ["begun"], "where nothing comes, too"
 
 
 async def test_an_alert_says_when_its_credits_will_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
