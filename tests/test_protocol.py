@@ -246,9 +246,9 @@ async def test_f8_the_units_batch_takes_the_month_of_its_first_record() -> None:
     """The same rule in the unit, which forms the batches: whatever follows the first record, the month stays."""
     table = RatingTable(Catalogue([]))
     months = []
-    for last in (12, 19):
-        open_batch = OpenBatch(9)
-        for cut in (range(10, 12), range(12, last + 1)):
+    for middle in (15, 17):
+        open_batch = OpenBatch(13)
+        for cut in (range(14, middle), range(middle, 20)):
             records = [Record(offset, recorded_at_months_end(offset)) for offset in cut]
             take = rate_take(CHAIN, cut[0] - 1, [records], [read_chunk(records, CHAIN.partition, 4)], table)
             open_batch.add(take, 1)

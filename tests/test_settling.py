@@ -204,6 +204,9 @@ async def test_what_the_database_did_not_take_is_still_to_be_told(monkeypatch: p
     assert await world.after(0) == ["used 5", "alert (50,)", "used 8", "alert (80,)", "noted [(50,), (80,)]", "flushed"]
     await world.voice.flush()
     assert await world.after(0) == []
+    world.voice.publish_alerts(world.alerts[:1])
+    await world.voice.flush()
+    assert await world.after(0) == ["alert (50,)", "noted [(50,)]", "flushed"], "without a state, too"
 
 
 async def test_alerts_leave_in_the_order_of_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
