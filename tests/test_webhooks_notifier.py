@@ -1,7 +1,6 @@
 """The notifier on a real Kafka: nothing lost, nothing under two ids, nothing that is done repeated; whatever dies."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from structlog.testing import capture_logs
 
 from creditstream.producing import open_producer
@@ -23,14 +22,13 @@ from creditstream.webhooks import notifier as notifier_module
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS, PATIENCE_MS
 from creditstream.webhooks.endpoints import Address, Endpoint
 from creditstream.webhooks.notifier import Notifier, Step, World
-from creditstream.webhooks.outbox import Outbox, read_to_end
 from creditstream.webhooks.resending import deliveries, example_alert, resend
 from creditstream.webhooks.schedule import DELAYS_S, Answer
 from creditstream.webhooks.sending import send
 from creditstream.webhooks.signing import new_secret, parse_secret
 from schemas.cell_run import from_milliseconds
 from schemas.limits import LimitAlert
-from schemas.problem import Problem, UnknownId
+from schemas.problem import Problem, UnknownId, Unreachable
 from schemas.webhook import Delivery, DeliveryState
 from streams.settings import Settings
 from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
@@ -208,6 +206,30 @@ def test_nothing_goes_on_before_kafka_has_what_it_rests_on(stage: Stage, receive
     assert (under_way[Step.PLANNED], under_way[Step.RECORDED], place.offset) == (0, 0, 1)
 
 
+def test_what_kafka_refuses_to_keep_is_neither_sent_nor_passed_over(stage: Stage, receiver: WebhookReceiver) -> None:
+    """The notifier ends, and says why; the next one has the alert."""
+    alert, outbox = some_alert(), stage.settings.topic(WEBHOOK_DELIVERIES)
+    stage.alert(alert)
+    bound_record_bytes(stage.settings, outbox, 100)
+    why = "webhook-deliveries on .* cannot be written: .*too large"
+    with pytest.raises(Unreachable, match=why), stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: False, notifier)
+    assert receiver.ids == []
+
+    bound_record_bytes(stage.settings, outbox, 1_000_000)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["delivered"] == 1, notifier)
+    assert receiver.ids == [str(alert.alert_id)]
+
+
+def bound_record_bytes(settings: Settings, topic: str, number: int) -> None:
+    """The broker takes no larger records from now on."""
+    entry = ConfigEntry("max.message.bytes", str(number), incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[entry])
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    admin.incremental_alter_configs([resource])[resource].result(WAIT_S_MAX)
+
+
 def delivered(stage: Stage) -> list[Delivery]:
     return [record for record in stage.records() if record.state is DeliveryState.DELIVERED]
 
@@ -255,13 +277,15 @@ def test_after_ten_attempts_over_three_days_it_is_given_up_and_can_be_resent(
 
 
 def test_what_cannot_be_resent(stage: Stage, receiver: WebhookReceiver) -> None:
-    """An id that limit-alerts does not have, or an alert that is for nobody."""
-    seeded = some_alert(seeded=True)
-    stage.alert(seeded)
+    """An id that limit-alerts does not have, or that is a run's, or stands in what is no alert; an alert for nobody."""
+    seeded, run_id = some_alert(seeded=True), uuid4()
+    stage.produce(f"no alert {run_id}".encode())
+    stage.alert(some_alert(run_id=run_id), seeded)
     endpoints = {"one": endpoint(receiver)}
 
-    with pytest.raises(UnknownId, match="no alert"):
-        list(resend(stage.settings, endpoints, UUID(int=1)))
+    for unknown in (UUID(int=1), run_id):
+        with pytest.raises(UnknownId, match="no alert"):
+            list(resend(stage.settings, endpoints, unknown))
     with pytest.raises(Problem, match="nobody wants"):
         list(resend(stage.settings, endpoints, seeded.alert_id))
 
@@ -527,39 +551,3 @@ def gated(receiver: WebhookReceiver) -> Callable[[], None]:
 
     receiver.behave = behave
     return gate.set
-
-
-def test_records_of_others_in_the_outbox_are_passed_over(stage: Stage) -> None:
-    """What cannot be read is named by its position, and hides nothing else."""
-    topic = stage.settings.topic(WEBHOOK_DELIVERIES)
-    producer = open_producer(stage.settings)
-    for value in (b"no record", b'{"endpoint":' + NO_TEXT + b"}", b'{"x":' + DEEP + b"}"):
-        producer.produce(topic, value, b"key", 1)
-    producer.flush()
-    outbox = Outbox(stage.settings, topic)
-    delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
-    outbox.put(1, delivery.key, delivery)
-    outbox.flush()
-    said: list[str] = []
-
-    assert outbox.read([0, 1], said.append) == {0: {}, 1: {delivery.key: delivery}}
-    assert said == [f"{topic}[1]@{offset}" for offset in range(3)]
-
-
-def test_what_is_deleted_while_it_is_read_hides_nothing_else(stage: Stage) -> None:
-    """Retention that overtakes a reader takes from it what is gone, and not the rest."""
-    topic = stage.settings.topic(LIMIT_ALERTS)
-    producer = open_producer(stage.settings)
-    for _ in range(400):
-        producer.produce(topic, os.urandom(64 * 1024), partition=0)
-        producer.poll(0)
-    producer.flush()
-    found = read_to_end(stage.settings, topic, [0])
-    offsets = [next(found).offset()]
-    admin = AdminClient({"bootstrap.servers": stage.settings.kafka_bootstrap})
-    (deleted,) = admin.delete_records([TopicPartition(topic, 0, 399)]).values()
-    deleted.result(WAIT_S_MAX)
-    offsets += [message.offset() for message in found]
-
-    assert len(offsets) < 399, "all of it was read before"
-    assert (offsets[0], offsets[-1]) == (0, 399)
