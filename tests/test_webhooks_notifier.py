@@ -307,6 +307,20 @@ def test_a_replay_of_alerts_is_delivered_to_nobody_twice(stage: Stage, receiver:
     assert receiver.ids == [str(alert.alert_id), str(marker.alert_id)]
 
 
+def test_a_replay_of_what_waits_sends_nothing_before_its_time(stage: Stage, receiver: WebhookReceiver) -> None:
+    """The meter repeats an alert between two attempts: it goes on with its second attempt, and when that is due."""
+    alert, marker, receiver.behave = some_alert(), some_alert(), lambda _: 500
+    stage.alert(alert)
+    with stage.notifier(endpoint(receiver)) as notifier:
+        turn_until(lambda: notifier.counts["failed_attempts"] == 1, notifier)
+        stage.alert(alert, marker)
+        turn_until(lambda: notifier.counts["failed_attempts"] == 2, notifier)
+        turn_quietly(notifier)
+
+    assert receiver.ids == [str(alert.alert_id), str(marker.alert_id)]
+    assert [record.attempts for record in stage.records()] == [1, 1]
+
+
 def test_what_is_over_leaves_the_outbox_after_48_days(stage: Stage, receiver: WebhookReceiver) -> None:
     """A tombstone for what nobody can ask for any more."""
     stage.alert(some_alert())
@@ -361,10 +375,10 @@ def test_an_overloaded_endpoint_is_left_alone(
 def test_too_much_that_waits_holds_back_alerts_and_loses_none(
     stage: Stage, receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the bound nothing more is read for a while; once deliveries end, the rest follows."""
+    """At the bound nothing more is read for a while, and the log says so; once deliveries end, the rest follows."""
     monkeypatch.setattr(notifier_module, "WAITING_MAX", 2)
     receiver.behave = lambda _: 500
-    with stage.notifier(endpoint(receiver)) as notifier:
+    with stage.notifier(endpoint(receiver)) as notifier, capture_logs() as lines:
         stage.alert(some_alert(), some_alert())
         turn_until(lambda: notifier.counts["failed_attempts"] == 2, notifier)
         stage.alert(some_alert(), partition=1)
@@ -373,6 +387,7 @@ def test_too_much_that_waits_holds_back_alerts_and_loses_none(
         receiver.behave = lambda _: 204
         stage.clock.advance(DELAYS_S[1])
         turn_until(lambda: notifier.counts["delivered"] == 3, notifier)
+    assert [line["event"] for line in lines if "alerts_" in line["event"]] == ["alerts_held_back", "alerts_read_again"]
 
 
 def test_each_minute_the_log_says_what_waits_and_what_became_of_the_rest(

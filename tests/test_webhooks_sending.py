@@ -93,8 +93,9 @@ def test_slack_gets_its_form_unsigned(receiver: WebhookReceiver) -> None:
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299])
 def test_2xx_is_success(receiver: WebhookReceiver, status: int) -> None:
-    """Any 2xx, and the status alone decides."""
-    assert attempt(receiver, status).is_success
+    """Any 2xx, and the status alone decides; there is nothing to be mended."""
+    answer = attempt(receiver, status)
+    assert (answer.is_success, answer.fix) == (True, "")
 
 
 def test_an_answer_that_breaks_off_in_its_body_is_an_answer(receiver: WebhookReceiver) -> None:
@@ -151,6 +152,7 @@ def test_anything_else_is_a_failure_that_says_why(receiver: WebhookReceiver, beh
 
     assert not answer.is_success
     assert said in answer.said
+    assert ("redirects" in answer.said) == (300 <= answer.status < 400)
     assert answer.fix
 
 
@@ -168,9 +170,11 @@ def test_redirects_are_refused(receiver: WebhookReceiver) -> None:
         ("120", 120),
         ("0", 0),
         pytest.param(format_datetime(NOW - timedelta(hours=1), usegmt=True), 0, id="an hour ago"),
+        pytest.param(format_datetime(NOW.replace(tzinfo=None) - timedelta(hours=1)), 0, id="an hour ago, -0000"),
         ("999999999999", RETRY_AFTER_S_MAX),
         ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
         ("soon", None),
+        ("²", None),
         ("-5", None),
         ("", None),
     ],
@@ -248,6 +252,27 @@ def test_an_address_that_does_not_answer_is_passed_over(receiver: WebhookReceive
     named = endpoint(f"http://hooks.example:{receiver.port}/", SECRET)
 
     assert send(named, ALERT, now_s(), resolve=lambda *_: ["127.0.0.2", "::1", "127.0.0.1"]).is_success
+
+
+def test_its_time_is_for_all_addresses_together(receiver: WebhookReceiver) -> None:
+    """One that swallows packets leaves nothing to the next."""
+    named = endpoint(f"http://hooks.example:{receiver.port}/", SECRET)
+    with (
+        socket.create_server(("127.0.0.2", receiver.port), backlog=0) as full,
+        socket.create_connection(full.getsockname()),
+    ):
+        answer = send(named, ALERT, now_s(), resolve=lambda *_: ["127.0.0.2", "127.0.0.1"], answer_s_max=SHORT_S)
+
+    assert answer.said == f"no answer within {SHORT_S} s"
+    assert receiver.received == []
+
+
+def test_an_address_without_a_way() -> None:
+    """What the network says is the reason."""
+    named = endpoint("http://hooks.example/", SECRET)
+    answer = send(named, ALERT, now_s(), resolve=lambda *_: ["255.255.255.255"], answer_s_max=LONG_S)
+
+    assert answer.said == "no connection: Network is unreachable"
 
 
 def test_a_name_that_is_not_known() -> None:
