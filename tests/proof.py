@@ -30,6 +30,7 @@ from rich.console import Console
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.reconcile import Reconciliation
+from schemas.problem import Unreachable
 from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
 from streams.app import EXIT_RESTART
@@ -47,8 +48,8 @@ NEW_A_ROUND: Final = 2
 """Workspaces; with as many of the rounds before it."""
 BATCH_ROWS: Final = (100, 600)
 """A round is several inserts, so that a fault hits every step of one; each worker cuts them in its own way."""
-ENDS: Final = (None, 0, EXIT_RESTART, -signal.SIGKILL)
-"""How a worker may have ended before the next one starts; None: there was none."""
+ENDS: Final = (None, 0, EXIT_RESTART, Unreachable.exit_code, -signal.SIGKILL)
+"""How a worker may have ended before the next one starts: unreachable where it began amid an outage; None: none was."""
 RECOVERY_S_MAX: Final = 120.0
 SESSION_S: Final = 10.0
 
