@@ -16,7 +16,6 @@ from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, 
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
-from streams.periods import DAY_MS
 from streams.settings import Settings
 
 CELL_RUNS: Final = "cell-runs"
@@ -24,6 +23,7 @@ ACCOUNT_EVENTS: Final = "account-events"
 LIMIT_ALERTS: Final = "limit-alerts"
 LIMIT_STATES: Final = "limit-states"
 WEBHOOK_DELIVERIES: Final = "webhook-deliveries"
+_DAY_MS: Final = 24 * 60 * 60 * 1000
 ANSWER_TIMEOUT_S: Final = 10.0
 SETTLED_POLL_S: Final = 0.01
 
@@ -34,15 +34,15 @@ _COMPACTED: Final = {"cleanup.policy": "compact"}
 
 
 def _log_of_days(days: int) -> dict[str, str]:
-    return {"cleanup.policy": "delete", "retention.ms": str(days * DAY_MS), "max.message.bytes": str(1024 * 1024)}
+    return {"cleanup.policy": "delete", "retention.ms": str(days * _DAY_MS), "max.message.bytes": str(1024 * 1024)}
 
 
 TOPICS: Final[dict[str, tuple[dict[str, str], dict[str, str]]]] = {
     CELL_RUNS: (_BROKERS_TIME, _log_of_days(7)),
     ACCOUNT_EVENTS: (_BROKERS_TIME, _log_of_days(400)),
     LIMIT_ALERTS: ({}, _BROKERS_TIME | _log_of_days(40)),
-    LIMIT_STATES: (_COMPACTED, {"segment.ms": str(DAY_MS // 4), "min.cleanable.dirty.ratio": "0.3"}),
-    WEBHOOK_DELIVERIES: (_COMPACTED, {"segment.ms": str(DAY_MS // 4), "delete.retention.ms": str(DAY_MS)}),
+    LIMIT_STATES: (_COMPACTED, {"segment.ms": str(_DAY_MS // 4), "min.cleanable.dirty.ratio": "0.3"}),
+    WEBHOOK_DELIVERIES: (_COMPACTED, {"segment.ms": str(_DAY_MS // 4), "delete.retention.ms": str(_DAY_MS)}),
 }
 """Topic → configuration that it must have, and what more it is created with. All have the same partition count: what
 belongs to a workspace lies in partition n of each.
