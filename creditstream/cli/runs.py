@@ -70,7 +70,8 @@ def usage(
 def _shares(rows: Sequence[UsageRow]) -> list[Bar]:
     """What each row drew, beside the largest."""
     drawn = [parse_credits(row.credits) for row in rows]
-    return [(part, max(drawn)) for part in drawn]
+    largest = max(drawn, default=0)
+    return [(part, largest) for part in drawn]
 
 
 def _require_order(start: date | None, end: date | None) -> None:
