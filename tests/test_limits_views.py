@@ -202,6 +202,12 @@ def test_usage_by_period_adds_up_to_the_debits(client: Client, pasts: dict[str, 
         "(SELECT (sum(credits), count()) FROM ledger WHERE kind = 'run')"
     ).result_rows
     assert through == raw
+    ((shown, drawing),) = client.query(
+        "WITH (workspace_id, table_id, column_id, pool) AS drawer "
+        "SELECT (SELECT uniqExact(drawer) FROM usage_by_period), "
+        "(SELECT uniqExact(drawer) FROM ledger WHERE kind IN ('run', 'reversal'))"
+    ).result_rows
+    assert shown == drawing, "what is neither a run nor a reversal has a row"
     ((outside,),) = client.query(
         "WITH (workspace_id, period_start, period_end) AS period SELECT count() FROM usage_by_period "
         "WHERE period_start <= today() AND period NOT IN "
