@@ -1,8 +1,8 @@
 """What leaves the meter: limit alerts for people and programs, limit states for gates.
 
-``limit-alerts`` is a log: one message for one crossing, its id derived from the position of the record that caused it,
-so a replay repeats the id. ``limit-states`` is compacted: the newest state of each workspace and pool. Both are
-partitioned as ``cell-runs`` is. Credits are decimal text.
+``limit-alerts`` is a log: one message for one crossing, its id derived from the position of the record that caused it
+and from what it crossed, so a replay repeats the id. ``limit-states`` is compacted: the newest state of each workspace
+and pool. Both are partitioned as ``cell-runs`` is. Credits are decimal text.
 """
 
 from datetime import date, datetime

@@ -212,9 +212,12 @@ def turned(before: Standing, after: Standing, instant: int, effective_now: bool)
     return shifted(before.state, after.state) if effective_now else None
 
 
-def alert_id(topic_id: str, partition: int, offset: int, pool: Pool, kind: AlertKind) -> UUID:
-    """The id of an alert that a record caused: a replay repeats it, and no other record has it."""
-    return uuid5(_ALERTS, f"{topic_id}/{partition}/{offset}/{pool}/{kind}")
+def alert_id(topic_id: str, partition: int, offset: int, pool: Pool, kind: AlertKind, lines: Sequence[Line]) -> UUID:
+    """The id of an alert that a record caused: a replay repeats it, and no other record has it. Nor has the same record
+    under another plan, as after a crash before either was written: there it crosses other lines.
+    """
+    crossed_at = ",".join(f"{line.percent}:{line.used_at}" for line in lines)
+    return uuid5(_ALERTS, f"{topic_id}/{partition}/{offset}/{pool}/{kind}/{crossed_at}")
 
 
 def alert_id_of_time(workspace_id: str, standing: Standing, at_ms: int, kind: AlertKind) -> UUID:

@@ -31,7 +31,8 @@ def alert_of(notice: Notice, source: Source | None, runs_out: Day | None) -> Lim
     standing = notice.standing
     if source:
         chain = source.chain
-        name = alert_id(chain.topic_id, chain.partition, source.offset, standing.terms.pool, notice.kind)
+        place = chain.topic_id, chain.partition, source.offset
+        name = alert_id(*place, standing.terms.pool, notice.kind, notice.lines)
     else:
         name = alert_id_of_time(notice.workspace_id, standing, notice.at_ms, notice.kind)
     return LimitAlert(

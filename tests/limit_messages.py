@@ -415,7 +415,8 @@ def judge(settings: Settings, reference: Reference) -> Verdict:
     whats: dict[str, set[Any]] = {}
     names: dict[Any, set[str]] = {}
     for alert in alerts:
-        name, what = str(alert.alert_id), (alert.position, alert.pool, alert.kind)
+        lines = alert.thresholds, alert.remaining_below, alert.allowance
+        name, what = str(alert.alert_id), (alert.position, alert.pool, alert.kind, *lines)
         whats.setdefault(name, set()).add(what)
         names.setdefault(what, set()).add(name)
     shared = {name for found in names.values() if len(found) > 1 for name in found}

@@ -15,6 +15,7 @@ from streams.limits import (
     REMAINING_BELOW,
     Facts,
     Grant,
+    Line,
     Standing,
     Terms,
     Thresholds,
@@ -132,9 +133,12 @@ def test_ids_of_time_are_unique(parts: list[tuple[str, Pool, int, int]]) -> None
 
 
 def test_ids_of_records_are_unique() -> None:
-    """Topic id, partition, offset, pool and kind: change one, and it is another alert."""
+    """Topic id, partition, offset, pool, kind and lines: change one, and it is another alert."""
+    of_20, of_50 = [Line(10_000, 50), Line(16_000, 80)], [Line(25_000, 50), Line(40_000, 80)]
+    crossed_lines = [[], of_20, of_20[:1], of_20[1:], of_50, [Line(10_000, REMAINING_BELOW)]]
     ids = {
-        alert_id(topic, partition, offset, pool, kind)
+        alert_id(topic, partition, offset, pool, kind, lines)
         for topic in ("a", "b") for partition in (0, 1) for offset in (0, 11) for pool in Pool for kind in AlertKind
+        for lines in crossed_lines
     }  # fmt: skip
-    assert len(ids) == 2 * 2 * 2 * len(Pool) * len(AlertKind)
+    assert len(ids) == 2 * 2 * 2 * len(Pool) * len(AlertKind) * len(crossed_lines)

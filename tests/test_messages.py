@@ -79,7 +79,7 @@ def test_an_alert_names_what_caused_it() -> None:
         "", None, "", "", ""
     )  # fmt: skip
     assert (of_time.runs_out_on, alert.runs_out_on, of_time.at) == (date(2026, 1, 28), None, at("Jan 15"))
-    assert alert.alert_id == alert_id("topic-1", 0, 7, Pool.ENRICHMENT, AlertKind.EXHAUSTED)
+    assert alert.alert_id == alert_id("topic-1", 0, 7, Pool.ENRICHMENT, AlertKind.EXHAUSTED, notice.lines)
     assert of_time.alert_id == alert_id_of_time("ws_1", notice.standing, since_ms, AlertKind.EXHAUSTED)
 
 

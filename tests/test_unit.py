@@ -91,6 +91,32 @@ async def test_a_plan_is_told_before_it_is_written(client: Client) -> None:
     assert plan_read < run_read
 
 
+async def test_a_run_that_is_folded_again_under_another_plan_tells_under_another_id(client: Client) -> None:
+    """Kafka was silent about the plan, and a crash lost what was folded without it. What the ledger then implies must
+    reach those who have seen what was told before.
+    """
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.plan("own_lines", at("Jan 16"))
+    story.runs(8, at("Jan 17"))
+    first, second, *runs = [kafka_record(record) for record in rated(story.steps)]
+    lives: list[Bench] = []
+    for plans in ([first], [first, second]):
+        bench = await Bench.open(client, in_writer=Hold())
+        bench.deliver(plans, of_account=True)
+        bench.deliver(runs)
+        task = bench.start()
+        await bench.wait(task, lambda bench=bench: bench.unit.read[0] == 7)  # type: ignore[misc]
+        await bench.kill(task)
+        await bench.unit.voice.flush()
+        lives.append(bench)
+    told, again = [[(alert.position, alert.thresholds, alert.remaining_below) for alert in life.alerts]
+                   for life in lives]  # fmt: skip
+    assert told == [(f"{CHAIN}@4", (50,), None), (f"{CHAIN}@7", (80,), None)]
+    assert again == [(f"{CHAIN}@2", (30,), None), (f"{CHAIN}@5", (60,), None), (f"{CHAIN}@7", (), "2")]
+    assert not {alert.alert_id for alert in lives[0].alerts} & {alert.alert_id for alert in lives[1].alerts}
+
+
 async def test_states_go_on_while_the_database_takes_no_alerts(client: Client) -> None:
     """Only acknowledgements wait until an alert is noted: a state tells gates what is left, within about a second."""
     story = Story()
