@@ -184,6 +184,7 @@ def create_api(meter: Meter) -> Litestar:
             audit_partitions, audit_catalogue, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
+        before_request=_refuse_unknown_parameters,
         exception_handlers={
             Problem: _answer_problem, DatabaseError: _answer_database_error, HTTPException: _answer_refusal
         },
@@ -339,6 +340,19 @@ def _require_days(start: date | None, end: date | None, period: date | None) -> 
         )
 
 
+def _parameters(request: Request[Any, Any, Any]) -> dict[str, str]:
+    """The parameters of a question, as its function and as who asks calls them."""
+    asked = request.scope["route_handler"].parsed_fn_signature.parameters
+    return {name: getattr(field.kwarg_definition, "name", None) or name for name, field in asked.items()}
+
+
+def _refuse_unknown_parameters(request: Request[Any, Any, Any]) -> None:
+    """A misspelt name must not be answered as if it were not there: the sum would be another one."""
+    known = set(_parameters(request).values())
+    if request.url.path.startswith("/v1/") and (unknown := sorted(request.query_params.keys() - known)):
+        raise HTTPException(f"no parameter is called {', '.join(map(repr, unknown))}", status_code=400)
+
+
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[Failure]:
     return _failure(problem, STATUS_OF_EXIT_CODE.get(problem.exit_code, 400))
 
@@ -350,7 +364,8 @@ def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError
 def _answer_refusal(request: Request[Any, Any, Any], error: HTTPException) -> Response[Failure]:
     """What Litestar refuses before anything is asked, as we say it."""
     wrong = error.extra if isinstance(error.extra, list) else []
-    why = "; ".join(f"{one['key']}: {one['message']}" for one in wrong) or error.detail
+    names = _parameters(request) if wrong else {}
+    why = "; ".join(f"{names.get(one['key'], one['key'])}: {one['message']}" for one in wrong) or error.detail
     return _failure(Problem(f"{request.method} {request.url.path} is refused", why, "See /schema."), error.status_code)
 
 

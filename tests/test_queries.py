@@ -202,6 +202,10 @@ def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str
         ("/v1/usage", 400, "Missing required query parameter 'workspace_id' for path /v1/usage"),
         ("/v1/runs?workspace_id=ws_1&limit=0", 400, "limit: Expected `int` >= 1"),
         ("/v1/balance?workspace_id=ws_1&as_of=2026-11-01", 400, "as_of: Invalid RFC3339 encoded datetime"),
+        ("/v1/usage?workspace_id=ws_1&from=soon", 400, "from: Invalid RFC3339 encoded date"),
+        ("/v1/statement?workspace_id=ws_1&period=soon", 400, "period: Invalid RFC3339 encoded date"),
+        ("/v1/usage?workspace_id=ws_1&form=2026-11-01", 400, "no parameter is called 'form'"),
+        ("/v1/usage?workspace_id=ws_1&start=2026-11-01", 400, "no parameter is called 'start'"),
         ("/v1/runs/nothing", 404, "Not Found"),
     ],
 )
