@@ -83,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.ledger_url or f"chdb://{Path(self.home).expanduser().resolve() / 'ledger'}"
 
 
+TEXT: Final = "text"
 SECRETS: Final = frozenset({"kafka_password", "ledger_password"})
 
 
@@ -111,8 +112,11 @@ def read_settings(environ: Mapping[str, str] = os.environ, **flags: str | int | 
         return msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at `$.")
-        name = variable(place.rstrip("`")) if place else "a setting"
-        raise Problem("the settings are wrong", f"{name}: {why}", "Correct or unset it.") from error
+        field = place.rstrip("`")
+        name = variable(field) if place else "a setting"
+        bounds = next((_bounds(each.type) for each in msgspec.structs.fields(Settings) if each.name == field), TEXT)
+        takes = "" if bounds == TEXT else f"; it takes {bounds}"
+        raise Problem("the settings are wrong", f"{name}: {why}{takes}", "Correct or unset it.") from error
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, str | int]:
@@ -165,4 +169,4 @@ def _bounds(annotation: object) -> str:
     if meta.ge is not None:
         return f"{meta.ge} to {meta.le}" if meta.le is not None else f"{meta.ge} or more"
     choices = getattr(getattr(annotation, "__origin__", None), "__args__", ())
-    return ", ".join(map(str, choices)) if choices else "text"
+    return ", ".join(map(str, choices)) if choices else TEXT

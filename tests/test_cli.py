@@ -484,7 +484,7 @@ def test_config_shows_the_kafka_that_is_in_force(worker: WorkerProcess, settings
 def test_a_wrong_setting_is_one_line() -> None:
     """It names the variable and its bound, and `config` does not send whoever asks it to itself."""
     line = line_of(creditstream("config", settings={"epoch": -1}), 1)
-    assert "CREDITSTREAM_EPOCH: Expected `int` >= 0. Correct or unset it" in line
+    assert "CREDITSTREAM_EPOCH: Expected `int` >= 0; it takes 0 or more. Correct or unset it" in line
 
 
 def test_an_unknown_id_is_exit_code_4(settings: dict[str, str | int]) -> None:

@@ -46,6 +46,22 @@ def test_a_value_out_of_its_bounds_is_refused_by_name(name: str, value: str) -> 
     assert str(refused.value).startswith(f"the settings are wrong: {name}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("CREDITSTREAM_LINGER_MS", "soon", "Expected `int`, got `str`; it takes 50 to 60000"),
+        ("CREDITSTREAM_EPOCH", "-1", "Expected `int` >= 0; it takes 0 or more"),
+        ("CREDITSTREAM_LOG_FORMAT", "yaml", "Invalid enum value 'yaml'; it takes auto, json, text"),
+        ("CREDITSTREAM_KAFKA_BOOTSTRAP", "", "Expected `str` of length >= 1"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_told_them(name: str, value: str, why: str) -> None:
+    """`config` cannot say them: it reads the settings, too."""
+    with pytest.raises(Problem) as refused:
+        read_settings({name: value})
+    assert str(refused.value) == f"the settings are wrong: {name}: {why}. Correct or unset it."
+
+
 def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
     """Without the line break that editors add; a file that is missing, or no text, is named."""
     secret = tmp_path / "password"
