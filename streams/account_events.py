@@ -238,7 +238,8 @@ def _reversal(
     event: RunReversed, plain: dict[str, Any], run: RunToReverse | None, reversed_at: Mapping[Identity, str]
 ) -> RatedEvent:
     if run is None:
-        return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, f"no run {event.run_id} in the ledger"), event)
+        why = f"no run {event.run_id} of {event.workspace_id} in the ledger"  # another workspace may have this run
+        return _set_aside(plain["record"], Refusal(Reason.UNKNOWN_RUN, why), event)
     plain |= {"run": run, "run_id": run.run_id, "ran_ms": run.ran_ms}
     if before := reversed_at.get(_run_of(event)):
         return RatedEvent(

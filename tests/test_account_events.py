@@ -231,10 +231,11 @@ def test_a_run_that_was_reversed_long_ago() -> None:
 
 
 def test_a_run_of_another_workspace_is_unknown() -> None:
-    """Nobody gives back what another one paid."""
+    """Nobody gives back what another one paid; and it is not said that the ledger lacks a run which it has."""
     known = Known({}, {Identity("ws_2", run_id(1)): a_run(workspace_id="ws_2")})
     (row,) = rows_of(account_record(0, reversal(1), NOW), known=known)
     assert (row.reason, row.run_id) == (Reason.UNKNOWN_RUN, run_id(1))
+    assert row.detail == f"no run {run_id(1)} of ws_1 in the ledger"
 
 
 # Against the reference.
