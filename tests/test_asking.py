@@ -8,8 +8,10 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from click.testing import CliRunner
 
 from creditstream.asking import PRICED, QUESTIONS, WorkerAnswers, ask
+from creditstream.cli.commands import cli
 from creditstream.home import HOLD_WAIT_S, Endpoints, Home
 from schemas.problem import Problem, Unreachable
 from streams.settings import Settings
@@ -59,3 +61,11 @@ def test_a_server_that_does_not_answer_is_said_in_the_transports_own_words(tmp_p
     with pytest.raises(Unreachable) as refused, ask(nobody):
         pass
     assert re.match(line, str(refused.value))
+
+
+def test_letters_are_sent_again_through_a_worker_that_is_named(tmp_path: Path) -> None:
+    """As runs and account events are sent: a dead letter is repaired where no worker runs, too."""
+    words = ["dead-letters", "redrive", "cell-runs[0]@0", "--home", str(tmp_path), "--url", "http://127.0.0.1:1"]
+    failed = CliRunner().invoke(cli, words).exception
+    assert isinstance(failed, Unreachable)
+    assert "the worker at http://127.0.0.1:1 does not answer" in str(failed)

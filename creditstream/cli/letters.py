@@ -3,7 +3,7 @@
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import format_option, home_option, kafka_settings_of, record_format_option, source_options
+from creditstream.cli.options import format_option, kafka_settings_of, record_format_option, source_options
 from creditstream.cli.tables import show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
@@ -83,8 +83,8 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
     show_default=True,
     help="With --reason: at most this many letters.",
 )
-@home_option
-def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str) -> None:
+@source_options
+def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str, url: str) -> None:
     """Send dead letters again once you have fixed their cause, and wait for the result.
 
     Exit 1 if one is set aside again: it is then a new letter, and the old one is closed.
@@ -97,7 +97,7 @@ def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, 
 
     places = [_place(position) for position in positions]
     settings = kafka_settings_of(home)
-    with ask(settings) as answers:
+    with ask(settings, url) as answers:
         letters = (
             answers.parked_events([Reason(reason)], limit)
             if reason
