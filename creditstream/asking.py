@@ -86,7 +86,7 @@ def ask(settings: Settings, url: str = "") -> Iterator["Answers"]:
         raise Problem(
             "there is no ledger yet",
             f"{home.path} holds none",
-            "Run `creditstream demo` or `creditstream worker --embedded`.",
+            "Run `creditstream demo` or `creditstream worker --embedded`, or name a worker elsewhere with --url.",
         )
     else:
         with ExitStack() as held:

@@ -37,8 +37,9 @@ def test_both_ways_take_the_same_and_give_the_same(question: str) -> None:
 def test_a_directory_without_a_ledger_is_not_called_empty(tmp_path: Path) -> None:
     """Anything else may lie in it: a mistyped home."""
     (tmp_path / "letter").touch()
-    with pytest.raises(Problem, match=f"no ledger yet: {tmp_path} holds none"), ask(Settings(home=str(tmp_path))):
-        pass
+    with pytest.raises(Problem, match=f"no ledger yet: {tmp_path} holds none") as refused:
+        ask(Settings(home=str(tmp_path))).__enter__()
+    assert "--url" in refused.value.fix, "an enrichment worker's install has no worker to start"
 
 
 def test_a_worker_that_starts_meanwhile_is_asked(tmp_path: Path) -> None:
