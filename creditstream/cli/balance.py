@@ -235,6 +235,8 @@ def _rests_on(found: Estimate) -> str:
 def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: str) -> None:
     """List the workspaces closest to a limit: most of the allowance used, or out of credits before the period ends.
 
+    Pools without an allowance are not listed; `creditstream balance WORKSPACE` shows what they drew.
+
     Example: `creditstream top --by runs_out`
     """
     with ask(settings_of(home), url) as answers:
