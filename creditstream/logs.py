@@ -52,6 +52,8 @@ def logging_config(log_format: str) -> dict[str, Any]:
 class _Quiet(logging.Filter):
     """Drops the libraries' noise: what is below a warning, what they say at every ordinary start or stop, and what
     they have said within the last `REPEAT_S`: while Kafka is away aiokafka would write dozens of lines a second.
+    Also what Faust suspects of a partition that was silent for five minutes when its next records come: that nothing
+    is processed or committed any more. Whether it is, `/readyz` and `lag_offsets` say.
     """
 
     _NOISE = (
@@ -59,6 +61,9 @@ class _Quiet(logging.Filter):
         "Timer Monitor.sampler",
         "Heartbeat failed",
         "Topic creation disabled",
+        "Has not committed TP(",
+        "Stream stopped processing, or is slow for TP(",
+        "Stream has not started processing TP(",
     )
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import itertools
+import logging
 import struct
 from gzip import compress
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import Worker
 
+from creditstream.logs import logging_config
 from streams import app, transport
 from streams.lenient_headers import read_any_header
 from streams.settings import read_settings
@@ -277,3 +279,26 @@ def test_plain_records_are_handed_out_as_they_are() -> None:
     transport.deliver_plain_records()
     record = SimpleNamespace(offset=1)
     assert PartitionRecords._consumer_record(None, TOPIC, record) is record
+
+
+@pytest.mark.parametrize(
+    "suspicion",
+    [
+        driver.SLOW_PROCESSING_NO_RECENT_COMMIT,
+        driver.SLOW_PROCESSING_NO_COMMIT_SINCE_START,
+        driver.SLOW_PROCESSING_STREAM_IDLE,
+        driver.SLOW_PROCESSING_STREAM_IDLE_SINCE_START,
+    ],
+)
+def test_a_silent_partition_is_no_error_in_the_log(suspicion: str) -> None:
+    """Faust takes five minutes without records for a commit that hangs, as soon as there are records again."""
+    described = logging_config("json")["filters"]["quiet"]
+    said = described["()"]()
+    record = logging.LogRecord(
+        "faust", logging.ERROR, "", 0, suspicion, (TOPIC, *["long ago"] * (suspicion.count("%") - 1)), None
+    )
+    assert not said.filter(record)
+    other = logging.LogRecord(
+        "faust", logging.ERROR, "", 0, driver.SLOW_PROCESSING_NO_RECENT_FETCH, (TOPIC, "now"), None
+    )
+    assert said.filter(other)
