@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from creditstream.api import listen
-from creditstream.cli import terminal
+from creditstream.cli import commands, main, terminal
 from creditstream.cli.balance import BALANCE_COLUMNS, told
 from creditstream.cli.tables import BAR_WIDTH, show_rows
 from creditstream.home import Home
@@ -796,6 +796,20 @@ def test_the_demo_closes_its_books_and_its_next_step_works(tmp_path: Path, monke
     explained = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT, env=there)
     assert explained.returncode == 0, explained
     assert explained.stdout.startswith("Charged ")
+
+
+def test_ctrl_c_while_a_class_is_made_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while the modules of the command line load: Python 3.11 makes a RuntimeError of it there."""
+
+    def run() -> int:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    monkeypatch.setattr(commands, "run", run)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "creditstream: interrupted\n")
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["while it starts", "while it runs"])

@@ -25,6 +25,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed. Install creditstream[embedded], or [worker] for a server.", 1)
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11, where it came while a class was made
+            _fail("interrupted", 130)
         _fail(f"unexpected {type(error).__name__}: {error}. Set CREDITSTREAM_DEBUG=1 to see where.", 1)
 
 
