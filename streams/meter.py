@@ -170,7 +170,22 @@ class Meter:
         self._kept.clear()
         self._unanswered.clear()
         self.assigned = True
+        if self.parted:
+            log.error("ledger_parted", why=self.parted)
         return resume, commit
+
+    @property
+    def parted(self) -> str:
+        """Why a ledger in this process is the wrong one, and what to do; empty when it is not. Its rows are right, but
+        other partitions' are in another ledger, and begin there anew.
+        """
+        held, all_of_them = len(self.units), self.settings.partitions
+        if not self.settings.ledger.startswith("chdb:") or held in (0, all_of_them):
+            return ""
+        return (
+            f"this ledger has {held} of {all_of_them} partitions: another worker of the group meters the others into "
+            "one of its own. End one of them, or set CREDITSTREAM_LEDGER_URL on both"
+        )
 
     async def _find_assigned(self, partitions: Sequence[int], group: str) -> list[Assigned]:
         """The marks first: a log that is read after its mark is not behind it, whoever writes meanwhile."""

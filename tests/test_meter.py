@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
@@ -84,6 +85,21 @@ def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     assert not_ready_because(meter) == ["ledger: no space left"]
     meter.threads.on_trouble("notes", "")
     assert not_ready_because(meter) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "url", "is_ready"),
+    [((0, 1), "", False), ((0, 1, 2), "", True), ((), "", True), ((0, 1), "http://ledger:8123/creditstream", True)],
+)
+def test_workers_that_share_a_group_share_a_ledger(
+    tmp_path: Path, held: tuple[int, ...], url: str, is_ready: bool
+) -> None:
+    """chDB serves one worker: with two, each has a ledger of half the partitions, which looks whole to itself."""
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=3, ledger_url=url), NO_KAFKA)
+    meter.assigned = True
+    meter.units.update(dict.fromkeys(held, cast(Any, SimpleNamespace(chain="cell-runs", incident=None))))
+    assert (not not_ready_because(meter)) == is_ready
+    assert is_ready or "this ledger has 2 of 3 partitions" in not_ready_because(meter)[0]
 
 
 @ON_CHDB
