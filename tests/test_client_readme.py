@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from creditstream import client
 from streams.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import complaints, fresh_settings, limit_state, publish, record_of, recorded
 
@@ -41,3 +42,12 @@ def test_the_readmes_worker_runs_as_it_stands(kafka: str, tmp_path: Path, remain
     assert (done.returncode, complaints(done)) == (0, [])
     found_runs = [run for partition in recorded(settings).values() for run in partition]
     assert [(run.workspace_id, run.action) for run in found_runs] == [("ws_0001", "find_work_email")] * runs
+
+
+def test_what_the_client_raises_can_be_caught_by_what_it_exports() -> None:
+    """By the names that the README and the docstrings say: who catches them need not know our other packages."""
+    table = (ROOT / "README.md").read_text().partition("**What if something fails?**")[2].partition("**Your tests**")[0]
+    raised = set(re.findall(r"raises `(\w+)`", table)) | {"Problem", "InvalidRun"}
+    assert raised == {"Unreachable", "RunRefused", "Problem", "InvalidRun"}
+    assert raised <= set(client.__all__)
+    assert all(issubclass(getattr(client, name), client.Problem) for name in raised)

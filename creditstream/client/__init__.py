@@ -8,7 +8,9 @@ from creditstream.client.gate import Gate
 from creditstream.client.producer import CellRunProducer
 from creditstream.client.recording import Counts, InvalidRun, RunRefused
 from schemas.cell_run import CellRun, Outcome
+from schemas.problem import Problem, Unreachable
 
 __all__ = [
-    "Because", "CellRun", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "Outcome", "RunRefused",
+    "Because", "CellRun", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "Outcome", "Problem",
+    "RunRefused", "Unreachable",
 ]  # fmt: skip
