@@ -1,6 +1,7 @@
 """What waits for a unit: chunks of both topics, taken in the order in which the broker received their records."""
 
 import asyncio
+import functools
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -23,12 +24,19 @@ hours of a backlog pass in a second.
 """
 
 
+async def _not_yet(offset: int) -> None:
+    pass
+
+
 class Parcel(msgspec.Struct, frozen=True, eq=False):
-    """One chunk as it was delivered, and how to acknowledge it. ``of_account``: account events, not cell runs."""
+    """One chunk as it was delivered, and how to acknowledge it, whole or up to an offset. ``of_account``: account
+    events, not cell runs.
+    """
 
     chunk: list[Record]
     acknowledge: Callable[[], Awaitable[Any]]
     of_account: bool = False
+    acknowledge_part: Callable[[int], Awaitable[Any]] = _not_yet
 
 
 Behind = tuple[int | None, int | None]
@@ -151,15 +159,14 @@ class Inbox:
 
 
 def _up_to(last_ms: int, waiting: deque[Parcel]) -> Parcel:
-    """The next chunk, up to an instant. The rest of it stays next, and acknowledges the whole chunk."""
+    """The next chunk, up to an instant. The rest of it stays next, and acknowledges the whole chunk. This part does so
+    itself, too: if what comes of the other topic behind it were committed before it, a crash would fold it again under
+    that.
+    """
     parcel = waiting[0]
     number = bisect_right(parcel.chunk, last_ms, key=lambda record: record.timestamp)
     if number == len(parcel.chunk):
         return waiting.popleft()
     part = parcel.chunk[:number]
     del parcel.chunk[:number]
-    return Parcel(part, _not_yet, parcel.of_account)
-
-
-async def _not_yet() -> None:
-    pass
+    return Parcel(part, functools.partial(parcel.acknowledge_part, part[-1].offset), parcel.of_account)

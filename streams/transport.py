@@ -58,6 +58,8 @@ class Consumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sent: defaultdict[TP, dict[int, bool]] = defaultdict(dict)
+        self._begun: dict[TP, tuple[int, int]] = {}
+        """Of a chunk that is acknowledged in part: its last offset, by which it is known, and the next to be done."""
         self._records_inflight: Counter[TP] = Counter()
         self._bytes_inflight: Counter[TP] = Counter()
         self._answered_ms: dict[TP, int] = {}
@@ -124,6 +126,12 @@ class Consumer(driver.Consumer):
             notify(self._waiting_for_ack)
             return ours
 
+    async def ack_part(self, message: Message, last: int) -> None:
+        """Acknowledge a chunk up to an offset: it may be committed, and the chunk stays in flight."""
+        with ack_lock:
+            if message.generation_id == self.app.consumer_generation_id:
+                self._begun[message.tp] = message.offset, last + 1
+
     def _filter_tps_with_pending_acks(self, topics: Set[Any] | None = None) -> Iterator[TP]:
         ours = (tp for tp in list(self._sent) if topics is None or tp in topics or tp.topic in topics)
         return chain(super()._filter_tps_with_pending_acks(topics), ours)
@@ -133,6 +141,9 @@ class Consumer(driver.Consumer):
         done = list(takewhile(sent.__getitem__, sent))
         for offset in done:
             del sent[offset]
+        begun, next_offset = self._begun.get(tp, (-1, 0))
+        if next(iter(sent), None) == begun:
+            return next_offset
         return done[-1] + 1 if done else None
 
     def end_ms(self, tp: TP, last: int) -> int:
@@ -201,6 +212,7 @@ class Consumer(driver.Consumer):
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """A new generation starts with nothing in flight."""
         self._sent.clear()
+        self._begun.clear()
         self._records_inflight.clear()
         self._bytes_inflight.clear()
         await super().on_partitions_assigned(assigned, generation_id)

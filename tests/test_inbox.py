@@ -139,21 +139,25 @@ async def test_a_topic_of_which_nothing_comes_holds_up_the_other_for_a_bounded_t
 
 
 async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
-    """A part is acknowledged without effect: Kafka's commit must not pass what is still to be folded."""
-    said: list[str] = []
+    """A part is acknowledged up to its own end: Kafka's commit must not pass what is still to be folded."""
+    said: list[int | str] = []
 
     async def acknowledge() -> None:
         said.append("done")
 
+    async def acknowledge_part(offset: int) -> None:
+        said.append(offset)
+
     box = Inbox(lambda: False)
-    box.put(Parcel([Record(n, b"", b"", ms) for n, ms in enumerate((1, 3))], acknowledge))
+    chunk = [Record(n, b"", b"", ms) for n, ms in enumerate((1, 1, 3))]
+    box.put(Parcel(chunk, acknowledge, acknowledge_part=acknowledge_part))
     box.put(backlog(2, of_account=True))
     parts = []
     for _ in range(2):
         box.nudge()
         parts += await box.take_runs(100, None)
         box.take_account_events()
-    for part, expected in zip(parts, ([], ["done"]), strict=True):
+    for part, expected in zip(parts, ([1], [1, "done"]), strict=True):
         await part.acknowledge()
         assert said == expected
 

@@ -21,7 +21,7 @@ from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import Story, Topics, at
 from tests.limit_voices import seen_of
-from tests.unit_bench import CHAINS, Bench
+from tests.unit_bench import CHAINS, SOON_S, Bench
 
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
 NO_DEBITS: Final = pa.table({name: pa.array([], pa.int64()) for name in ("workspace_id", "pool", "credits", "day")})
@@ -188,6 +188,29 @@ async def test_f6_what_the_commit_has_not_seen_is_told_again_with_the_same_ids(c
     for bench in (heard_nothing, heard_half, heard_all):
         seen = seen_of(bench.unit.balances["ws_1"].standing(Pool.ENRICHMENT))
         assert (seen.used, seen.allowance, seen.state) == (10, 20, "warning")
+
+
+@ON_CHDB
+async def test_what_was_committed_of_both_topics_is_of_one_moment(client: Client) -> None:
+    """A chunk of runs with thresholds that changed amid it: its first part, folded again behind them, told a line that
+    was passed long before.
+    """
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(4, at("Jan 16"), at("Jan 17"))
+    story.limits(at("Jan 18"), [30])
+    story.run(at("Jan 19"))
+    chunks = Topics().append(story.steps)
+    runs = [record for of_account, records in chunks for record in records if not of_account]
+    bench = await Bench.open(client, committed=(0, 0), linger_s=SOON_S)
+    task = bench.start()
+    for of_account, records in (chunks[0], chunks[2], (False, runs)):
+        bench.deliver(records, of_account=of_account)
+    await bench.wait(task, lambda: bench.committed[1] == 2)
+    await bench.kill(task)
+    assert (bench.acknowledged, bench.committed) == (2, [4, 2])
+    again = await live(client, bench.committed)
+    assert bench.alerts + again.alerts == []
 
 
 @ON_CHDB

@@ -100,6 +100,22 @@ async def test_a_commit_waits_for_the_first_unfinished_chunk(consumer: Any) -> N
     assert consumer._new_offset(TOPIC) == 9
 
 
+async def test_a_part_of_a_chunk_is_committed_behind_the_chunks_before_it(consumer: Any) -> None:
+    """Both topics are committed up to one moment, wherever it lies in their chunks; the rest stays in flight."""
+    first, second, third = deliver(consumer, 1, 2), deliver(consumer, 3, 4, 5), deliver(consumer, 6, 7)
+    await consumer.ack_part(second, 3)
+    assert consumer._new_offset(TOPIC) is None
+    assert consumer.ack(first)
+    assert consumer._new_offset(TOPIC) == 4
+    await consumer.ack_part(second, 4)
+    assert (consumer._new_offset(TOPIC), consumer._records_inflight[TOPIC]) == (5, 5)
+    assert consumer.ack(second)
+    assert consumer._new_offset(TOPIC) == 6
+    consumer.app.consumer_generation_id = 5
+    await consumer.ack_part(third, 6)
+    assert consumer._new_offset(TOPIC) is None, "its generation is over"
+
+
 async def test_a_group_begins_where_it_still_reads(consumer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rebalance may take partitions while they are loaded; aiokafka refuses to commit nothing, which ends Faust."""
     other, committed = TP("cell-runs", 1), list[dict[TP, int]]()

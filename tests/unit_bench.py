@@ -238,7 +238,10 @@ class Bench:
             self.acknowledged += 1
             self.committed[of_account] = last + 1
 
-        self.unit.receive(Parcel(list(records), acknowledge, of_account))
+        async def acknowledge_part(offset: int) -> None:
+            self.committed[of_account] = offset + 1
+
+        self.unit.receive(Parcel(list(records), acknowledge, of_account, acknowledge_part))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Run the unit until it is so; then it is gone, as after a kill."""
