@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.cell_run import EARLIEST_RAN_AT, Identifier, Instant, Label
-from schemas.credits import parse_credits
+from schemas.credits import Millicredits, parse_credits
 
 LATEST_EFFECTIVE_AT = datetime(2100, 1, 1, tzinfo=UTC)
 """A later ``effective_at`` is ``malformed``: the ledger's days end in 2149, and nobody plans so far."""
@@ -24,6 +24,14 @@ Credits = Annotated[
 ]
 Percent = Annotated[int, Meta(ge=1, le=100)]
 Percents = Annotated[tuple[Percent, ...], Meta(max_length=20)]
+
+
+def _parse(field: str, credits: str) -> Millicredits:
+    """What the pattern leaves to be refused: in Python its ``$`` also matches before a last line feed."""
+    try:
+        return parse_credits(credits)
+    except ValueError as error:
+        raise ValueError(f"`{field}`: {error}") from error
 
 
 class _AccountEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -54,7 +62,7 @@ class PremiumGranted(_Effective, frozen=True, kw_only=True, omit_defaults=True, 
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if parse_credits(self.credits) <= 0:
+        if _parse("credits", self.credits) <= 0:
             raise ValueError("`credits` must be more than 0")
 
 
@@ -73,6 +81,10 @@ class LimitsChanged(_AccountEvent, frozen=True, kw_only=True, omit_defaults=True
     remaining_below: Annotated[
         Credits | None, Meta(description="alert, too, when no more than these credits remain")
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.remaining_below is not None:
+            _parse("remaining_below", self.remaining_below)
 
 
 AccountEvent = PlanChanged | PremiumGranted | RunReversed | LimitsChanged

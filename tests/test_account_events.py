@@ -115,6 +115,10 @@ def test_the_checks_come_in_the_published_order() -> None:
          b'"credits":"1"}' % str(event_id(1)).encode(), "before 2020"),
         (b'{"type":"limits_changed","event_id":"%s","workspace_id":"ws_1","thresholds":[101]}'
          % str(event_id(1)).encode(), "thresholds"),
+        (b'{"type":"limits_changed","event_id":"%s","workspace_id":"ws_1","remaining_below":"5\\n"}'
+         % str(event_id(1)).encode(), "remaining_below"),
+        (b'{"type":"premium_granted","event_id":"%s","workspace_id":"ws_1","effective_at":"2026-01-01T00:00:00Z",'
+         b'"credits":"5\\n"}' % str(event_id(1)).encode(), "credits"),
         (b"[" * 2000, ""),
     ],
 )  # fmt: skip
