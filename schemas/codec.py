@@ -60,8 +60,9 @@ def decode_account_event(value: bytes) -> AccountEvent:
     """An account event; msgspec.DecodeError for all else, naming the field. Times are cut as `decode_run` cuts them."""
     try:
         fields = _fields_of(value)
-        if time := fields.get("effective_at"):
-            fields["effective_at"] = msgspec.Raw(_FINER_THAN_MICROSECONDS.sub(r"\1", bytes(time).decode()).encode())
+        time = msgspec.json.decode(fields.get("effective_at", b"null"))
+        if isinstance(time, str):
+            fields["effective_at"] = msgspec.Raw(_encode(_FINER_THAN_MICROSECONDS.sub(r"\1", time)))
         event: AccountEvent = _decode_account(_encode(fields))
         return event
     except msgspec.DecodeError:

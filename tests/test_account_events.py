@@ -129,6 +129,15 @@ def test_a_malformed_event_names_its_field(value: bytes, detail: str) -> None:
     assert detail in row.detail
 
 
+@pytest.mark.parametrize("last", [b"9", b"\\u0039"])
+def test_a_plan_of_the_last_nanoseconds_of_a_day_takes_effect_on_that_day(last: bytes) -> None:
+    """Truncated, never rounded, however its digits are written."""
+    change = plan(effective_at=at("Jan 31 23:59:59"))
+    value = encode_account_event(change).replace(b"23:59:59Z", b"23:59:59.999999" + last + b"Z")
+    (row,) = rows_of(Record(0, value))
+    assert row.effective_ms == to_milliseconds(at("Jan 31 23:59:59.999"))
+
+
 @pytest.mark.parametrize(
     "example",
     [example for example in dead_letter_examples() if example.topic == ACCOUNT_EVENTS],
