@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.cell_run import Identifier, Instant, to_milliseconds
-from schemas.credits import Millicredits, parse_credits
+from schemas.credits import CREDITS_MAX, Millicredits, parse_credits
 from schemas.ledger import Pool
 from schemas.problem import Problem
 
@@ -145,6 +145,8 @@ def _action(file: Path, entry: "_WireAction") -> Action:
         price = parse_credits(str(entry.price))
     except ValueError as error:
         raise wrong("price", str(error)) from error
+    if price >= CREDITS_MAX:
+        raise wrong("price", f"{entry.price} is not below 10^12 credits")
     free = entry.category in (Category.FORMATTER, Category.DESTINATION)
     if price and free:
         raise wrong("price", f"a {entry.category} is always free (R04), not {entry.price} credits")

@@ -11,6 +11,8 @@ Millicredits = int
 """Thousandths of a credit, signed."""
 
 PER_CREDIT = 1000
+CREDITS_MAX = 10**12 * PER_CREDIT
+"""One row's credits are below this, in millicredits: the ledger's Decimal(18, 3) times 1000 must still be one."""
 
 _SHAPE = re.compile(r"(-?[0-9]{1,15})(?:\.([0-9]{1,3}))?")
 

@@ -16,13 +16,10 @@ from msgspec import Meta
 
 from schemas.account import Percents
 from schemas.cell_run import Identifier, Instant, to_milliseconds
-from schemas.credits import Millicredits, parse_credits
+from schemas.credits import CREDITS_MAX, Millicredits, parse_credits
 from schemas.problem import Problem
 
 EXAMPLE_PLANS: Final = Path(__file__).parent / "plans"
-
-
-_CREDITS_MAX: Final = 10**12 * 1000
 
 
 class PlanProblem(Problem):
@@ -113,7 +110,7 @@ def _plan(entry: _WirePlan) -> Plan:
         below = None if entry.remaining_below is None else parse_credits(entry.remaining_below)
     except ValueError as error:
         raise ValueError(f"plan `{entry.id}`: {error}") from error
-    if not (0 <= allowance < _CREDITS_MAX and 0 <= (below or 0) < _CREDITS_MAX):
+    if not (0 <= allowance < CREDITS_MAX and 0 <= (below or 0) < CREDITS_MAX):
         raise ValueError(f"plan `{entry.id}`: credits must be between 0 and 10^12")
     thresholds = tuple(sorted(set(entry.thresholds)))
     return Plan(id=entry.id, allowance=allowance, thresholds=thresholds, remaining_below=below)

@@ -103,6 +103,7 @@ REFUSED: Final = {
     "negative_text": (document(entry("x", '"-0.5"')), "action `x`", "`price`", "negative"),
     "float": (document(entry("x", "0.5")), "action `x`", "`price`", 'price = "0.5"'),
     "whole_float": (document(entry("x", "1.0")), "action `x`", "`price`", "never a float"),
+    "more_than_the_ledger_holds": (document(entry("x", '"1000000000000"')), "action `x`", "`price`", "below 10^12"),
     "four_decimals": (document(entry("x", '"0.1234"')), "action `x`", "`price`", "3 decimals"),
     "boolean_price": (document(entry("x", "true")), "action `x`", "`price`", "bool"),
     "r04_priced_formatter": (document(entry("x", "1", "formatter")), "action `x`", "`price`", "R04"),
