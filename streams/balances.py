@@ -81,7 +81,8 @@ class Account:
         self._first_day = day_of(now_ms) - DAYS_KEPT
         self._days = array("q")
         for day, credits in opening.enrichment.items():
-            self._add(day, credits)
+            if credits:  # a later day of nothing, as of what is to be folded again, would move the days kept
+                self._add(day, credits)
         self._used: Millicredits = 0
         self._used_premium = opening.premium
         self.until_ms = 0

@@ -191,6 +191,21 @@ async def test_f6_what_the_commit_has_not_seen_is_told_again_with_the_same_ids(c
 
 
 @ON_CHDB
+async def test_a_tail_of_months_is_told_again_as_it_was(client: Client) -> None:
+    """A backlog that was drained at once: where its last days lie moves none of its first ones out of the account."""
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(4, at("Jan 16"))
+    story.plan("20", at("Jan 18"), at("Jan 17"))
+    story.runs(6, at("Jan 19"), at("Jan 20"))
+    story.run(at("May 1"))
+    told = (await live(client, (0, 0), *Topics().append(story.steps))).alerts
+    assert [(str(alert.kind), alert.used) for alert in told] == [("crossed", "10"), ("period_started", "0")]
+    again = (await live(client, (0, 0))).alerts
+    assert [alert.alert_id for alert in again] == [alert.alert_id for alert in told]
+
+
+@ON_CHDB
 async def test_what_was_committed_of_both_topics_is_of_one_moment(client: Client) -> None:
     """A chunk of runs with thresholds that changed amid it: its first part, folded again behind them, told a line that
     was passed long before.
