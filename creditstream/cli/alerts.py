@@ -12,11 +12,18 @@ import rich_click as click
 
 from creditstream.asking import ask
 from creditstream.cli.notifier import endpoints_option
-from creditstream.cli.options import as_of_option, format_option, home_option, kafka_settings_of, source_options
+from creditstream.cli.options import (
+    as_of_option,
+    format_option,
+    home_option,
+    kafka_settings_of,
+    limit_option,
+    source_options,
+)
 from creditstream.cli.tables import show_rows
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import LIST_MAX, PublishedAlert
+from schemas.answers import PublishedAlert
 from schemas.cell_run import from_milliseconds
 from schemas.limits import AlertKind
 from schemas.problem import Problem
@@ -137,9 +144,7 @@ def resend(alert_id: UUID, endpoints: Path, endpoint: str | None, home: str | No
 @alerts.command("list")
 @click.option("--workspace", metavar="WORKSPACE", help="Only alerts of this workspace.")
 @click.option("--kind", type=click.Choice([str(kind) for kind in AlertKind]), help="Only alerts of this kind.")
-@click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="At most this many, newest first."
-)
+@limit_option(50)
 @as_of_option
 @source_options
 @format_option
@@ -159,13 +164,7 @@ def list_alerts(
 @click.option(
     "--state", type=click.Choice([str(state) for state in DeliveryState]), help="Only deliveries in this state."
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(1, LIST_MAX),
-    default=50,
-    show_default=True,
-    help="At most this many; failed ones first.",
-)
+@limit_option(50, "At most this many; failed ones first.")
 @home_option
 @format_option
 def list_deliveries(state: str | None, limit: int, home: str | None, form: str) -> None:

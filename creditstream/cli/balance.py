@@ -12,13 +12,14 @@ from creditstream.cli.options import (
     as_of_option,
     day_of_option,
     format_option,
+    limit_option,
     record_format_option,
     source_options,
 )
 from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import CELLS_MAX, LIST_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
+from schemas.answers import CELLS_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
 from schemas.credits import parse_credits
 from schemas.problem import Difference
 from sinks.explain import credits_text
@@ -228,7 +229,7 @@ def _rests_on(found: Estimate) -> str:
 @click.option(
     "--by", type=click.Choice([str(by) for by in TopBy]), default="used", show_default=True, help="Sort by this."
 )
-@click.option("--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="At most this many.")
+@limit_option(20, "At most this many.")
 @day_of_option
 @source_options
 @format_option

@@ -3,11 +3,17 @@
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import format_option, kafka_settings_of, record_format_option, source_options
+from creditstream.cli.options import (
+    format_option,
+    kafka_settings_of,
+    limit_option,
+    record_format_option,
+    source_options,
+)
 from creditstream.cli.tables import show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import LIST_MAX, DeadLetter
+from schemas.answers import DeadLetter
 from schemas.ledger import DEAD_LETTER_REASONS, REDRIVABLE_REASONS, Kind, Position, Reason
 from schemas.problem import Problem
 
@@ -25,9 +31,7 @@ def dead_letters() -> None:
     type=click.Choice([str(reason) for reason in DEAD_LETTER_REASONS]),
     help="Only letters with this reason.",
 )
-@click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=50, show_default=True, help="At most this many, newest first."
-)
+@limit_option(50)
 @click.option("--open", "only_open", is_flag=True, help="Only letters not yet sent again.")
 @source_options
 @format_option
@@ -76,13 +80,7 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
     type=click.Choice([str(reason) for reason in REDRIVABLE_REASONS]),
     help="All open letters with this reason, oldest first.",
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(1, LIST_MAX),
-    default=1000,
-    show_default=True,
-    help="With --reason: at most this many letters.",
-)
+@limit_option(1000, "With --reason: at most this many letters.")
 @source_options
 def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, home: str, url: str) -> None:
     """Send dead letters again once you have fixed their cause, and wait for the result.

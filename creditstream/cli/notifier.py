@@ -3,23 +3,22 @@
 import os
 import sys
 from pathlib import Path
+from typing import Final
 
 import rich_click as click
 
-from creditstream.cli.options import F, home_option, kafka_settings_of
+from creditstream.cli.options import home_option, kafka_settings_of
 from streams.settings import variable
 
-
-def endpoints_option(command: F) -> F:
-    """``--endpoints``: the file that says who is told."""
-    return click.option(
-        "--endpoints",
-        type=click.Path(dir_okay=False, path_type=Path),
-        required=True,
-        envvar=variable("webhook_endpoints"),
-        show_envvar=True,
-        help="TOML file of the endpoints that receive alerts.",
-    )(command)
+endpoints_option: Final = click.option(
+    "--endpoints",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    envvar=variable("webhook_endpoints"),
+    show_envvar=True,
+    help="TOML file of the endpoints that receive alerts.",
+)
+"""The file that says who is told."""
 
 
 @click.command()

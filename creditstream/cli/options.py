@@ -2,9 +2,9 @@
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import rich_click as click
@@ -12,57 +12,12 @@ import rich_click as click
 from creditstream.cli.terminal import keep
 from creditstream.home import Home, settings_of
 from schemas import account
+from schemas.answers import LIST_MAX
 from schemas.problem import Unreachable
 from streams.settings import Settings, variable
 
 F = TypeVar("F", bound=Callable[..., Any])
 DAY = click.DateTime(formats=["%Y-%m-%d"])
-
-
-def home_option(command: F) -> F:
-    """``--home``: which installation."""
-    return click.option(
-        "--home",
-        type=click.Path(file_okay=False),
-        metavar="DIR",
-        envvar=variable("home"),
-        callback=_keep_home,
-        help=f"Directory of all embedded state [{variable('home')}].",
-    )(command)
-
-
-def _keep_home(_: click.Context, __: click.Parameter, home: str | None) -> str | None:
-    keep("home", f"--home {shlex.quote(home)}" if home and Home.at(home) != Home.at(None) else "")
-    return home
-
-
-def source_options(command: F) -> F:
-    """``--home`` and ``--url``: whom to ask."""
-    url = click.option(
-        "--url", type=Url(), default="", callback=_keep_url, help="Ask this worker's read API instead of the home's."
-    )
-    return home_option(url(command))
-
-
-def _keep_url(_: click.Context, __: click.Parameter, url: str) -> str:
-    keep("url", f"--url {shlex.quote(url)}" if url else "")
-    return url
-
-
-def format_option(command: F) -> F:
-    """``--format`` of a table: text for people, json and csv for programs."""
-    return _format_of(("text", "json", "csv"))(command)
-
-
-def record_format_option(command: F) -> F:
-    """``--format`` of one object, which makes no table."""
-    return _format_of(("text", "json"))(command)
-
-
-def _format_of(forms: Sequence[str]) -> Callable[[F], F]:
-    return click.option(
-        "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="Output format."
-    )
 
 
 def kafka_settings_of(home: str | None = None) -> Settings:
@@ -125,15 +80,51 @@ class Credits(click.ParamType):
             self.fail(f"{value!r} is not an amount; write 500 or 0.5, at most 12 digits and 3 decimals.", param, ctx)
 
 
-def as_of_option(command: F) -> F:
-    """``--as-of``: what the ledger knew at an instant."""
-    return _as_of("Answer as the ledger knew it then. Default: now.")(command)
+def _keep_home(_: click.Context, __: click.Parameter, home: str | None) -> str | None:
+    keep("home", f"--home {shlex.quote(home)}" if home and Home.at(home) != Home.at(None) else "")
+    return home
 
 
-def day_of_option(command: F) -> F:
-    """``--as-of`` of what is asked of all workspaces at once: see `creditstream.spending.top`."""
-    return _as_of("On that UTC day, as the ledger knows it now.")(command)
+def _keep_url(_: click.Context, __: click.Parameter, url: str) -> str:
+    keep("url", f"--url {shlex.quote(url)}" if url else "")
+    return url
 
 
-def _as_of(means: str) -> Callable[[F], F]:
-    return click.option("--as-of", type=Instant(), help=means)
+home_option: Final = click.option(
+    "--home",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    envvar=variable("home"),
+    callback=_keep_home,
+    help=f"Directory of all embedded state [{variable('home')}].",
+)
+"""Which installation."""
+_url_option: Final = click.option(
+    "--url", type=Url(), default="", callback=_keep_url, help="Ask this worker's read API instead of the home's."
+)
+
+
+def source_options(command: F) -> F:
+    """``--home`` and ``--url``: whom to ask."""
+    return home_option(_url_option(command))
+
+
+def _format_of(*forms: str) -> Callable[[F], F]:
+    return click.option(
+        "--format", "form", type=click.Choice(forms), default="text", show_default=True, help="Output format."
+    )
+
+
+format_option: Final = _format_of("text", "json", "csv")
+"""Of a table: text for people, json and csv for programs."""
+record_format_option: Final = _format_of("text", "json")
+"""Of one object, which makes no table."""
+as_of_option: Final = click.option("--as-of", type=Instant(), help="Answer as the ledger knew it then. Default: now.")
+"""What the ledger knew at an instant."""
+day_of_option: Final = click.option("--as-of", type=Instant(), help="On that UTC day, as the ledger knows it now.")
+"""``--as-of`` of what is asked of all workspaces at once: see `creditstream.spending.top`."""
+
+
+def limit_option(default: int, of_what: str = "At most this many, newest first.") -> Callable[[F], F]:
+    """``--limit`` of a list."""
+    return click.option("--limit", type=click.IntRange(1, LIST_MAX), default=default, show_default=True, help=of_what)

@@ -10,11 +10,11 @@ from uuid import UUID
 import rich_click as click
 
 from creditstream.asking import ask
-from creditstream.cli.options import DAY, format_option, record_format_option, source_options
+from creditstream.cli.options import DAY, format_option, limit_option, record_format_option, source_options
 from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
 from creditstream.cli.terminal import say
 from creditstream.home import settings_of
-from schemas.answers import LIST_MAX, By, EventRow, Explanation, RunRow, UsageRow
+from schemas.answers import By, EventRow, Explanation, RunRow, UsageRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
@@ -86,9 +86,7 @@ def _require_order(start: date | None, end: date | None) -> None:
 @click.option(
     "--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only runs with this reason."
 )
-@click.option(
-    "--limit", type=click.IntRange(1, LIST_MAX), default=20, show_default=True, help="At most this many, newest first."
-)
+@limit_option(20)
 @source_options
 @format_option
 def runs(
