@@ -4,6 +4,7 @@ from http import HTTPStatus
 from typing import Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from schemas.webhook import Delivery, DeliveryState
 
@@ -60,30 +61,17 @@ class Answer(NamedTuple):
 
 def after(delivery: Delivery, answer: Answer, now_ms: int, chance: int) -> Delivery:
     """The delivery after one more attempt that ended at ``now_ms``. ``chance`` is any non-negative number."""
-    attempts = delivery.attempts + 1
+    tried = replace(delivery, attempts=delivery.attempts + 1, said=answer.said)
     if answer.is_success:
-        return _over(delivery, DeliveryState.DELIVERED, attempts, now_ms, answer.said, msgspec.UNSET)
-    if answer.is_gone or attempts == len(DELAYS_S):
-        return _over(delivery, DeliveryState.FAILED, attempts, now_ms, answer.said, delivery.alert)
-    delay_ms = DELAYS_S[attempts] * 1000
+        return replace(tried, state=DeliveryState.DELIVERED, next_at_ms=0, ended_at_ms=now_ms, alert=msgspec.UNSET)
+    if answer.is_gone or tried.attempts == len(DELAYS_S):
+        return give_up(tried, answer.said, now_ms)
+    delay_ms = DELAYS_S[tried.attempts] * 1000
     delay_ms += chance % (delay_ms // JITTER + 1)
     wait_ms = max(delay_ms, (answer.retry_after_s or 0) * 1000)
-    return msgspec.structs.replace(delivery, attempts=attempts, next_at_ms=now_ms + wait_ms, said=answer.said)
+    return replace(tried, next_at_ms=now_ms + wait_ms)
 
 
 def give_up(delivery: Delivery, why: str, now_ms: int) -> Delivery:
-    """The delivery when there is nobody any more to send it to; no attempt was made."""
-    return _over(delivery, DeliveryState.FAILED, delivery.attempts, now_ms, why, delivery.alert)
-
-
-def _over(
-    delivery: Delivery,
-    state: DeliveryState,
-    attempts: int,
-    now_ms: int,
-    said: str,
-    alert: msgspec.Raw | msgspec.UnsetType,
-) -> Delivery:
-    return msgspec.structs.replace(
-        delivery, state=state, attempts=attempts, next_at_ms=0, ended_at_ms=now_ms, said=said, alert=alert
-    )
+    """The delivery when no further attempt is made, since there is nobody any more to send it to, say."""
+    return replace(delivery, state=DeliveryState.FAILED, next_at_ms=0, ended_at_ms=now_ms, said=why)
