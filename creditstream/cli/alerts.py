@@ -80,13 +80,12 @@ def test(url: str, secret_env: str | None, form: str, allow_private: bool) -> No
     """
     from creditstream.webhooks.endpoints import Address, Endpoint
     from creditstream.webhooks.resending import send_test
-    from creditstream.webhooks.signing import parse_secret
 
     try:
         address = Address.parse(url, allow_private)
     except ValueError as error:
         raise click.UsageError(f"{url}: {_as_option(error)}.") from error
-    keys = () if form == Format.SLACK else (parse_secret(_secret(secret_env)),)
+    keys = () if form == Format.SLACK else (_key(secret_env),)
     answer = send_test(Endpoint("test", address, keys, format=Format(form), allow_private=allow_private))
     if not answer.is_success:
         raise Problem(
@@ -100,21 +99,20 @@ def _as_option(said: object) -> str:
     return str(said).replace("allow_private", "--allow-private")
 
 
-def _secret(variable: str | None) -> str:
-    """The secret that the variable holds; without a variable a fresh one, shown."""
+def _key(variable: str | None) -> bytes:
+    """The key of the secret that the variable holds; without a variable that of a fresh one, shown."""
     from creditstream.webhooks.signing import new_secret, parse_secret
 
     if variable is None:
-        fresh = new_secret()
-        say(f"new secret: {fresh}", err=True)
-        return fresh
+        secret = new_secret()
+        say(f"new secret: {secret}", err=True)
+        return parse_secret(secret)
     secret = os.environ.get(variable, "").strip()
     try:
-        parse_secret(secret)
+        return parse_secret(secret)
     except ValueError as error:
         why = str(error) if secret else "it is not set"
         raise Problem(f"the secret in {variable} cannot be used", why, "Set it to whsec_<base64>.") from error
-    return secret
 
 
 @alerts.command()
@@ -204,10 +202,9 @@ def listen(port: int, secret_env: str | None) -> None:
     Example: `creditstream listen --secret-env HOOK_SECRET`
     """
     from creditstream.webhooks.receiver import Receiver
-    from creditstream.webhooks.signing import parse_secret
 
     complain = partial(say, err=True)
-    receiver = Receiver(parse_secret(_secret(secret_env)), port, say, complain)
+    receiver = Receiver(_key(secret_env), port, say, complain)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     complain(f"listening on {receiver.url} (an endpoint there needs allow_private = true); Ctrl-C ends it")
     try:
