@@ -154,8 +154,6 @@ def _resolve(reference: str, environ: Mapping[str, str]) -> str:
     if kind == "file":
         try:
             return Path(place).expanduser().read_text().strip()
-        except OSError as error:
-            raise ValueError(f"{place}: {error.strerror}") from error
-        except RuntimeError as error:
-            raise ValueError(f"{place}: {error}") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user whom nobody knows
+            raise ValueError(f"{place}: {getattr(error, 'strerror', error)}") from error
     raise ValueError("write env:NAME or file:PATH; the secret itself does not belong here")

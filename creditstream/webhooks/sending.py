@@ -34,7 +34,7 @@ Resolve = Callable[[str, int], list[str]]
 
 NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
-FIXES: Final = {
+FIXES: Final[Mapping[int, str]] = {
     HTTPStatus.UNAUTHORIZED: "Give both sides the same secret; sign and verify the body's exact bytes.",
     HTTPStatus.FORBIDDEN: "Give both sides the same secret; a firewall may refuse the sender, too.",
     HTTPStatus.NOT_FOUND: "Check the path of the URL.",
@@ -183,8 +183,7 @@ def _read(response: http.client.HTTPResponse) -> Answer:
         return Answer(status, f"{said}: redirects are not followed", "Give the final URL.", retry_after_s)
     if 200 <= status < 300:
         return Answer(status, said)
-    fix = FIXES.get(HTTPStatus(status)) if status in http.client.responses else None
-    return Answer(status, said, fix or "See the receiver's log; it must answer 2xx.", retry_after_s)
+    return Answer(status, said, FIXES.get(status, "See the receiver's log; it must answer 2xx."), retry_after_s)
 
 
 def _failure(error: Exception, timed_out: bool, answer_s_max: float) -> Answer:
