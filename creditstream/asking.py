@@ -168,13 +168,12 @@ class WorkerAnswers:
         return self._get("/v1/runs", list[RunRow], workspace_id=workspace_id, **given)
 
     def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation:
-        """See `sinks.queries.explanation`."""
+        """See `creditstream.accounts.explanation`."""
         return self._get(f"/v1/runs/{run_id}", Explanation, workspace_id=workspace_id or None)
 
     def dead_letters(self, reason: str, limit: int, only_open: bool = False) -> list[DeadLetter]:
         """See `sinks.dead_letters.dead_letters`."""
-        asked = {"reason": reason or None, "limit": limit, "only_open": only_open}
-        return self._get("/v1/dead-letters", list[DeadLetter], **asked)
+        return self._get("/v1/dead-letters", list[DeadLetter], reason=reason or None, limit=limit, only_open=only_open)
 
     def dead_letter(self, position: Position) -> DeadLetter:
         """See `sinks.dead_letters.dead_letter`."""
@@ -202,8 +201,8 @@ class WorkerAnswers:
 
     def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
         """See `sinks.queries.ledger_rows`."""
-        chain = {"topic_id": topic_id, "partition": partition}
-        return self._get("/v1/audit/rows", list[LedgerRow], **chain, after=after, limit=limit)
+        asked = {"topic_id": topic_id, "partition": partition, "after": after, "limit": limit}
+        return self._get("/v1/audit/rows", list[LedgerRow], **asked)
 
     def period_usage(self, workspace_id: str, by: By, day: date) -> list[UsageRow]:
         """See `creditstream.accounts.period_usage`."""
@@ -211,43 +210,40 @@ class WorkerAnswers:
 
     def balance(self, workspace_id: str, as_of: datetime | None) -> list[PoolBalance]:
         """See `creditstream.accounts.balance`."""
-        return self._get("/v1/balance", list[PoolBalance], workspace_id=workspace_id, as_of=_instant(as_of))
+        return self._get("/v1/balance", list[PoolBalance], workspace_id=workspace_id, as_of=as_of)
 
     def statement(self, workspace_id: str, day: date | None, as_of: datetime | None) -> list[StatementLine]:
         """See `creditstream.accounts.statement`."""
-        asked = {"workspace_id": workspace_id, "period": day, "as_of": _instant(as_of)}
-        return self._get("/v1/statement", list[StatementLine], **asked)
+        return self._get("/v1/statement", list[StatementLine], workspace_id=workspace_id, period=day, as_of=as_of)
 
     def plans(self, workspace_id: str, as_of: datetime | None) -> list[PlanRow]:
         """See `creditstream.accounts.plans`."""
-        return self._get("/v1/plans", list[PlanRow], workspace_id=workspace_id, as_of=_instant(as_of))
+        return self._get("/v1/plans", list[PlanRow], workspace_id=workspace_id, as_of=as_of)
 
     def grants(self, workspace_id: str, as_of: datetime | None) -> list[GrantRow]:
         """See `creditstream.accounts.grants`."""
-        return self._get("/v1/grants", list[GrantRow], workspace_id=workspace_id, as_of=_instant(as_of))
+        return self._get("/v1/grants", list[GrantRow], workspace_id=workspace_id, as_of=as_of)
 
     def limits(self, workspace_id: str, as_of: datetime | None) -> LimitsInForce:
         """See `creditstream.accounts.limits`."""
-        return self._get("/v1/limits", LimitsInForce, workspace_id=workspace_id, as_of=_instant(as_of))
+        return self._get("/v1/limits", LimitsInForce, workspace_id=workspace_id, as_of=as_of)
 
     def alerts(self, workspace_id: str, kind: str, limit: int, as_of: datetime | None) -> list[PublishedAlert]:
         """See `creditstream.accounts.alerts`."""
-        asked = {"workspace_id": workspace_id, "kind": kind or None, "limit": limit, "as_of": _instant(as_of)}
+        asked = {"workspace_id": workspace_id, "kind": kind or None, "limit": limit, "as_of": as_of}
         return self._get("/v1/alerts", list[PublishedAlert], **asked)
 
     def check(self, workspace_id: str, action: str, **asked: Any) -> SpendCheck:
         """See `creditstream.spending.check`."""
-        asked |= {"workspace_id": workspace_id, "action": action, "as_of": _instant(asked.get("as_of"))}
-        return self._get("/v1/check", SpendCheck, **asked)
+        return self._get("/v1/check", SpendCheck, workspace_id=workspace_id, action=action, **asked)
 
     def estimate(self, workspace_id: str, action: str, **asked: Any) -> Estimate:
         """See `creditstream.spending.estimate`."""
-        asked |= {"workspace_id": workspace_id, "action": action, "as_of": _instant(asked.get("as_of"))}
-        return self._get("/v1/estimate", Estimate, **asked)
+        return self._get("/v1/estimate", Estimate, workspace_id=workspace_id, action=action, **asked)
 
     def top(self, by: TopBy, limit: int, as_of: datetime | None) -> list[TopRow]:
         """See `creditstream.spending.top`."""
-        return self._get("/v1/top", list[TopRow], by=by, limit=limit, as_of=_instant(as_of))
+        return self._get("/v1/top", list[TopRow], by=by, limit=limit, as_of=as_of)
 
     def example_run(self, reason: Reason) -> UUID | None:
         """See `sinks.queries.example_run`."""
@@ -263,9 +259,9 @@ class WorkerAnswers:
         import urllib.parse
         import urllib.request
 
-        query = urllib.parse.urlencode(
-            {name: value for name, value in parameters.items() if value is not None}, doseq=True
-        )
+        given = {name: value for name, value in parameters.items() if value is not None}
+        plain = {name: value.isoformat() if isinstance(value, date) else value for name, value in given.items()}
+        query = urllib.parse.urlencode(plain, doseq=True)
         # A worker's API is to be reached from inside only: not over a proxy that leads out.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
@@ -282,10 +278,6 @@ class WorkerAnswers:
 
 
 Answers = WorkerAnswers
-
-
-def _instant(as_of: datetime | None) -> str | None:
-    return None if as_of is None else as_of.isoformat()
 
 
 def _problem_of(error: "HTTPError") -> Problem:
