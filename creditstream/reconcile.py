@@ -23,10 +23,11 @@ from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived
 
 PAGE_ROWS = 20_000
 POLL_S = 1.0
+CHUNK = 2000
 SILENCE_S_MAX = 30.0
 PROGRESS_EVERY_S = 1.0
 EXAMPLES_MAX = 5
@@ -334,9 +335,7 @@ class _Books:
             consumer.assign([TopicPartition(self._topic.name, self._partition, self._log.start)])
             heard_at = time.monotonic()
             while True:
-                first = consumer.poll(POLL_S)
-                # consume() waits for the whole number or the whole time, so it is only asked for what is already here.
-                for message in (first, *consumer.consume(2000, 0)) if first else ():
+                for message in arrived(consumer, POLL_S, CHUNK):
                     heard_at = time.monotonic()
                     error = message.error()
                     if error and error.code() != KafkaError._PARTITION_EOF:

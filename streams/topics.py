@@ -74,6 +74,15 @@ def position_of(message: Message) -> Position:
     return Position(topic, partition, offset)
 
 
+def arrived(consumer: Consumer, wait_s: float, messages_max: int) -> list[Message]:
+    """The next messages, errors too: what is here already, or else the first that comes within ``wait_s``."""
+    first = consumer.poll(wait_s)
+    if first is None:  # a message without a value is falsy, too
+        return []
+    # consume() waits for the whole number or the whole time, so it is only asked for what is already here.
+    return [first, *consumer.consume(messages_max - 1, 0)]
+
+
 class Broker:
     """Administration of the settings' Kafka cluster. Unreachable when it does not answer within `ANSWER_TIMEOUT_S`.
 

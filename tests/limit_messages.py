@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.limits import LimitAlert, LimitState
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker
+from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker, arrived
 
 SILENCE_S_MAX: Final = 30.0
 SMALL_PLANS: Final = """
@@ -378,8 +378,7 @@ def _values(settings: Settings, topic: str) -> list[bytes]:
         consumer.assign([TopicPartition(name, partition, ranges[partition].start) for partition in left])
         while left:
             assert time.monotonic() < deadline, f"{name} cannot be read to its end"
-            first = consumer.poll(0.2)
-            for message in (first, *consumer.consume(1000, 0)) if first else ():
+            for message in arrived(consumer, 0.2, 1000):
                 error = message.error()
                 if error and error.code() == KafkaError._PARTITION_EOF:
                     left.discard(message.partition())

@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions
 
+from creditstream.producing import open_producer
 from schemas.problem import Unreachable
 from streams import topics
+from streams.connection import librdkafka
 from streams.settings import read_settings
-from streams.topics import CELL_RUNS, Broker, LogRange
+from streams.topics import CELL_RUNS, Broker, LogRange, arrived
 from tests.client_kafka import fresh_settings
 
 
@@ -41,3 +44,20 @@ def test_nobody_waits_for_a_silent_kafka_without_a_word(
     with pytest.raises(Unreachable, match="does not answer"):
         Broker(read_settings({}, kafka_bootstrap="127.0.0.1:1")).topic("cell-runs")
     assert [record.getMessage() for record in caplog.records] == ["waiting for Kafka at 127.0.0.1:1, up to 0 s"]
+
+
+def test_a_record_without_a_value_arrives_as_any_other(kafka: str, tmp_path: Path) -> None:
+    """Also where it is the first that comes: librdkafka's message is then falsy."""
+    settings = fresh_settings(kafka, CELL_RUNS, home=str(tmp_path))
+    topic = settings.topic(CELL_RUNS)
+    producer = open_producer(settings)
+    for value in (None, b"", b"{}"):
+        producer.produce(topic, value, b"key", 0)
+    producer.flush()
+    consumer = Consumer(librdkafka(settings) | {"group.id": "test", "enable.auto.commit": False})
+    consumer.assign([TopicPartition(topic, 0, 0)])
+    try:
+        found = [message for _ in range(3) for message in arrived(consumer, 30, 1)]
+    finally:
+        consumer.close()
+    assert [message.value() for message in found] == [None, b"", b"{}"]

@@ -28,7 +28,7 @@ from creditstream.home import settings_of
 from schemas.catalogue import Catalogue
 from schemas.problem import Unreachable
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES
+from streams.topics import LIMIT_STATES, arrived
 
 READY_S_MAX: Final = 30
 RETRY_S: Final = 0.5
@@ -259,19 +259,12 @@ class _Follower(threading.Thread):
             )
             ends = None
             while not self._enough.is_set:
-                self._take(consumer)
+                for message in arrived(consumer, POLL_S, CHUNK_RECORDS_MAX):
+                    self._apply(message)
                 ends = self._confirm(ends, admin, count)
         finally:
             self._handles = []
             consumer.close()
-
-    def _take(self, consumer: Consumer) -> None:
-        first = consumer.poll(POLL_S)
-        if first is None:
-            return
-        # consume() waits for the whole number or the whole time, so it is only asked for what is already here.
-        for message in (first, *consumer.consume(CHUNK_RECORDS_MAX, 0)):
-            self._apply(message)
 
     def _apply(self, message: Message) -> None:
         partition, offset, error = message.partition(), message.offset(), message.error()

@@ -29,7 +29,7 @@ from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, position_of
+from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, arrived, position_of
 
 ALERTS_AT_ONCE: Final = 100
 POLL_S: Final = 0.1
@@ -135,8 +135,8 @@ class Notifier:
         self._consumer.close()
 
     def _read(self) -> list[Message]:
-        first = self._consumer.poll(POLL_IN_FLIGHT_S if self._deliveries.in_flight else POLL_S)
-        messages = [first, *self._consumer.consume(ALERTS_AT_ONCE - 1, 0)] if first else []
+        wait_s = POLL_IN_FLIGHT_S if self._deliveries.in_flight else POLL_S
+        messages = arrived(self._consumer, wait_s, ALERTS_AT_ONCE)
         for message in messages:
             error = message.error()
             if error and not error.retriable():

@@ -22,7 +22,7 @@ from schemas.problem import Unreachable
 from schemas.webhook import Delivery
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import position_of
+from streams.topics import arrived, position_of
 
 SILENCE_S_MAX: Final = 30.0
 WRITE_S_MAX: Final = 30.0
@@ -71,7 +71,8 @@ class Outbox:
         """Partition → key → newest record. ``unreadable`` is told where a record is that is none of ours."""
         found: dict[int, dict[bytes, Delivery]] = {partition: {} for partition in partitions}
         for message in read_to_end(self._settings, self._topic, found):
-            key, value, records = message.key() or b"", message.value(), found[message.partition() or 0]
+            key, value, place = message.key() or b"", message.value(), position_of(message)
+            records = found[place.partition]
             assert isinstance(key, bytes)
             if value is None:
                 records.pop(key, None)
@@ -79,7 +80,7 @@ class Outbox:
             try:
                 delivery = _decode(value)
             except _UNREADABLE:
-                unreadable(str(position_of(message)))
+                unreadable(str(place))
                 continue
             if isinstance(delivery.alert, msgspec.Raw):
                 # A raw field is a view of the whole message; its copy is not.
@@ -111,15 +112,13 @@ def read_to_end(settings: Settings, topic: str, partitions: Iterable[int]) -> It
         consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING) for partition in left])
         heard_at = time.monotonic()
         while left:
-            # `consume` alone would wait for a whole chunk.
-            first = consumer.poll(POLL_S)
-            for message in [first, *consumer.consume(CHUNK, 0)] if first else []:
+            for message in arrived(consumer, POLL_S, CHUNK):
                 heard_at = time.monotonic()
                 error = message.error()
                 if error is None:
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
-                    left.discard(message.partition() or 0)
+                    left.discard(position_of(message).partition)
                 elif not error.retriable():
                     raise KafkaException(error)
             if time.monotonic() - heard_at > SILENCE_S_MAX:
@@ -159,7 +158,7 @@ def find_alert(settings: Settings, topic: str, partitions: Iterable[int], alert_
             continue
         alert = decode_alert(value)
         if alert and alert.alert_id == alert_id:
-            return message.partition() or 0, value
+            return position_of(message).partition, value
     return None
 
 
