@@ -23,7 +23,7 @@ from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived, position_of
 
 PAGE_ROWS = 20_000
 POLL_S = 1.0
@@ -252,19 +252,19 @@ class _Books:
         row = next(rows, None)
         for message in self._messages():
             progress.add()
-            offset = message.offset() or 0
+            place = position_of(message)
             self._events += 1
-            while row and row.offset < offset:
+            while row and row.offset < place.offset:
                 row = next(rows, None)
             expected = referee.expect(message)
-            if row and row.offset == offset:
-                self._compare(row, expected, referee, message.key() or b"")
+            if row and row.offset == place.offset:
+                self._compare(place, row, expected, referee, message.key() or b"")
             else:
                 self._missing += 1
-                self._example(f"{self._place(offset)}: no ledger row, expected {expected}")
+                self._example(f"{place}: no ledger row, expected {expected}")
         return self._report()
 
-    def _compare(self, row: LedgerRow, expected: Expected, referee: _Referee, key: bytes) -> None:
+    def _compare(self, place: Position, row: LedgerRow, expected: Expected, referee: _Referee, key: bytes) -> None:
         credits = Decimal(row.credits) / 1000
         self._credits += credits
         found = Expected(row.kind, row.reason, row.pool, credits)
@@ -276,7 +276,7 @@ class _Books:
         if found != expected or (row.kind != "dead_letter" and row.workspace_id.encode() != key):
             self._different += 1
             ledger, rated = f"{found} of {row.workspace_id}", f"{expected} of {key.decode(errors='replace')}"
-            self._example(f"{self._place(row.offset)}: ledger {ledger}, expected {rated}")
+            self._example(f"{place}: ledger {ledger}, expected {rated}")
 
     def is_copy_of_older(self, row: LedgerRow) -> bool:
         """A copy of an event that this log does not hold: it lay before the log's start, or in a deleted topic of this
@@ -297,9 +297,6 @@ class _Books:
 
     def _deliveries(self, row: LedgerRow) -> list[EventRow]:
         return self._answers.explanation(UUID(row.run_id), row.workspace_id).deliveries
-
-    def _place(self, offset: int) -> str:
-        return str(Position(self._topic.name, self._partition, offset))
 
     def _example(self, text: str) -> None:
         if len(self._examples) < EXAMPLES_MAX:
@@ -340,7 +337,7 @@ class _Books:
                     error = message.error()
                     if error and error.code() != KafkaError._PARTITION_EOF:
                         raise self._unread(error.str())
-                    if error or (message.offset() or 0) >= end:
+                    if error or position_of(message).offset >= end:
                         return
                     yield message
                 if time.monotonic() - heard_at > SILENCE_S_MAX:

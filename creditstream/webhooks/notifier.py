@@ -25,6 +25,7 @@ from creditstream.webhooks.outbox import Outbox, decode_alert
 from creditstream.webhooks.schedule import Answer, after, give_up
 from creditstream.webhooks.sending import send
 from schemas.cell_run import to_milliseconds
+from schemas.ledger import Position
 from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
 from streams.connection import librdkafka
@@ -155,27 +156,27 @@ class Notifier:
 
     def _plan(self, messages: list[Message]) -> None:
         # A rebalance in the middle of reading may have taken the partition of what was read.
-        owned = [message for message in messages if message.partition() in self.partitions]
+        placed = {position_of(message): message for message in messages}
+        owned = {place: message for place, message in placed.items() if place.partition in self.partitions}
         if not owned:
             return
         self._world.reached(Step.READ)
         new: dict[tuple[int, bytes], Delivery] = {}
-        for message in owned:
-            new |= {(_partition(message), delivery.key): delivery for delivery in self._deliveries_of(message)}
+        for place, message in owned.items():
+            new |= {(place.partition, each.key): each for each in self._deliveries_of(place, message.value())}
         for (partition, key), delivery in new.items():
             self._outbox.put(partition, key, delivery)
         self._outbox.flush()
         for (partition, _), delivery in new.items():
             self._deliveries.put(partition, delivery)
         self._world.reached(Step.PLANNED)
-        self._commit({_partition(message): (message.offset() or 0) + 1 for message in owned})
+        self._commit({place.partition: place.offset + 1 for place in owned})
         self._world.reached(Step.COMMITTED)
 
-    def _deliveries_of(self, message: Message) -> list[Delivery]:
-        value = message.value()
+    def _deliveries_of(self, place: Position, value: object) -> list[Delivery]:
         alert = decode_alert(value)
         if alert is None or not isinstance(value, bytes):
-            log.error("alert_unreadable", at=str(position_of(message)))
+            log.error("alert_unreadable", at=str(place))
             return []
         return [
             Delivery(
@@ -187,9 +188,7 @@ class Notifier:
             )
             for endpoint in self._endpoints.values()
             if endpoint.wants(alert)
-            and not self._deliveries.knows(
-                _partition(message), endpoint.name, delivery_key(endpoint.name, alert.alert_id)
-            )
+            and not self._deliveries.knows(place.partition, endpoint.name, delivery_key(endpoint.name, alert.alert_id))
         ]
 
     def _commit(self, ends: dict[int, int]) -> None:
@@ -331,12 +330,6 @@ class Notifier:
             self._to_own.discard(place.partition)
             self._deliveries.disown(place.partition)
         log.info("partitions_lost", partitions=sorted(place.partition for place in places))
-
-
-def _partition(message: Message) -> int:
-    partition = message.partition()
-    assert partition is not None
-    return partition
 
 
 def _answer_of(done: Future[Answer]) -> Answer:
