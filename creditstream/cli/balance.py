@@ -126,10 +126,7 @@ def check(
     asked = {"cells": cells, "own_api_key": own_api_key, "on_unknown": on_unknown, "as_of": as_of}
     with ask(settings_of(home), url) as answers:
         found = answers.check(workspace, action, **asked)
-    if form == "json":
-        show_record(found)
-    else:
-        say(told(found))
+    show_record(found, form, told(found))
     if not found.allowed:
         context.exit(Difference.exit_code)
 
@@ -191,10 +188,7 @@ def estimate(
     column = {"table_id": table_id, "column_id": column_id}
     with ask(settings_of(home), url) as answers:
         found = answers.estimate(workspace, action, cells=cells, own_api_key=own_api_key, as_of=as_of, **column)
-    if form == "json":
-        show_record(found)
-    else:
-        say(*estimated(found))
+    show_record(found, form, *estimated(found))
     if found.warning:
         say(found.warning, err=True)
 

@@ -177,10 +177,7 @@ def show_limits(workspace: str, as_of: datetime | None, home: str, url: str, for
     """
     with ask(settings_of(home), url) as answers:
         found = answers.limits(workspace, as_of)
-    if form == "json":
-        show_record(found)
-        return
-    say(told_limits(found))
+    show_record(found, form, told_limits(found))
 
 
 def _send(

@@ -57,10 +57,9 @@ def show_letter(position: str, home: str, url: str, form: str) -> None:
     place = _place(position)
     with ask(settings_of(home), url) as answers:
         letter = answers.dead_letter(place)
-    if form == "json":
-        show_record(letter)
-        return
-    say(
+    show_record(
+        letter,
+        form,
         f"{letter.position} was set aside as {letter.reason}: {letter.detail}",
         "",
         f"  received   {utc(letter.recorded_at)}",

@@ -34,7 +34,7 @@ def reconcile(home: str, url: str, form: str) -> None:
     with ask(settings, url) as answers:
         books = compare(answers, settings, say=lambda line: say(line, err=True))
     if form == "json":
-        show_record(books)
+        show_record(books, form)
     else:
         nothing = "The topic has no partitions."
         show_rows(books.partitions, form, PartitionBooks.__struct_fields__, nothing, read=BOOK_COLUMNS)

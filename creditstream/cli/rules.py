@@ -43,10 +43,9 @@ def show(action: str, own_api_key: bool, form: str) -> None:
     Example: `creditstream rules show find_work_email`
     """
     price = price_of(_catalogue(), action, now_ms(), own_api_key)
-    if form == "json":
-        show_record(price)
-        return
-    say(
+    show_record(
+        price,
+        form,
         f"{price.name}: {_cost(price, own_api_key)}.",
         "",
         f"  action     {price.action} ({price.category}, provider {price.provider})",

@@ -1,10 +1,10 @@
 """Questions to the ledger: what was used, why a run cost what it cost."""
 
 from collections.abc import Sequence
-from datetime import date, datetime
+from datetime import datetime
 from shlex import quote
 from textwrap import wrap
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from uuid import UUID
 
 import rich_click as click
@@ -18,9 +18,6 @@ from schemas.answers import By, EventRow, Explanation, RunRow, UsageRow
 from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, Kind
 from sinks.explain import credits_text
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 FIELD_INDENT: Final = 13
 """Columns before what a field of an explanation says."""
@@ -50,16 +47,16 @@ def usage(
 
     Example: `creditstream usage ws_0001 --by day --from 2026-11-01 --to 2026-12-01`
     """
-    days = [day.date() if day else None for day in (start, end)]
-    _require_order(*days)
+    first, last = (day.date() if day else None for day in (start, end))
+    if first and last and last <= first:
+        raise click.UsageError(f"--to {last} is not after --from {first}; --to is the day after the last one.")
     if period and (start or end):
         raise click.UsageError("Give either --period, or --from and --to.")
     with ask(settings_of(home), url) as answers:
-        rows = (
-            answers.period_usage(workspace, By(by), period.date())
-            if period
-            else answers.usage(workspace, By(by), *days)
-        )
+        if period:
+            rows = answers.period_usage(workspace, By(by), period.date())
+        else:
+            rows = answers.usage(workspace, By(by), first, last)
     columns = (*By(by).keys, "pool", "credits", "runs", "free_runs")
     nothing = f"{workspace} has no runs{' in these days' if start or end or period else ''}."
     show_rows(rows, form, columns, nothing, bars=_shares(rows))
@@ -72,11 +69,6 @@ def _shares(rows: Sequence[UsageRow]) -> list[Bar]:
     drawn = [parse_credits(row.credits) for row in rows]
     largest = max(drawn, default=0)
     return [(part, largest) for part in drawn]
-
-
-def _require_order(start: date | None, end: date | None) -> None:
-    if start and end and end <= start:
-        raise click.UsageError(f"--to {end} is not after --from {start}; --to is the day after the last one.")
 
 
 @click.command()
@@ -114,17 +106,13 @@ def explain(run_id: UUID, workspace: str, home: str, url: str, form: str) -> Non
     """
     with ask(settings_of(home), url) as answers:
         explanation = answers.explanation(run_id, workspace)
-    if form == "json":
-        show_record(explanation)
-    else:
-        lines, screen = explained(explanation), _screen()
-        say(*(folded(lines, screen.width) if screen.is_terminal else lines))
+    lines = explained(explanation)
+    if form == "text":
+        from rich.console import Console  # a tenth of the time that `--help` may take
 
-
-def _screen() -> "Console":
-    from rich.console import Console  # a tenth of the time that `--help` may take
-
-    return Console()
+        screen = Console()
+        lines = folded(lines, screen.width) if screen.is_terminal else lines
+    show_record(explanation, form, *lines)
 
 
 def folded(lines: list[str], width: int) -> list[str]:

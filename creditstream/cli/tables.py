@@ -51,9 +51,12 @@ def show_rows(
             say("", f"--limit {limit} is reached: there may be more.")
 
 
-def show_record(record: msgspec.Struct) -> None:
-    """Print one object as JSON."""
-    write(_json(record))
+def show_record(record: msgspec.Struct, form: str, *lines: str) -> None:
+    """Print one object: as JSON, or what people read of it."""
+    if form == "json":
+        write(_json(record))
+    else:
+        say(*lines)
 
 
 def _json(value: Any) -> str:
