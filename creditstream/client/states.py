@@ -11,7 +11,6 @@ from typing import Final
 
 import msgspec
 
-from schemas.cell_run import to_milliseconds
 from schemas.credits import PER_CREDIT, Millicredits, parse_credits
 from schemas.ledger import Pool
 from schemas.limits import AsOf, State
@@ -104,7 +103,7 @@ class StateMirror:
 
     def _seen(self, as_of: _WireAsOf) -> _Seen:
         log = self._logs.setdefault(as_of.log, len(self._logs))
-        return as_of.cell_runs, as_of.account_events, _microseconds(as_of.at), log
+        return as_of.cell_runs, as_of.account_events, (as_of.at - _EPOCH) // _MICROSECOND, log
 
     def _replace(self, workspace_id: str, offset: int, half: bytes, seen: _Seen) -> None:
         row = self.rows.get(workspace_id, b"")
@@ -156,9 +155,3 @@ def _millicredits(text: str) -> Millicredits:
 @lru_cache(maxsize=4096)
 def _start_ns(day: str) -> int:
     return (date.fromisoformat(day) - _EPOCH.date()).days * DAY_NS
-
-
-def _microseconds(instant: datetime) -> int:
-    if not instant.microsecond:
-        return to_milliseconds(instant) * 1000
-    return (instant - _EPOCH) // _MICROSECOND
