@@ -331,15 +331,13 @@ def limits(client: Client, workspace_id: str, as_of: datetime | None = None) -> 
     if said == Facts():
         _require_known(client, workspace_id)
     own, plan = said.thresholds, in_force(said.plans, at.ms)
-    percents: tuple[int, ...] = DEFAULT_THRESHOLDS
-    below: Millicredits | None = None
-    by, below_by = "default", "default"
-    if plan:
-        percents, by = (plan.thresholds, "plan") if plan.thresholds else (percents, by)
-        below, below_by = (plan.remaining_below, "plan") if plan.remaining_below is not None else (below, below_by)
-    if own:
-        percents, by = (own.percents, "workspace") if own.percents else (percents, by)
-        below, below_by = (own.remaining_below, "workspace") if own.remaining_below is not None else (below, below_by)
+    told = (
+        ("workspace", own.percents if own else (), own.remaining_below if own else None),
+        ("plan", plan.thresholds if plan else (), plan.remaining_below if plan else None),
+        ("default", DEFAULT_THRESHOLDS, None),
+    )
+    by, percents = next((who, percents) for who, percents, _ in told if percents)
+    below_by, below = next(((who, below) for who, _, below in told if below is not None), ("default", None))
     return LimitsInForce(
         workspace_id=workspace_id,
         thresholds=sorted({*percents, 100}),
