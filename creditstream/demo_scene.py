@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 
 from creditstream.client import CellRunProducer, Gate
 from creditstream.producing import open_producer
-from creditstream.simulate import events
+from creditstream.simulate import WORKSPACES, events
 from schemas.account import PlanChanged
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event
@@ -28,7 +28,6 @@ TRIAL_CREDITS: Final = 1_000
 TRIAL_PLAN: Final = "trial"
 UPGRADE: Final = "20k"
 PLANS: Final = ("100k", "50k", "20k")
-WORKSPACES: Final = 12
 ALERTS_SHOWN: Final = 6
 
 
@@ -45,7 +44,7 @@ class Enrichments(threading.Thread):
         """Produce. A copy, an unknown action and a broken event come along now and then."""
         topic = self._settings.topic(CELL_RUNS)
         producer = open_producer(self._settings)
-        stream = events(seed=time.time_ns(), workspaces=WORKSPACES)
+        stream = events(seed=time.time_ns())
         started = time.monotonic()
         while not self.enough.is_set() and (elapsed := time.monotonic() - started) < self._seconds:
             for _ in range(int(elapsed * self._rate) - self.produced):

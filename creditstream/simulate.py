@@ -16,6 +16,8 @@ from uuid_utils.compat import uuid7
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_run
 
+WORKSPACES = 12
+"""``ws_0001`` and so on."""
 COPY_SHARE = 0.01
 UNKNOWN_SHARE = 0.002
 BROKEN_SHARE = 0.002
@@ -46,10 +48,10 @@ class Column(NamedTuple):
     action: str
 
 
-def events(seed: int = 1, workspaces: int = 12, ran_at: datetime | None = None) -> Iterator[Event]:
+def events(seed: int, ran_at: datetime | None = None) -> Iterator[Event]:
     """Endless cell runs. ``ran_at`` None: now, at each event."""
     dice = random.Random(seed)  # noqa: S311  # a simulation
-    columns = _columns(dice, workspaces)
+    columns = _columns(dice)
     weights = [1 / (1 + int(column.workspace_id[-4:])) for column in columns]
     last: Event | None = None
     row = 0
@@ -76,7 +78,7 @@ def bulk_runs(seed: int) -> Iterator[Event]:
     Fast to make; 0.1 % are copies of the run before, 0.02 % are malformed.
     """
     dice = random.Random(seed)  # noqa: S311  # a simulation
-    active = [column for _ in range(2) for column in _columns(dice, 12)][:200]
+    active = [column for _ in range(2) for column in _columns(dice)][:200]
     ran_at = datetime.now(UTC)
     for number in itertools.count():
         column = active[number // 500 % len(active)]
@@ -86,11 +88,11 @@ def bulk_runs(seed: int) -> Iterator[Event]:
             yield event
 
 
-def _columns(dice: random.Random, workspaces: int) -> list[Column]:
+def _columns(dice: random.Random) -> list[Column]:
     actions = [action for action, weight in _ACTIONS for _ in range(weight)]
     return [
         Column(f"ws_{workspace:04d}", f"tbl_{table}", f"col_{table}{column}", dice.choice(actions))
-        for workspace in range(1, workspaces + 1)
+        for workspace in range(1, WORKSPACES + 1)
         for table in range(1, 3)
         for column in range(1, 6)
     ]
