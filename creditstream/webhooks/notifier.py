@@ -205,13 +205,18 @@ class Notifier:
         for attempt in self._deliveries.take_due(now_ms):
             endpoint = self._endpoints.get(attempt.delivery.endpoint)
             alert = decode_alert(attempt.delivery.alert)
-            if endpoint is None or alert is None or endpoint.name in self._gone:
-                why = "410 Gone, earlier" if endpoint and alert else "not in the file" if alert else "unreadable"
-                hopeless.append((attempt, give_up(attempt.delivery, why, now_ms), Answer(0, why)))
+            if alert is None:
+                why = "unreadable"
+            elif endpoint is None:
+                why = "not in the file"
+            elif endpoint.name in self._gone:
+                why = "410 Gone, earlier"
+            else:
+                future = self._threads.submit(self._world.send, endpoint, alert, now_ms // 1000)
+                future.add_done_callback(partial(self._ended, attempt))
+                self._world.reached(Step.STARTED)
                 continue
-            future = self._threads.submit(self._world.send, endpoint, alert, now_ms // 1000)
-            future.add_done_callback(partial(self._ended, attempt))
-            self._world.reached(Step.STARTED)
+            hopeless.append((attempt, give_up(attempt.delivery, why, now_ms), Answer(0, why)))
         self._record(hopeless)
 
     def _ended(self, attempt: Attempt, done: Future[Answer]) -> None:
@@ -223,7 +228,7 @@ class Notifier:
         outcomes = []
         try:
             while True:
-                attempt, done = self._landed.get(timeout=wait_s) if wait_s else self._landed.get_nowait()
+                attempt, done = self._landed.get(timeout=wait_s)
                 wait_s = 0
                 answer, now_ms = _answer_of(done), self._world.now_ms()
                 self._world.reached(Step.ANSWERED)
