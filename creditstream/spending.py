@@ -88,9 +88,9 @@ def _decide(
     rules = GateRules(catalogue, on_unknown=on_unknown, on_stale="deny", clock=lambda: now_ns)
     rules.fresh_ns = NEVER_NS
     as_of = AsOf(log="", cell_runs=-1, account_events=-1, at=from_milliseconds(at.ms))
-    for pool in METERED if held else ():
-        assert held is not None
-        rules.states.apply(state_key(workspace_id, pool), msgspec.json.encode(state_of(held, pool, as_of, "")))
+    if held:
+        for pool in METERED:
+            rules.states.apply(state_key(workspace_id, pool), msgspec.json.encode(state_of(held, pool, as_of, "")))
     return rules.check(workspace_id, action, own_api_key, cells)
 
 
