@@ -294,11 +294,8 @@ def _java_environment() -> dict[str, str]:
 def _choose_ports(before: list[int]) -> tuple[int, int]:
     """The broker's and the controller's port: those of `before` that are free, else others."""
     fresh = (port for port in random.sample(PORTS, len(PORTS)) if _is_free(port))
-    broker, controller = before or (0, 0)
-    return (
-        broker if broker and _is_free(broker) else next(fresh),
-        controller if controller and _is_free(controller) else next(fresh),
-    )
+    broker, controller = (port if port and _is_free(port) else next(fresh) for port in before or (0, 0))
+    return broker, controller
 
 
 def _is_free(port: int) -> bool:
