@@ -79,7 +79,7 @@ class Outbox:
     def hand_over(self) -> bool:
         """Hand to librdkafka what is due and has room; whether something is left for which there is room."""
         with self._lock:
-            if not self._can_hand:
+            if self.producer is None or self.has_failed:
                 return False
             if self._spool and not self._recalled and self._has_room:
                 entries = self._spool.read(min(HAND_OVER_RUNS, QUEUE_RUNS_MAX - len(self._waiting)))
@@ -165,10 +165,6 @@ class Outbox:
     @property
     def _in_memory(self) -> int:
         return len(self._waiting) + len(self._recalled)
-
-    @property
-    def _can_hand(self) -> bool:
-        return self.producer is not None and not self.has_failed
 
     @property
     def _has_room(self) -> bool:
