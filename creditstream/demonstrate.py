@@ -32,7 +32,7 @@ STOPPED_SHARE: Final = 6
 
 def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     """Run the demo in the home, whatever the environment says of other places. Problem when the books do not close."""
-    console = Console(stderr=False)
+    console = Console()
     place = Home.at(home)
     if worker := place.worker():
         raise Problem(

@@ -31,18 +31,9 @@ from schemas.webhook import DeliveryState, Format
 
 PORT = 8630
 ALERT_COLUMNS = (
-    "at",
-    "workspace_id",
-    "pool",
-    "kind",
-    "thresholds",
-    "remaining_below",
-    "used",
-    "allowance",
-    "cause",
-    "position",
+    "at", "workspace_id", "pool", "kind", "thresholds", "remaining_below", "used", "allowance", "cause", "position",
     "alert_id",
-)
+)  # fmt: skip
 
 
 class DeliveryRow(msgspec.Struct, frozen=True):
