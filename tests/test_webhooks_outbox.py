@@ -38,7 +38,7 @@ def test_records_of_others_in_the_outbox_are_passed_over(settings: Settings) -> 
     for value in (b"no record", b'{"endpoint":' + NO_TEXT + b"}", b'{"x":' + DEEP + b"}"):
         producer.produce(topic, value, b"key", 1)
     producer.flush()
-    outbox = Outbox(settings, topic)
+    outbox = Outbox(settings)
     delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
     outbox.put(1, delivery.key, delivery)
     outbox.flush()
@@ -69,7 +69,7 @@ def test_what_is_deleted_while_it_is_read_hides_nothing_else(settings: Settings)
 
 def test_more_than_the_producer_holds_is_written(settings: Settings) -> None:
     """As after 48 days without a notifier: all of it must go at once."""
-    outbox = Outbox(settings, settings.topic(WEBHOOK_DELIVERIES))
+    outbox = Outbox(settings)
     for _ in range(QUEUE_RECORDS):
         outbox.put(0, b"key", None)
     delivery = Delivery(endpoint="one", alert_id=uuid4(), state=DeliveryState.DELIVERED)
@@ -80,12 +80,12 @@ def test_more_than_the_producer_holds_is_written(settings: Settings) -> None:
 
 def test_a_silent_kafka_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by who hands records over, nor by who wants them written, nor by who reads."""
-    outbox = Outbox(NOWHERE, "topic")
+    outbox = Outbox(NOWHERE)
     monkeypatch.setattr(outbox_module, "WRITE_S_MAX", 0.1)
     monkeypatch.setattr(outbox_module, "POLL_S", 0.1)
     monkeypatch.setattr(outbox_module, "SILENCE_S_MAX", 0.1)
     outbox.put(0, b"key", None)
-    with pytest.raises(Unreachable, match=r"topic on 127\.0\.0\.1:1 cannot be written: no answer"):
+    with pytest.raises(Unreachable, match=r"webhook-deliveries on 127\.0\.0\.1:1 cannot be written: no answer"):
         outbox.flush()
     for _ in range(QUEUE_RECORDS - 1):
         outbox.put(0, b"key", None)

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DAY = click.DateTime(formats=["%Y-%m-%d"])
 
 
-def kafka_settings_of(home: str | None = None) -> Settings:
+def kafka_settings_of(home: str | None) -> Settings:
     """`settings_of`, for a command that needs Kafka. Unreachable when that is the home's own, which does not run."""
     place = Home.at(home)
     if variable("kafka_bootstrap") not in os.environ and not place.worker() and place.kafka.exists():

@@ -30,7 +30,7 @@ from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, arrived, position_of
+from streams.topics import LIMIT_ALERTS, arrived, position_of
 
 ALERTS_AT_ONCE: Final = 100
 POLL_S: Final = 0.1
@@ -91,7 +91,7 @@ class Notifier:
         self._is_crowded = False
         self._tidied_at_ms = 0
         self._alerts_topic: Final = settings.topic(LIMIT_ALERTS)
-        self._outbox: Final = Outbox(settings, settings.topic(WEBHOOK_DELIVERIES))
+        self._outbox: Final = Outbox(settings)
         self._consumer: Final = Consumer(_consumer_config(settings))
         self._consumer.subscribe(
             [self._alerts_topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost

@@ -22,7 +22,7 @@ from schemas.problem import Unreachable
 from schemas.webhook import Delivery
 from streams.connection import librdkafka
 from streams.settings import Settings
-from streams.topics import arrived, position_of
+from streams.topics import WEBHOOK_DELIVERIES, arrived, position_of
 
 SILENCE_S_MAX: Final = 30.0
 WRITE_S_MAX: Final = 30.0
@@ -41,9 +41,9 @@ _UNREADABLE: Final = (ValueError, RecursionError)
 class Outbox:
     """Reads and writes deliveries. What was `put` is safe once `flush` has returned."""
 
-    def __init__(self, settings: Settings, topic: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings: Final = settings
-        self._topic: Final = topic
+        self._topic: Final = settings.topic(WEBHOOK_DELIVERIES)
         self._failure: KafkaError | None = None
         config: dict[str, Any] = {"linger.ms": 0, "delivery.timeout.ms": int(WRITE_S_MAX * 1000)}
         self._producer = Producer(librdkafka(settings) | PRODUCER_CONFIG | config)

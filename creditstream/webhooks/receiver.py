@@ -77,7 +77,7 @@ class Receiver:
     def receive(self, headers: dict[str, str], body: bytes) -> HTTPStatus:
         """Check one request, tell of it, and say how to answer. Header names in small letters."""
         try:
-            webhook_id = verify([self._key], headers, body, time.time_ns() // 1_000_000_000)
+            webhook_id = verify(self._key, headers, body, time.time_ns() // 1_000_000_000)
             webhook = _decode(body)
         except BadSignature as error:
             return self._refuse(HTTPStatus.UNAUTHORIZED, str(error))

@@ -75,7 +75,7 @@ def resend(
     chosen = [endpoints[only]] if only else [endpoint for endpoint in endpoints.values() if endpoint.wants(alert)]
     if not chosen:
         raise Problem(f"nobody wants alert {alert_id}", "no endpoint matches it", "Name one with --endpoint.")
-    outbox = Outbox(settings, settings.topic(WEBHOOK_DELIVERIES))
+    outbox = Outbox(settings)
     known = outbox.read([partition], lambda _: None)[partition]
     for endpoint in chosen:
         now = datetime.now(UTC)
@@ -97,7 +97,7 @@ FAILED_FIRST: Final = (DeliveryState.FAILED, DeliveryState.WAITING, DeliveryStat
 def deliveries(settings: Settings) -> list[Delivery]:
     """Every delivery that is known: those that failed first, then the next ones, then what is done."""
     topic = Broker(settings).require(WEBHOOK_DELIVERIES)
-    found = Outbox(settings, topic.name).read(range(topic.partitions), lambda _: None)
+    found = Outbox(settings).read(range(topic.partitions), lambda _: None)
     records = [record for newest in found.values() for record in newest.values()]
     return sorted(
         records, key=lambda record: (FAILED_FIRST.index(record.state), record.next_at_ms, -record.ended_at_ms)
