@@ -1,7 +1,8 @@
 """A Kafka producer as every producer of cell runs must be set up, and a few records that it delivers by hand."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from confluent_kafka import KafkaError, Message, Producer
@@ -47,14 +48,11 @@ def deliver(settings: Settings, records: Sequence[Outgoing], what: str, fix: str
     places: dict[int, Position] = {}
     refusals: list[str] = []
 
-    def on_delivery(number: int) -> Callable[[KafkaError | None, Message], None]:
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            if error:
-                refusals.append(error.str())
-            else:
-                places[number] = position_of(message)
-
-        return delivered
+    def delivered(number: int, error: KafkaError | None, message: Message) -> None:
+        if error:
+            refusals.append(error.str())
+        else:
+            places[number] = position_of(message)
 
     deadline = time.monotonic() + DELIVERY_S_MAX
     for number, record in enumerate(records):
@@ -62,7 +60,7 @@ def deliver(settings: Settings, records: Sequence[Outgoing], what: str, fix: str
             try:
                 producer.produce(
                     record.topic, record.value, record.workspace_id,
-                    headers=list(record.headers), on_delivery=on_delivery(number),
+                    headers=list(record.headers), on_delivery=partial(delivered, number),
                 )  # fmt: skip
                 break
             except BufferError:
