@@ -40,5 +40,6 @@ def format_credits(millicredits: Millicredits) -> str:
 
 def group_credits(millicredits: Millicredits) -> str:
     """The same for a person's eye: ``"19,998"``."""
-    whole, dot, decimals = format_credits(millicredits).partition(".")
-    return f"{int(whole):,}{dot}{decimals}" if whole != "-0" else f"-0{dot}{decimals}"
+    sign = "-" if millicredits < 0 else ""
+    whole, dot, decimals = format_credits(abs(millicredits)).partition(".")
+    return f"{sign}{int(whole):,}{dot}{decimals}"
