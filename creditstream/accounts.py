@@ -122,7 +122,8 @@ def balance(client: Client, workspace_id: str, as_of: datetime | None = None) ->
 
 def _pool_balance(held: Account, pool: Pool, at: Moment) -> PoolBalance:
     standing = held.standing(pool)
-    upcoming, runs_out = standing.terms.next_allowance, runs_out_on(held, at.ms) if pool == Pool.ENRICHMENT else None
+    upcoming = standing.terms.next_allowance
+    runs_out = runs_out_on(held, at.ms) if pool == Pool.ENRICHMENT else None
     told = as_told(held.name, standing, standing.passed)
     return PoolBalance(
         **told | {"thresholds": list(told["thresholds"])},

@@ -323,12 +323,12 @@ class Notifier:
     def _assigned(self, _: Consumer, places: list[TopicPartition]) -> None:
         self._to_own |= {place.partition for place in places}
 
-    def _revoked(self, _: Consumer, places: list[TopicPartition]) -> None:
+    def _revoked(self, consumer: Consumer, places: list[TopicPartition]) -> None:
         """The next owner loads the outbox after this has returned: what is in flight is recorded first."""
         mine = {place.partition for place in places} & self.partitions
         if mine:
             self._land()
-        self._lost(_, places)
+        self._lost(consumer, places)
 
     def _lost(self, _: Consumer, places: list[TopicPartition]) -> None:
         for place in places:
