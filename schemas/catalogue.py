@@ -24,10 +24,6 @@ from schemas.problem import Problem
 EXAMPLE_CATALOGUES: Final = Path(__file__).parent / "catalogues"
 
 
-class CatalogueProblem(Problem):
-    """A catalogue that cannot be used; ``why`` names file, action and field."""
-
-
 class Category(StrEnum):
     """What kind of thing an action is. Formatters and destinations never have a price (R04)."""
 
@@ -77,12 +73,10 @@ class Catalogue:
 
     @classmethod
     def load(cls, directory: Path) -> "Catalogue":
-        """Read every ``*.toml`` of a directory; CatalogueProblem when one is wrong or two contradict."""
+        """Read every ``*.toml`` of a directory; Problem when one is wrong or two contradict."""
         files = sorted(directory.glob("*.toml"))
         if not files:
-            raise CatalogueProblem(
-                "no catalogue", f"{directory} holds no .toml file", "Set CREDITSTREAM_CATALOGUE_DIR."
-            )
+            raise Problem("no catalogue", f"{directory} holds no .toml file", "Set CREDITSTREAM_CATALOGUE_DIR.")
         versions = [read_version(file) for file in files]
         _refuse_equal(versions, "version", lambda version: version.number)
         _refuse_equal(versions, "effective_from", lambda version: version.effective_from)
@@ -105,18 +99,18 @@ class Catalogue:
 
 
 def read_version(file: Path) -> Version:
-    """One version from its TOML file; CatalogueProblem naming file, action and field."""
+    """One version from its TOML file; Problem naming file, action and field."""
     try:
-        content = file.read_bytes()
-        wire = msgspec.convert(tomllib.loads(content.decode()), _WireVersion)
+        document = tomllib.loads(file.read_bytes().decode())
+        wire = msgspec.convert(document, _WireVersion)
     except OSError as error:
-        raise CatalogueProblem(
+        raise Problem(
             f"catalogue {file.name} cannot be read", error.strerror or str(error), f"Check the path {file}."
         ) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise _wrong(file, f"it is not TOML ({error})") from error
     except msgspec.ValidationError as error:
-        raise _wrong(file, _name_action(str(error), tomllib.loads(content.decode()))) from error
+        raise _wrong(file, _name_action(str(error), document)) from error
     if wire.effective_from.microsecond % 1000:
         raise _wrong(file, f"field `effective_from`: {wire.effective_from} is finer than a millisecond")
     actions: dict[str, Action] = {}
@@ -134,7 +128,7 @@ def read_version(file: Path) -> Version:
 
 
 def _action(file: Path, entry: "_WireAction") -> Action:
-    def wrong(field: str, why: str) -> CatalogueProblem:
+    def wrong(field: str, why: str) -> Problem:
         return _wrong(file, f"action `{entry.id}`, field `{field}`: {why}")
 
     if isinstance(entry.price, float):
@@ -182,8 +176,8 @@ class _WireVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     actions: list[_WireAction]
 
 
-def _wrong(file: Path, why: str) -> CatalogueProblem:
-    return CatalogueProblem("catalogue refused", f"{file.name}: {why}", "Correct the file; nothing was loaded.")
+def _wrong(file: Path, why: str) -> Problem:
+    return Problem("catalogue refused", f"{file.name}: {why}", "Correct the file; nothing was loaded.")
 
 
 def _name_action(message: str, document: dict[str, Any]) -> str:
@@ -212,7 +206,7 @@ def _refuse_equal(versions: list[Version], field: str, key: Any) -> None:
     seen: dict[Any, str] = {}
     for version in versions:
         if (value := key(version)) in seen:
-            raise CatalogueProblem(
+            raise Problem(
                 "catalogue refused",
                 f"{version.file}: field `{field}`: {value} is also that of {seen[value]}",
                 "Versions are immutable: give the new one its own number and date.",

@@ -22,10 +22,6 @@ from schemas.problem import Problem
 EXAMPLE_PLANS: Final = Path(__file__).parent / "plans"
 
 
-class PlanProblem(Problem):
-    """A plan list that cannot be used; ``why`` names file, plan and field."""
-
-
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One plan. ``allowance`` in millicredits a billing period; ``thresholds`` empty: the default ones."""
 
@@ -52,15 +48,15 @@ class PlanLists:
 
     @classmethod
     def load(cls, directory: Path) -> "PlanLists":
-        """Read every ``*.toml`` of a directory; PlanProblem when one is wrong, or their numbers and times disagree."""
+        """Read every ``*.toml`` of a directory; Problem when one is wrong, or their numbers and times disagree."""
         files = sorted(directory.glob("*.toml"))
         if not files:
-            raise PlanProblem("no plan list", f"{directory} holds no .toml file", "Set CREDITSTREAM_PLANS_DIR.")
+            raise Problem("no plan list", f"{directory} holds no .toml file", "Set CREDITSTREAM_PLANS_DIR.")
         versions = sorted(_read(file) for file in files)
         for earlier, later in pairwise(versions):
             if earlier.starts_ms == later.starts_ms or earlier.number >= later.number:
                 why = f"{directory}: version {later.number} does not begin after version {earlier.number}"
-                raise PlanProblem("plan lists refused", why, "Give a later `effective_from` a higher `version`.")
+                raise Problem("plan lists refused", why, "Give a later `effective_from` a higher `version`.")
         return cls(versions)
 
     def find(self, plan: str, at_ms: int) -> Plan | None:
@@ -96,11 +92,11 @@ def _read(file: Path) -> PlanVersion:
         wire = msgspec.convert(tomllib.loads(file.read_text()), _WireList)
         plans = [_plan(entry) for entry in wire.plans]
     except OSError as error:
-        raise PlanProblem(f"plan list {file.name} cannot be read", error.strerror or "", f"Check {file}.") from error
+        raise Problem(f"plan list {file.name} cannot be read", error.strerror or "", f"Check {file}.") from error
     except (ValueError, RecursionError) as error:
-        raise PlanProblem("plan list refused", f"{file.name}: {error}", "Correct the file.") from error
+        raise Problem("plan list refused", f"{file.name}: {error}", "Correct the file.") from error
     if len({plan.id for plan in plans}) < len(plans):
-        raise PlanProblem("plan list refused", f"{file.name}: two plans have the same id", "Give each plan its own id.")
+        raise Problem("plan list refused", f"{file.name}: two plans have the same id", "Give each plan its own id.")
     return PlanVersion(to_milliseconds(wire.effective_from), wire.version, {plan.id: plan for plan in plans})
 
 

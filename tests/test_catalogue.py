@@ -7,9 +7,10 @@ from typing import Final
 
 import pytest
 
-from schemas.catalogue import EXAMPLE_CATALOGUES, Action, Catalogue, CatalogueProblem, Category, Version, read_version
+from schemas.catalogue import EXAMPLE_CATALOGUES, Action, Catalogue, Category, Version, read_version
 from schemas.cell_run import EARLIEST_RAN_AT, to_milliseconds
 from schemas.ledger import Pool
+from schemas.problem import Problem
 
 EXAMPLE: Final = Catalogue.load(EXAMPLE_CATALOGUES)
 CONFORMANCE: Final = {
@@ -135,7 +136,7 @@ def test_a_wrong_version_is_refused_by_file_action_and_field(case: str, tmp_path
     content, *named = REFUSED[case]
     file = tmp_path / "prices.toml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CatalogueProblem) as refusal:
+    with pytest.raises(Problem) as refusal:
         Catalogue.load(tmp_path)
     assert all(part in refusal.value.why for part in ["prices.toml", *named]), refusal.value.why
 
@@ -152,17 +153,17 @@ def test_a_wrong_version_is_refused_by_file_action_and_field(case: str, tmp_path
 def test_two_versions_that_contradict_are_refused_by_both_names(second: str, field: str, tmp_path: Path) -> None:
     tmp_path.joinpath("a.toml").write_text(document())
     tmp_path.joinpath("b.toml").write_text(second)
-    with pytest.raises(CatalogueProblem, match=rf"b\.toml: field `{field}`: .* that of a\.toml"):
+    with pytest.raises(Problem, match=rf"b\.toml: field `{field}`: .* that of a\.toml"):
         Catalogue.load(tmp_path)
 
 
 def test_a_directory_without_a_catalogue_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CatalogueProblem, match=r"holds no \.toml file"):
+    with pytest.raises(Problem, match=r"holds no \.toml file"):
         Catalogue.load(tmp_path)
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_of_its_own(tmp_path: Path) -> None:
-    with pytest.raises(CatalogueProblem, match=r"prices\.toml cannot be read: No such file"):
+    with pytest.raises(Problem, match=r"prices\.toml cannot be read: No such file"):
         read_version(tmp_path / "prices.toml")
 
 

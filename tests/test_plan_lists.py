@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from schemas.cell_run import to_milliseconds
-from schemas.plan import PlanLists, PlanProblem
+from schemas.plan import PlanLists
+from schemas.problem import Problem
 from tests.account_records import at
 
 PLAN = '[[plans]]\nid = "{id}"\nallowance = "{allowance}"\n'
@@ -37,7 +38,7 @@ REFUSED = {
 def test_a_wrong_list_is_refused_by_file_and_field(case: str, tmp_path: Path) -> None:
     content, named = REFUSED[case]
     (tmp_path / "plans.toml").write_text(content)
-    with pytest.raises(PlanProblem) as refusal:
+    with pytest.raises(Problem) as refusal:
         PlanLists.load(tmp_path)
     assert "plans.toml" in refusal.value.why
     assert named in refusal.value.why
@@ -50,13 +51,13 @@ def test_numbers_and_times_of_lists_agree(number: int, since: str, tmp_path: Pat
     """Of two lists the one that begins later has the higher version: else one was copied and half changed."""
     (tmp_path / "a.toml").write_text(document(("a", "1")))
     (tmp_path / "b.toml").write_text(document(("a", "2"), number=number, since=since))
-    with pytest.raises(PlanProblem, match="does not begin after version"):
+    with pytest.raises(Problem, match="does not begin after version"):
         PlanLists.load(tmp_path)
 
 
 def test_no_list_is_a_sentence(tmp_path: Path) -> None:
     """The setting is named."""
-    with pytest.raises(PlanProblem, match=r"holds no \.toml file\. Set CREDITSTREAM_PLANS_DIR"):
+    with pytest.raises(Problem, match=r"holds no \.toml file\. Set CREDITSTREAM_PLANS_DIR"):
         PlanLists.load(tmp_path)
 
 

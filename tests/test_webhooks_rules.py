@@ -16,12 +16,13 @@ from standardwebhooks import Webhook
 
 from creditstream.webhooks import deliveries
 from creditstream.webhooks.deliveries import IN_FLIGHT_MAX, KNOWN_MS, Deliveries
-from creditstream.webhooks.endpoints import Endpoint, EndpointProblem, load_endpoints
+from creditstream.webhooks.endpoints import Endpoint, load_endpoints
 from creditstream.webhooks.messages import body_of, escape, sentence_of
 from creditstream.webhooks.resending import example_alert
 from creditstream.webhooks.schedule import DELAYS_S, Answer, after
 from creditstream.webhooks.signing import BadSignature, new_secret, parse_secret, signed_headers, verify
 from schemas.limits import AlertKind, LimitAlert, TopColumn
+from schemas.problem import Problem
 from schemas.webhook import BODY_BYTES_MAX, Delivery, DeliveryState, Format
 from schemas.webhook import Webhook as Body
 
@@ -109,7 +110,7 @@ def test_an_endpoint_file(tmp_path: Path) -> None:
 )
 def test_a_refused_file_names_file_endpoint_and_field(tmp_path: Path, entry: str, why: str) -> None:
     """Whoever made the mistake finds it by the message alone, and no secret is in it."""
-    with pytest.raises(EndpointProblem) as refused:
+    with pytest.raises(Problem) as refused:
         load(tmp_path, f"[endpoints.good]\nurl = 'env:SLACK'\nformat = 'slack'\n[endpoints.bad]\n{entry}")
 
     assert f"{tmp_path}/endpoints.toml: endpoint `bad`" in refused.value.why
@@ -121,7 +122,7 @@ def test_a_refused_file_names_file_endpoint_and_field(tmp_path: Path, entry: str
 def test_an_endpoint_whose_name_is_none_is_named(tmp_path: Path, name: str) -> None:
     """Among several, that one is to be found by the message, and what a name may be."""
     text = f"[endpoints.good]\nurl = 'env:SLACK'\nformat = 'slack'\n[endpoints.'{name}']\nurl = 'a'"
-    with pytest.raises(EndpointProblem, match=f"endpoint `{name}`: a name has 1 to 64 characters of a-z, 0-9, _ and -"):
+    with pytest.raises(Problem, match=f"endpoint `{name}`: a name has 1 to 64 characters of a-z, 0-9, _ and -"):
         load(tmp_path, text)
 
 
@@ -130,9 +131,9 @@ def test_an_endpoint_whose_name_is_none_is_named(tmp_path: Path, name: str) -> N
 )
 def test_a_file_that_is_none(tmp_path: Path, text: str) -> None:
     """A file of another kind is refused, naming it; so is one that is not there."""
-    with pytest.raises(EndpointProblem, match=r"endpoints\.toml: "):
+    with pytest.raises(Problem, match=r"endpoints\.toml: "):
         load(tmp_path, text)
-    with pytest.raises(EndpointProblem, match=r"cannot be read: .*No such file"):
+    with pytest.raises(Problem, match=r"cannot be read: .*No such file"):
         load_endpoints(tmp_path / "none.toml")
 
 

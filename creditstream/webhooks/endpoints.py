@@ -21,10 +21,6 @@ ENDPOINT_NAME: Final = re.compile(ENDPOINT_NAME_PATTERN)
 PORT_OF: Final = {"https": 443, "http": 80}
 
 
-class EndpointProblem(Problem):
-    """An endpoint file that cannot be used; ``why`` names file, endpoint and field."""
-
-
 class Address(NamedTuple):
     """Where requests go. ``path`` with the query; ``host`` in ASCII."""
 
@@ -78,15 +74,15 @@ class Endpoint(NamedTuple):
 
 
 def load_endpoints(path: Path, environ: Mapping[str, str] = os.environ) -> dict[str, Endpoint]:
-    """The file's endpoints by name; EndpointProblem when it, or a secret that it names, cannot be used."""
+    """The file's endpoints by name; Problem when it, or a secret that it names, cannot be used."""
     try:
         document = tomllib.loads(path.read_text())
         entries = _convert(document)
         return {name: _endpoint(name, entry, environ) for name, entry in entries.items()}
     except OSError as error:
-        raise EndpointProblem("the endpoints cannot be read", f"{path}: {error.strerror}", "Check the file.") from error
+        raise Problem("the endpoints cannot be read", f"{path}: {error.strerror}", "Check the file.") from error
     except (ValueError, RecursionError) as error:
-        raise EndpointProblem("endpoints refused", f"{path}: {error}", "Correct the file, or the secret.") from error
+        raise Problem("endpoints refused", f"{path}: {error}", "Correct the file, or the secret.") from error
 
 
 def _convert(document: dict[str, object]) -> dict[str, EndpointEntry]:

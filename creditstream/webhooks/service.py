@@ -9,7 +9,7 @@ import structlog
 from confluent_kafka import KafkaException
 
 from creditstream.logs import configure_logs
-from creditstream.webhooks.endpoints import Endpoint, EndpointProblem, load_endpoints
+from creditstream.webhooks.endpoints import Endpoint, load_endpoints
 from creditstream.webhooks.notifier import Notifier
 from schemas.problem import Problem
 from streams.settings import Settings
@@ -79,7 +79,7 @@ def _reloaded(path: Path, old: dict[str, Endpoint]) -> dict[str, Endpoint]:
     """The file's endpoints; the old ones when it cannot be used."""
     try:
         endpoints = load_endpoints(path)
-    except EndpointProblem as problem:
+    except Problem as problem:
         log.warning("endpoints_refused", why=str(problem), kept=sorted(old))
         return old
     log.info("endpoints_loaded", endpoints=sorted(endpoints))
