@@ -91,11 +91,9 @@ def migrate(home: str) -> None:
 @format_option
 def config(home: str | None, form: str) -> None:
     """List every setting with its value, source, bounds and meaning."""
-    owner = whose_kafka(Home.at(home))
-    taken = {"value": owner.kafka_bootstrap, "origin": f"the worker, process {owner.pid}"} if owner else {}
-    rows = [
-        msgspec.structs.replace(row, **(taken if row.setting == variable("kafka_bootstrap") else {}))
-        for row in origins(read_settings(home=home))
-    ]
+    rows, kafka = origins(read_settings(home=home)), variable("kafka_bootstrap")
+    if owner := whose_kafka(Home.at(home)):
+        taken = {"value": owner.kafka_bootstrap, "origin": f"the worker, process {owner.pid}"}
+        rows = [msgspec.structs.replace(row, **taken) if row.setting == kafka else row for row in rows]
     rows += [Origin(name, "", "environment", "", "unknown: ignored") for name in unknown_variables()]
     show_rows(rows, form, Origin.__struct_fields__, "")
