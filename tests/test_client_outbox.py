@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def open_outbox(spool: Spool | None, *, write_ahead: bool = False) -> Outbox:
     """An outbox whose Kafka does not answer yet."""
-    return Outbox(CELL_RUNS, spool, "spool" if spool else "raise", 0, write_ahead)
+    return Outbox(CELL_RUNS, spool, 0, write_ahead)
 
 
 def nowhere(kind: type[Producer] = Producer, **options: int) -> Producer:
@@ -434,7 +434,7 @@ def test_memory_is_bounded_and_what_left_it_leaves_the_disk(spool: Spool, monkey
 def test_who_waits_for_room_goes_on_once_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when its time is over: the first run that Kafka acknowledges makes room for it."""
     monkeypatch.setattr(outboxes, "QUEUE_RUNS_MAX", 1)
-    outbox = Outbox(CELL_RUNS, None, "block", 600, False)
+    outbox = Outbox(CELL_RUNS, None, 600, False)
     outbox.producer = nowhere()
     put(outbox, 1)
     patient = threading.Thread(target=put, args=[outbox, 2], daemon=True)

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from creditstream.client.recording import Counts, OnFull, RunRefused, refused_by_closed
+from creditstream.client.recording import Counts, RunRefused, refused_by_closed
 from creditstream.client.spool import Entry, Spool, SpoolFull, Ticket
 from creditstream.client.trouble import Trouble
 
@@ -35,9 +35,11 @@ class _Run(NamedTuple):
 
 
 class Outbox:
-    """Thread-safe. ``producer`` is None while Kafka does not answer; whoever sets it calls `hand_over`."""
+    """Thread-safe. ``producer`` is None while Kafka does not answer; whoever sets it calls `hand_over`. Without a spool
+    `put` waits for room in memory for up to ``block_s_max``.
+    """
 
-    def __init__(self, topic: str, spool: Spool | None, on_full: OnFull, block_s_max: int, write_ahead: bool) -> None:
+    def __init__(self, topic: str, spool: Spool | None, block_s_max: int, write_ahead: bool) -> None:
         self._lock: Final = threading.RLock()
         """Entered by itself: a condition's `__enter__` is Python, and keeps it where the handler of a signal raises."""
         self._changed: Final = threading.Condition(self._lock)
@@ -47,7 +49,7 @@ class Outbox:
         self.is_closed = False
         self.has_failed = False
         """librdkafka reported a failure: it is given nothing more until `take_back`."""
-        self._topic, self._spool, self._on_full = topic, spool, on_full
+        self._topic, self._spool = topic, spool
         self._block_s_max, self._write_ahead = block_s_max, write_ahead
         self._waiting: dict[int, _Run] = {}
         self._recalled: deque[_Run] = deque()
@@ -183,8 +185,7 @@ class Outbox:
         return None
 
     def _wait_for_room(self) -> None:
-        timeout_s = self._block_s_max if self._on_full == "block" else 0
-        if not self._changed.wait_for(lambda: self.is_closed or self._in_memory < QUEUE_RUNS_MAX, timeout_s):
+        if not self._changed.wait_for(lambda: self.is_closed or self._in_memory < QUEUE_RUNS_MAX, self._block_s_max):
             why = f"{QUEUE_RUNS_MAX:,} runs wait in memory ({self.trouble.reason or 'Kafka is slow'})"
             raise RunRefused("the run was not recorded", why, _SAME_ID)
         self._require_open()

@@ -97,8 +97,8 @@ class CellRunProducer:
         self._directory: Final = spool or Home.at(self._settings.home).path / "spool"
         self._bytes_max: Final = spool_mb_max * MB
         self._memory_s_max: Final = memory_s_max
-        self._on_full: Final[OnFull] = on_full
-        self._options: Final = (block_s_max, write_ahead)
+        self._has_spool: Final = on_full == "spool"
+        self._options: Final = (block_s_max if on_full == "block" else 0, write_ahead)
         self._candidate: Producer | None = None
         self._prepare()
         survive_forks(self)
@@ -207,8 +207,8 @@ class CellRunProducer:
 
     def _prepare(self) -> None:
         topic = self._settings.topic(CELL_RUNS)
-        self._spool: Spool | None = Spool(self._directory, topic, self._bytes_max) if self._on_full == "spool" else None
-        self._outbox = Outbox(topic, self._spool, self._on_full, *self._options)
+        self._spool: Spool | None = Spool(self._directory, topic, self._bytes_max) if self._has_spool else None
+        self._outbox = Outbox(topic, self._spool, *self._options)
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._leaving = threading.Lock()
