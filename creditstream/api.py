@@ -91,8 +91,8 @@ def create_api(meter: Meter) -> Litestar:
     async def usage(
         workspace_id: FromQuery[str],
         by: FromQuery[By] = By.COLUMN,
-        start: Annotated[date | None, QueryParameter(name="from", description="first UTC day")] = None,
-        end: Annotated[date | None, QueryParameter(name="to", description="day after the last one")] = None,
+        start: FirstDay = None,
+        end: EndDay = None,
         period: Annotated[date | None, QueryParameter(description="instead: a UTC day in the billing period")] = None,
     ) -> list[UsageRow]:
         """Credits and runs of a workspace, most credits first."""
@@ -111,12 +111,17 @@ def create_api(meter: Meter) -> Litestar:
         workspace_id: FromQuery[str],
         table_id: FromQuery[str] = "",
         column_id: FromQuery[str] = "",
+        row_id: FromQuery[str] = "",
         reason: FromQuery[Reason | None] = None,
+        start: FirstDay = None,
+        end: EndDay = None,
         limit: Limit = 100,
     ) -> list[RunRow]:
         """The newest runs of a workspace, free ones too."""
+        _require_days(start, end)
+        cell = {"table_id": table_id, "column_id": column_id, "row_id": row_id}
         return await meter.ask(
-            queries.runs, workspace_id, table_id=table_id, column_id=column_id, reason=reason or "", limit=limit
+            queries.runs, workspace_id, **cell, reason=reason or "", start=start, end=end, limit=limit
         )
 
     @answer("/v1/runs/{run_id:uuid}")
@@ -195,6 +200,8 @@ def create_api(meter: Meter) -> Litestar:
 
 AsOf = Annotated[datetime | None, QueryParameter(description="as the ledger knew it then; default: now")]
 OnDay = Annotated[datetime | None, QueryParameter(description="on this UTC day, as the ledger knows it now")]
+FirstDay = Annotated[date | None, QueryParameter(name="from", description="first UTC day")]
+EndDay = Annotated[date | None, QueryParameter(name="to", description="day after the last one")]
 Limit = Annotated[int, QueryParameter(ge=1, le=LIST_MAX)]
 PathPartition = Annotated[int, PathParameter(ge=0, le=PARTITION_MAX)]
 PathOffset = Annotated[int, PathParameter(ge=0, le=2**63 - 1)]
@@ -328,7 +335,7 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
     return [check, estimate, top]
 
 
-def _require_days(start: date | None, end: date | None, period: date | None) -> None:
+def _require_days(start: date | None, end: date | None, period: date | None = None) -> None:
     """Problem when they name no day, or two things at once."""
     if period and (start or end):
         raise Problem(

@@ -162,10 +162,12 @@ class WorkerAnswers:
         period = {"from": start, "to": end}
         return self._get("/v1/usage", list[UsageRow], workspace_id=workspace_id, by=by, **period)
 
-    def runs(self, workspace_id: str, **asked: Any) -> list[RunRow]:
+    def runs(
+        self, workspace_id: str, *, start: date | None = None, end: date | None = None, **asked: Any
+    ) -> list[RunRow]:
         """See `sinks.queries.runs`."""
-        given = {name: value or None for name, value in asked.items()}
-        return self._get("/v1/runs", list[RunRow], workspace_id=workspace_id, **given)
+        days = {"from": start, "to": end}
+        return self._get("/v1/runs", list[RunRow], workspace_id=workspace_id, **days, **asked)
 
     def explanation(self, run_id: UUID, workspace_id: str = "") -> Explanation:
         """See `creditstream.accounts.explanation`."""

@@ -72,22 +72,29 @@ def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
 
 
 def runs(
-    client: Client, workspace_id: str, *, table_id: str = "", column_id: str = "", reason: str = "", limit: int
+    client: Client,
+    workspace_id: str,
+    *,
+    table_id: str = "",
+    column_id: str = "",
+    row_id: str = "",
+    reason: str = "",
+    start: date | None = None,
+    end: date | None = None,
+    limit: int,
 ) -> list[RunRow]:
-    """The newest runs of a workspace, by the time at which they ran; an empty filter: all."""
+    """The newest runs of a workspace, by the time at which they ran, of the UTC days [start, end); an empty filter:
+    all.
+    """
+    wanted = {"table_id": table_id, "column_id": column_id, "row_id": row_id, "reason": reason}
+    conditions = [f" AND {name} = {{{name}:String}}" for name, value in wanted.items() if value]
+    conditions += [" AND day >= {start:Date}"] if start else []
+    conditions += [" AND day < {end:Date}"] if end else []
     found = client.query(
         "SELECT run_id, ran_at, table_id, column_id, row_id, toString(action), toString(outcome), toString(pool), "
-        "credits, toString(reason) FROM ledger WHERE workspace_id = {workspace:String} AND kind = 'run' "
-        "AND ({table:String} = '' OR table_id = {table:String}) "
-        "AND ({column:String} = '' OR column_id = {column:String}) "
-        "AND ({reason:String} = '' OR reason = {reason:String}) ORDER BY ran_at DESC, run_id LIMIT {limit:UInt32}",
-        parameters={
-            "workspace": workspace_id,
-            "table": table_id,
-            "column": column_id,
-            "reason": reason,
-            "limit": limit,
-        },
+        "credits, toString(reason) FROM ledger WHERE workspace_id = {workspace:String} AND kind = 'run'"
+        f"{''.join(conditions)} ORDER BY ran_at DESC, run_id LIMIT {{limit:UInt32}}",
+        parameters=wanted | {"workspace": workspace_id, "start": start, "end": end, "limit": limit},
     )
     return [
         RunRow(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any, Final
@@ -47,13 +47,14 @@ from tests.worker_process import (
 
 WORKSPACE: Final = "ws_0001"
 EMAIL = cell_run(action="find_work_email", triggered_by="schedule", actor="ada")
+EARLIER = cell_run(own_api_key=True, ran_at=datetime.now(UTC) - timedelta(days=2))
 RUNS: Final = [
     EMAIL,
     EMAIL,
-    cell_run(action="format_date", column_id="col_2"),
+    cell_run(action="format_date", column_id="col_2", row_id="row_2"),
     cell_run(outcome=Outcome.NO_DATA),
     cell_run(outcome=Outcome.NO_DATA, action="job_role_count"),
-    cell_run(own_api_key=True),
+    EARLIER,
     cell_run(action="clearbit_enrich_company"),
     cell_run(action="nobody_priced_this"),
 ]
@@ -108,6 +109,7 @@ def questions(position: str) -> list[tuple[str, ...]]:
     return [
         ("usage", WORKSPACE, "--by", "day", "--from", "2026-01-01", "--format", "json"),
         ("explain", str(EMAIL.run_id), "--format", "json"),
+        ("runs", WORKSPACE, "--row", "row_1", "--reason", "charged", "--from", "2026-01-01", "--format", "json"),
         ("dead-letters", "show", position),
         ("reconcile", "--format", "json"),
     ]
@@ -165,7 +167,10 @@ def test_explain(settings: dict[str, str | int]) -> None:
 
 
 def test_runs(settings: dict[str, str | int]) -> None:
-    """The newest runs of a workspace, with the ids that `explain` takes; of one column, or for one reason."""
+    """The newest runs of a workspace, with the ids that `explain` takes; of one cell, of some days, or for one
+    reason.
+    """
+    day = EARLIER.ran_at.date()
     text = creditstream("runs", WORKSPACE, settings=settings)
     charged = read_json(creditstream("runs", WORKSPACE, "--reason", "charged", "--format", "json", settings=settings))
     (date,) = read_json(creditstream("runs", WORKSPACE, "--column", "col_2", "--format", "json", settings=settings))
@@ -174,7 +179,18 @@ def test_runs(settings: dict[str, str | int]) -> None:
     assert (str(EMAIL.run_id), "2") in {(row["run_id"], row["credits"]) for row in charged}
     assert {row["reason"] for row in charged} == {"charged"}
     assert (date["action"], date["reason"]) == ("format_date", "free_action")
-    assert creditstream("runs", "ws_none", settings=settings).out == "ws_none has no such runs.\n"
+    days = ("--from", str(day), "--to", str(day + timedelta(days=1)))
+    for wanted, run in (
+        (("--row", "row_2"), RUNS[2]),
+        (days, EARLIER),
+        (("--to", str(day + timedelta(days=1))), EARLIER),
+    ):
+        (found,) = read_json(creditstream("runs", WORKSPACE, *wanted, "--format", "json", settings=settings))
+        assert found["run_id"] == str(run.run_id), wanted
+    later = read_json(creditstream("runs", WORKSPACE, "--from", days[-1], "--format", "json", settings=settings))
+    assert {row["run_id"] for row in later} == {str(run.run_id) for run in RUNS[:-1]} - {str(EARLIER.run_id)}
+    assert creditstream("runs", WORKSPACE, "--row", "x", settings=settings).out == f"{WORKSPACE} has no such runs.\n"
+    assert creditstream("runs", "ws_none", settings=settings).out == "ws_none has no runs.\n"
     assert "there may be more" not in text.out
     assert (
         "\n\n--limit 1 is reached: there may be more."

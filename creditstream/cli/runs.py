@@ -1,10 +1,10 @@
 """Questions to the ledger: what was used, why a run cost what it cost."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from shlex import quote
 from textwrap import wrap
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import rich_click as click
@@ -22,14 +22,17 @@ from sinks.explain import credits_text
 FIELD_INDENT: Final = 13
 """Columns before what a field of an explanation says."""
 
+_from_option: Final = click.option("--from", "start", type=DAY, metavar="YYYY-MM-DD", help="First UTC day.")
+_to_option: Final = click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="Day after the last one.")
+
 
 @click.command()
 @click.argument("workspace")
 @click.option(
     "--by", type=click.Choice([str(by) for by in By]), default="column", show_default=True, help="Group by this."
 )
-@click.option("--from", "start", type=DAY, metavar="YYYY-MM-DD", help="First UTC day.")
-@click.option("--to", "end", type=DAY, metavar="YYYY-MM-DD", help="Day after the last one.")
+@_from_option
+@_to_option
 @click.option("--period", type=DAY, metavar="YYYY-MM-DD", help="Instead: the billing period with this UTC day.")
 @source_options
 @format_option
@@ -47,16 +50,14 @@ def usage(
 
     Example: `creditstream usage ws_0001 --by day --from 2026-11-01 --to 2026-12-01`
     """
-    first, last = (day.date() if day else None for day in (start, end))
-    if first and last and last <= first:
-        raise click.UsageError(f"--to {last} is not after --from {first}; --to is the day after the last one.")
+    days = _days(start, end)
     if period and (start or end):
         raise click.UsageError("Give either --period, or --from and --to.")
     with ask(settings_of(home), url) as answers:
         if period:
             rows = answers.period_usage(workspace, By(by), period.date())
         else:
-            rows = answers.usage(workspace, By(by), first, last)
+            rows = answers.usage(workspace, By(by), *days)
     columns = (*By(by).keys, "pool", "credits", "runs", "free_runs")
     nothing = f"{workspace} has no runs{' in these days' if start or end or period else ''}."
     show_rows(rows, form, columns, nothing, bars=_shares(rows))
@@ -71,27 +72,51 @@ def _shares(rows: Sequence[UsageRow]) -> list[Bar]:
     return [(part, largest) for part in drawn]
 
 
+def _days(start: datetime | None, end: datetime | None) -> tuple[date | None, date | None]:
+    first, last = (day.date() if day else None for day in (start, end))
+    if first and last and last <= first:
+        raise click.UsageError(f"--to {last} is not after --from {first}; --to is the day after the last one.")
+    return first, last
+
+
 @click.command()
 @click.argument("workspace")
 @click.option("--table", "table_id", metavar="ID", default="", help="Only runs of this table.")
 @click.option("--column", "column_id", metavar="ID", default="", help="Only runs of this column.")
+@click.option("--row", "row_id", metavar="ID", default="", help="Only runs of this row.")
 @click.option(
     "--reason", type=click.Choice([str(reason) for reason in DEBIT_REASONS]), help="Only runs with this reason."
 )
+@_from_option
+@_to_option
 @limit_option(20)
 @source_options
 @format_option
 def runs(
-    workspace: str, table_id: str, column_id: str, reason: str | None, limit: int, home: str, url: str, form: str
+    workspace: str,
+    table_id: str,
+    column_id: str,
+    row_id: str,
+    reason: str | None,
+    start: datetime | None,
+    end: datetime | None,
+    limit: int,
+    home: str,
+    url: str,
+    form: str,
 ) -> None:
     """List a workspace's newest runs, free ones too, with the ids that `explain` takes.
 
-    Example: `creditstream runs ws_0001 --table tbl_1 --column col_2 --reason charged`
+    Example: `creditstream runs ws_0001 --table tbl_1 --row row_17 --from 2026-11-03 --to 2026-11-04`
     """
-    asked = {"table_id": table_id, "column_id": column_id, "reason": reason or "", "limit": limit}
+    first, last = _days(start, end)
+    asked = {"table_id": table_id, "column_id": column_id, "row_id": row_id, "reason": reason, "start": first,
+             "end": last}  # fmt: skip
+    wanted: dict[str, Any] = {name: value for name, value in asked.items() if value}
     with ask(settings_of(home), url) as answers:
-        rows = answers.runs(workspace, **asked)
-    show_rows(rows, form, RunRow.__struct_fields__, f"{workspace} has no such runs.", limit=limit)
+        rows = answers.runs(workspace, **wanted, limit=limit)
+    nothing = f"{workspace} has no such runs." if wanted else f"{workspace} has no runs."
+    show_rows(rows, form, RunRow.__struct_fields__, nothing, limit=limit)
 
 
 @click.command()
