@@ -185,8 +185,10 @@ async def _hand_over(app: MeterApp, stream: Any, of_account: bool) -> None:
         # A chunk of an earlier assignment would leave a gap before it: its offsets are read again.
         is_current = event.message.generation_id == app.consumer_generation_id
         if unit and is_current and not unit.incident:
-            acknowledge_part = functools.partial(app.chunks.ack_part, event.message)
-            unit.receive(Parcel(event.value, functools.partial(stream.ack, event), of_account, acknowledge_part))
+            done = functools.partial(stream.ack, event)
+            part_done = functools.partial(app.chunks.ack_part, event.message)
+            leave = functools.partial(app.chunks.forget, event.message)
+            unit.receive(Parcel(event.value, done, of_account, part_done, leave))
         else:
             app.chunks.forget(event.message)
 

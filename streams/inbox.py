@@ -28,15 +28,20 @@ async def _not_yet(offset: int) -> None:
     pass
 
 
+def _to_nobody() -> None:
+    pass
+
+
 class Parcel(msgspec.Struct, frozen=True, eq=False):
     """One chunk as it was delivered, and how to acknowledge it, whole or up to an offset. ``of_account``: account
-    events, not cell runs.
+    events, not cell runs. ``leave``: say that this unit will not take it.
     """
 
     chunk: list[Record]
     acknowledge: Callable[[], Awaitable[Any]]
     of_account: bool = False
     acknowledge_part: Callable[[int], Awaitable[Any]] = _not_yet
+    leave: Callable[[], None] = _to_nobody
 
 
 Behind = tuple[int | None, int | None]
@@ -65,6 +70,7 @@ class Inbox:
         self._arrived = asyncio.Event()
         """Something has come, or `take_runs` was nudged."""
         self._is_nudged = False
+        self._is_closed = False
 
     @property
     def has_account_events(self) -> bool:
@@ -73,6 +79,9 @@ class Inbox:
 
     def put(self, parcel: Parcel) -> None:
         """Take over a chunk."""
+        if self._is_closed:
+            parcel.leave()
+            return
         (self._account_events if parcel.of_account else self._runs).append(parcel)
         self._silent_since[parcel.of_account] = None
         self._arrived.set()
@@ -81,6 +90,21 @@ class Inbox:
         """Let `take_runs` come back, even without anything."""
         self._is_nudged = True
         self._arrived.set()
+
+    def leave_what_waits(self) -> None:
+        """Nothing more is read of Kafka: what only records that come could precede is left to the next owner, and so is
+        all that follows it.
+        """
+        if self._runs:
+            waits = not self._account_events and self._runs[0].chunk[0].timestamp > self._last_ms_of_runs()
+        else:
+            waits = bool(self._account_events) and not self._precede_what_comes()
+        if waits:
+            self._is_closed = True
+            for parcel in (*self._runs, *self._account_events):
+                parcel.leave()
+            self._runs.clear()
+            self._account_events.clear()
 
     async def take_runs(self, rows_max: int, deadline: float | None) -> list[Parcel]:
         """The next chunks of cell runs, up to ``rows_max`` records or slightly more, and no further than account events

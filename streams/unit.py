@@ -198,6 +198,8 @@ class Unit:
             await self._take_runs(await self._next_runs())
             if parcels := self._inbox.take_account_events():
                 await self._take_account_events(parcels)
+            if self._draining:
+                self._inbox.leave_what_waits()
             if self._is_tick_due:
                 self._is_tick_due = False
                 self._chores_due = len(self.chores)  # one that comes again waits for the next tick

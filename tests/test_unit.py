@@ -416,6 +416,30 @@ async def test_a_unit_that_drains_does_not_linger(client: Client) -> None:
     assert bench.kinds() == {"run": 3}
 
 
+async def test_a_unit_that_drains_leaves_what_waits_for_the_other_topic(client: Client) -> None:
+    """Kafka has an upgrade that is read no more: nobody is told that credits are gone which it gave. Nor is anything
+    taken behind a gap.
+    """
+    story = Story()
+    story.plan("4", at("Jan 15"))
+    story.plan("20", at("Jan 16"))
+    story.runs(4, at("Jan 17"))
+    first, _, *runs = [kafka_record(record) for record in rated(story.steps)]
+    bench = await Bench.open(client)
+    bench.unread = lambda read: (0, 1 - read[1])
+    task = bench.start()
+    bench.deliver([first], of_account=True)
+    await bench.wait(task, lambda: bench.acknowledged == 1)
+    bench.deliver(runs[:3])
+    bench.unit.drain()
+    await bench.wait(task, lambda: bench.left == 1)
+    bench.unread = lambda read: (0, 0)
+    bench.deliver(runs[3:])
+    await asyncio.sleep(2 * TICK_S)
+    await bench.kill(task)
+    assert (bench.left, bench.kinds(), bench.alerts) == (2, {"plan": 1}, [])
+
+
 async def test_an_incident_ends_the_unit_quietly_and_is_told(client: Client) -> None:
     """It is for an operator; the other units of the process go on."""
 

@@ -103,7 +103,8 @@ class Bench:
 
     def __init__(self, client: Client, settings: Settings, chains: tuple[Chain, Chain], shared: dict[str, Any]) -> None:
         self.client, self.chains = client, chains
-        self.acknowledged = 0
+        self.acknowledged = self.left = 0
+        """Chunks that are done, and chunks that the unit left to the next owner."""
         self.committed: list[int | None] = [None, None]
         """What a Kafka commit of all that is acknowledged would say: next offsets."""
         self.incidents: list[Problem] = []
@@ -241,7 +242,10 @@ class Bench:
         async def acknowledge_part(offset: int) -> None:
             self.committed[of_account] = offset + 1
 
-        self.unit.receive(Parcel(list(records), acknowledge, of_account, acknowledge_part))
+        def leave() -> None:
+            self.left += 1
+
+        self.unit.receive(Parcel(list(records), acknowledge, of_account, acknowledge_part, leave))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Run the unit until it is so; then it is gone, as after a kill."""
