@@ -123,7 +123,7 @@ class Unit:
         self.incident: Problem | None = None
         self._shared = shared
         self._position = self._folded = self.mark.last
-        self._event_position = self.event_mark.last
+        self._event_position = self._first_event_mark = self.event_mark.last
         self._read_ms = self._events_read_ms = 0
         """The broker's time of the last record of each chain."""
         self._open = OpenBatch(self.mark.last)
@@ -290,7 +290,9 @@ class Unit:
         self._evict()
 
     def _evict(self) -> None:
-        self.balances.evict(self.mark.last, self.event_mark.last)
+        # During a look-back an account is loaded as of before it: what an event has told would be told by time again.
+        looks_back = self.looks_back_ms != FOREVER_MS
+        self.balances.evict(self.mark.last, self._first_event_mark if looks_back else self.event_mark.last)
 
     async def load(self, names: Sequence[str], at_ms: int = FOREVER_MS) -> None:
         """Bring accounts into memory, as of the earliest of three instants: now, ``at_ms`` (the time of the record that

@@ -191,6 +191,29 @@ async def test_f6_what_the_commit_has_not_seen_is_told_again_with_the_same_ids(c
 
 
 @ON_CHDB
+async def test_who_is_let_go_during_the_look_back_is_told_nothing_twice(client: Client) -> None:
+    """A grant was told when it came; an account that is loaded again as of before it would tell it by time, too."""
+    before, granted, other = Story("ws_2"), Story(), Story("ws_3")
+    before.plan("20", at("Jan 15"))
+    granted.run(at("Jan 16"), "clearbit_enrich_company")
+    await live(client, (0, 0), *Topics().append([*before.steps, *granted.steps]))
+    granted.grant("10", at("Jan 17"), at("Jan 17"))
+    other.runs(1, at("Jan 18"))
+    granted.run(at("Jan 19"), "clearbit_enrich_company")
+    never = asyncio.Event()
+    bench = await Bench.open(client, committed=(1, 1), accounts_max=1, on_look_aside=never.wait)
+    task = bench.start()
+    grant, run, last = granted.steps[1], other.steps[0], granted.steps[2]
+    chunks = Topics().append([before.steps[0], granted.steps[0], grant, run, last])
+    for of_account, records in ((True, chunks[2][1]), (False, chunks[3][1][:1]), (False, chunks[3][1][1:])):
+        done = bench.acknowledged + 1
+        bench.deliver(records, of_account=of_account)
+        await bench.wait(task, lambda done=done: bench.acknowledged == done)  # type: ignore[misc]
+    await bench.kill(task)
+    assert [(str(alert.kind), str(alert.cause)) for alert in bench.alerts] == [("recovered", "grant")]
+
+
+@ON_CHDB
 async def test_a_tail_of_months_is_told_again_as_it_was(client: Client) -> None:
     """A backlog that was drained at once: where its last days lie moves none of its first ones out of the account."""
     story = Story()
