@@ -75,12 +75,12 @@ def runs(
     client: Client,
     workspace_id: str,
     *,
+    start: date | None = None,
+    end: date | None = None,
     table_id: str = "",
     column_id: str = "",
     row_id: str = "",
     reason: str = "",
-    start: date | None = None,
-    end: date | None = None,
     limit: int,
 ) -> list[RunRow]:
     """The newest runs of a workspace, by the time at which they ran, of the UTC days [start, end); an empty filter:
