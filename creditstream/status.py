@@ -45,5 +45,5 @@ def not_ready_because(meter: Meter) -> list[str]:
     if not meter.assigned:
         return ["no assignment yet"]
     incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
-    incidents += [meter.parted] if meter.parted else []
+    incidents += filter(None, [meter.parted])
     return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.threads.troubles.values())]

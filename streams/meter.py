@@ -101,7 +101,7 @@ class Meter:
         self.is_open = True
 
     def _prepare(self, client: Client) -> None:
-        if self.settings.ledger.startswith("chdb:"):
+        if self.settings.is_ledger_in_process:
             migrate(client)
         else:
             require_migrated(client)
@@ -170,8 +170,8 @@ class Meter:
         self._kept.clear()
         self._unanswered.clear()
         self.assigned = True
-        if self.parted:
-            log.error("ledger_parted", why=self.parted)
+        if why := self.parted:
+            log.error("ledger_parted", why=why)
         return resume, commit
 
     @property
@@ -180,7 +180,7 @@ class Meter:
         other partitions' are in another ledger, and begin there anew.
         """
         held, all_of_them = len(self.units), self.settings.partitions
-        if not self.settings.ledger.startswith("chdb:") or held in (0, all_of_them):
+        if not self.settings.is_ledger_in_process or held in (0, all_of_them):
             return ""
         return (
             f"this ledger has {held} of {all_of_them} partitions: another worker of the group meters the others into "

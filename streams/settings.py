@@ -82,6 +82,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The URL of the ledger: ``ledger_url``, else chDB in the home."""
         return self.ledger_url or f"chdb://{Path(self.home).expanduser().resolve() / 'ledger'}"
 
+    @property
+    def is_ledger_in_process(self) -> bool:
+        """Whether the ledger is chDB, which no other process shares, and not a server."""
+        return self.ledger.startswith("chdb:")
+
 
 TEXT: Final = "text"
 SECRETS: Final = frozenset({"kafka_password", "ledger_password"})

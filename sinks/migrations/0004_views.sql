@@ -199,9 +199,9 @@ FROM billing_periods_as_of(as_of = now64(3, 'UTC'))
 COMMENT 'every billing period of every workspace from its first day up to now; calendar months before the first plan';
 
 -- The days from which periods count are computed in place: nothing else of the accounts is, and no view is planned.
--- Two conditions are where they are for the sake of planning, a millisecond each: one on the sorting key's `ran_at`
--- (here the same as `effective_at`) would be planned as a range, and one on `kind` for the projection. What is neither a
--- run nor a reversal draws nothing and counts as none.
+-- Two conditions would cost a millisecond each to plan: one on the sorting key's `ran_at`, so plans are asked for by
+-- `effective_at`, which is the same; and one on `kind` before the sums, so it stands behind them: what is neither a run
+-- nor a reversal draws nothing and counts as none.
 CREATE OR REPLACE VIEW usage_by_period
 (
     workspace_id LowCardinality(String) COMMENT 'who pays',
