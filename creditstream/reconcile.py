@@ -22,6 +22,7 @@ from schemas.catalogue import Catalogue
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
 from streams.connection import librdkafka
+from streams.records import recorded_ms_of
 from streams.settings import Settings
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived, position_of
 
@@ -193,7 +194,7 @@ class _Runs:
         self._rater = rater
 
     def expect(self, message: Message) -> Expected:
-        return self._rater.expect(message.key(), message.value(), message.timestamp()[1])
+        return self._rater.expect(message.key(), message.value(), recorded_ms_of(message.timestamp()[1]))
 
     def excuses(self, row: LedgerRow, expected: Expected, books: "_Books") -> bool:
         """A copy of a run that this log does not hold, or an action that the catalogue did not know yet."""

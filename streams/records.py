@@ -1,14 +1,15 @@
 """What one Kafka record is to both topics: its shape, where it belongs, its id as a key, what its headers say. Pure."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from aiokafka.partitioner import murmur2
 
-from schemas.cell_run import MAX_EVENT_BYTES
+from schemas.account import LATEST_EFFECTIVE_AT
+from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import name_field
 from schemas.ledger import REDRIVE_HEADER, Reason
 
@@ -26,6 +27,21 @@ class Record(Protocol):
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]]
+
+
+_LATEST_MS: Final = to_milliseconds(LATEST_EFFECTIVE_AT)
+
+
+def is_datable(timestamp: int) -> bool:
+    """Whether a Kafka timestamp can be the time at which a record was recorded. The broker's always can."""
+    return 0 <= timestamp < _LATEST_MS
+
+
+def recorded_ms_of(timestamp: int) -> int:
+    """When a record counts as recorded, Unix ms. The producer's own time, in a topic that had its setting changed, may
+    be anything: what cannot be is 1970, so that no clock begins by it and its run is a dead letter (``future_run``).
+    """
+    return timestamp if is_datable(timestamp) else 0
 
 
 class Refusal(NamedTuple):

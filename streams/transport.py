@@ -23,12 +23,13 @@ from typing import Any, Final, cast
 import aiokafka
 from aiokafka.consumer.fetcher import PartitionRecords
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.record.default_records import DefaultRecord
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage, Message
 from faust.types.tuples import ack_lock
 from mode.utils.futures import notify
 
-from streams.records import bytes_of
+from streams.records import bytes_of, is_datable, recorded_ms_of
 
 FETCH_WAIT_MS_MAX: Final = 25
 """How long the broker may hold a fetch open. One fetch per broker is under way at a time, so an idle partition's wait
@@ -219,10 +220,18 @@ class Consumer(driver.Consumer):
 
 
 def _chunk(records: list[Any]) -> Chunk:
+    if not all(is_datable(record.timestamp) for record in records):
+        records = [_dated(record) for record in records]
     chunk = Chunk(records)
     chunk.records = len(records)
     chunk.nbytes = bytes_of(records)
     return chunk
+
+
+def _dated(record: Any) -> DefaultRecord:
+    """A record with the time at which it counts as recorded."""
+    at_ms = recorded_ms_of(record.timestamp)
+    return DefaultRecord(record.offset, at_ms, record.timestamp_type, record.key, record.value, record.headers)
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):

@@ -12,7 +12,7 @@ from typing import Final
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from creditstream.asking import WorkerAnswers
@@ -20,6 +20,7 @@ from creditstream.reconcile import reconcile
 from schemas.account import PlanChanged
 from schemas.answers import LedgerRow, SumAudit
 from schemas.codec import encode_run
+from schemas.ledger import Reason
 from schemas.problem import Unreachable
 from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
@@ -199,14 +200,45 @@ def test_a_topic_with_another_number_of_partitions_is_refused(another: WorkerPro
 
 def test_a_topic_with_the_producers_clock_is_refused(another: WorkerProcess) -> None:
     """Only the broker's clock says what is late: one line that names the topic's setting."""
-    topic = another.create_topic()
-    wrong = ConfigEntry("message.timestamp.type", "CreateTime", incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ResourceType.TOPIC, topic.name, incremental_configs=[wrong])
-    admin = AdminClient({"bootstrap.servers": another.configured.kafka_bootstrap})
-    for altered in admin.incremental_alter_configs([resource]).values():
-        altered.result(WAIT_S_MAX)
+    another.create_topic()
+    date_by(another, "CreateTime")
 
     assert "message.timestamp.type is CreateTime, not LogAppendTime" in refusal(another)
+
+
+def test_records_from_before_a_topic_took_the_brokers_clock_stop_nobody(another: WorkerProcess) -> None:
+    """Producers that count microseconds, which brokers before Kafka 4 let pass: nobody knows when these were recorded,
+    so their runs are set aside, and those behind them are metered.
+    """
+    another.create_topic()
+    date_by(another, "CreateTime")
+    configure(another, "message.timestamp.after.max.ms", str(2**63 - 1))
+    topic = f"{another.settings['topic_prefix']}cell-runs"
+    producer = Producer({"bootstrap.servers": another.configured.kafka_bootstrap, "partitioner": "murmur2_random"})
+    for at_ms in (1_790_000_000_000_000, 2**62):
+        producer.produce(topic, **event_of(cell_run("ws_1"))._asdict() | {"timestamp": at_ms, "headers": []})
+    assert producer.flush(WAIT_S_MAX) == 0
+    date_by(another, "LogAppendTime")
+    another.produce([event_of(cell_run("ws_1"))])
+
+    another.start().wait_until_metered()
+    found, letters = another.reconcile(), another.answers.dead_letters("", 10)
+    assert (found.closes, [letter.reason for letter in letters]) == (True, [Reason.FUTURE_RUN] * 2), found
+
+
+def date_by(worker: WorkerProcess, clock: str) -> None:
+    """Whose clock dates what is written to this worker's topic of runs from now on."""
+    configure(worker, "message.timestamp.type", clock)
+
+
+def configure(worker: WorkerProcess, setting: str, value: str) -> None:
+    """Change a setting of this worker's topic of runs."""
+    entry = ConfigEntry(setting, value, incremental_operation=AlterConfigOpType.SET)
+    name = f"{worker.settings['topic_prefix']}cell-runs"
+    admin = AdminClient({"bootstrap.servers": worker.configured.kafka_bootstrap})
+    resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=[entry])
+    (altered,) = admin.incremental_alter_configs([resource]).values()
+    altered.result(WAIT_S_MAX)
 
 
 def test_the_log_is_one_json_object_a_line(worker: WorkerProcess) -> None:
