@@ -57,6 +57,7 @@ from schemas.answers import (
     TopRow,
     UsageRow,
 )
+from schemas.codec import choices, with_choices
 from schemas.ledger import PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
@@ -124,7 +125,7 @@ def create_api(meter: Meter) -> Litestar:
             queries.runs, workspace_id, **cell, reason=reason or "", start=start, end=end, limit=limit
         )
 
-    @answer("/v1/runs/{run_id:uuid}")
+    @answer("/v1/runs/{run_id:str}")
     async def explain(run_id: FromPath[UUID], workspace_id: FromQuery[str] = "") -> Explanation:
         """Why a run cost what it cost, and every delivery of it. Ids are each workspace's own."""
         return await meter.ask(accounts.explanation, meter.catalogue, run_id, workspace_id)
@@ -275,7 +276,7 @@ def _account_routes(meter: Meter) -> list[HTTPRouteHandler]:
         """At what a workspace is told, and who said so."""
         return await meter.ask(accounts.limits, workspace_id, as_of)
 
-    @answer("/v1/account-events/{event_id:uuid}")
+    @answer("/v1/account-events/{event_id:str}")
     async def account_event(event_id: FromPath[UUID], workspace_id: FromQuery[str]) -> list[EventRow]:
         """What became of an account event; empty while it is not metered."""
         return await meter.ask(account_queries.event_rows, workspace_id, event_id)
@@ -347,15 +348,18 @@ def _require_days(start: date | None, end: date | None, period: date | None = No
         )
 
 
-def _parameters(request: Request[Any, Any, Any]) -> dict[str, str]:
-    """The parameters of a question, as its function and as who asks calls them."""
+def _parameters(request: Request[Any, Any, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The parameters of a question by their names in its function: as who asks calls them, and the words they take."""
     asked = request.scope["route_handler"].parsed_fn_signature.parameters
-    return {name: getattr(field.kwarg_definition, "name", None) or name for name, field in asked.items()}
+    return {
+        name: (getattr(field.kwarg_definition, "name", None) or name, choices(field.annotation))
+        for name, field in asked.items()
+    }
 
 
 def _refuse_unknown_parameters(request: Request[Any, Any, Any]) -> None:
     """A misspelt name must not be answered as if it were not there: the sum would be another one."""
-    known = set(_parameters(request).values())
+    known = {name for name, _ in _parameters(request).values()}
     if request.url.path.startswith("/v1/") and (unknown := sorted(request.query_params.keys() - known)):
         raise HTTPException(f"no parameter is called {', '.join(map(repr, unknown))}", status_code=400)
 
@@ -371,8 +375,12 @@ def _answer_database_error(request: Request[Any, Any, Any], error: DatabaseError
 def _answer_refusal(request: Request[Any, Any, Any], error: HTTPException) -> Response[Failure]:
     """What Litestar refuses before anything is asked, as we say it."""
     wrong = error.extra if isinstance(error.extra, list) else []
-    names = _parameters(request) if wrong else {}
-    why = "; ".join(f"{names.get(one['key'], one['key'])}: {one['message']}" for one in wrong) or error.detail
+    asked = _parameters(request) if wrong else {}
+    said = []
+    for one in wrong:
+        name, words = asked.get(one["key"], (one["key"], ()))
+        said.append(f"{name}: {with_choices(one['message'], words)}")
+    why = "; ".join(said) or error.detail
     return _failure(Problem(f"{request.method} {request.url.path} is refused", why, "See /schema."), error.status_code)
 
 

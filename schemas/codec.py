@@ -2,12 +2,14 @@
 
 import re
 from datetime import datetime
-from typing import Any, Final
+from enum import EnumType
+from typing import Any, Final, Literal, get_args, get_origin
 
 import msgspec
 
 from schemas.account import AccountEvent
 from schemas.cell_run import CellRun
+from schemas.webhook import EndpointEntry
 
 _FINER_THAN_MICROSECONDS: Final = re.compile(r"(\.[0-9]{6})[0-9]+")
 
@@ -73,7 +75,30 @@ def decode_account_event(value: bytes) -> AccountEvent:
         raise msgspec.DecodeError(str(error)) from error
 
 
+def choices(annotation: object) -> tuple[str, ...]:
+    """The words that a type takes, or what it holds: an enum's, a Literal's. None where others are right, too."""
+    if isinstance(annotation, EnumType):
+        return tuple(map(str, annotation))
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return tuple(map(str, parts))
+    return next((words for part in parts if (words := choices(part))), ())
+
+
+def with_choices(message: str, words: tuple[str, ...]) -> str:
+    """msgspec's message on a word that is none of these, with them."""
+    return f"{message}; it takes {', '.join(words)}" if message.startswith("Invalid enum value") else message
+
+
+_CHOICES: Final = {
+    field.name: choices(field.type) for kind in (CellRun, EndpointEntry) for field in msgspec.structs.fields(kind)
+}
+
+
 def name_field(message: str) -> str:
     """msgspec's message with the field in front: ``field `ran_at`: ...``."""
     why, _, place = message.partition(" - at `$.")
-    return f"field `{place.rstrip('`')}`: {why}" if place else message
+    if not place:
+        return message
+    field = place.rstrip("`")
+    return f"field `{field}`: {with_choices(why, _CHOICES.get(field.partition('[')[0], ()))}"

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.catalogue import EXAMPLE_CATALOGUES
+from schemas.codec import choices
 from schemas.plan import EXAMPLE_PLANS
 from schemas.problem import Problem
 
@@ -173,5 +174,4 @@ def _bounds(annotation: object) -> str:
     meta = _meta(annotation)
     if meta.ge is not None:
         return f"{meta.ge} to {meta.le}" if meta.le is not None else f"{meta.ge} or more"
-    choices = getattr(getattr(annotation, "__origin__", None), "__args__", ())
-    return ", ".join(map(str, choices)) if choices else TEXT
+    return ", ".join(choices(annotation)) or TEXT

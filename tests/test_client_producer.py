@@ -126,7 +126,7 @@ def test_threads_may_share_it(settings: Settings) -> None:
         ({"workspace_id": ""}, "field `workspace_id`: Expected `str` of length >= 1"),
         ({"row_id": "x" * 129}, "field `row_id`: Expected `str` of length <= 128"),
         ({"table_id": 7}, "field `table_id`: Expected `str`, got `int`"),
-        ({"outcome": "maybe"}, "field `outcome`: Invalid enum value 'maybe'"),
+        ({"outcome": "maybe"}, "field `outcome`: Invalid enum value 'maybe'; it takes data, no_data, error"),
         ({"run_id": "no-uuid"}, "field `run_id`: Invalid UUID"),
         ({"actor": "\ud800"}, "surrogates not allowed"),
         (

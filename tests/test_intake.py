@@ -288,7 +288,7 @@ def test_times_are_truncated_to_milliseconds(text: str, same: str) -> None:
         ({"workspace_id": ""}, "field `workspace_id`: Expected `str` of length >= 1"),
         ({"row_id": "r" * 129}, "field `row_id`: Expected `str` of length <= 128"),
         ({"actor": "a" * 129}, "field `actor`: Expected `str` of length <= 128"),
-        ({"outcome": "fine"}, "field `outcome`: Invalid enum value 'fine'"),
+        ({"outcome": "fine"}, "field `outcome`: Invalid enum value 'fine'; it takes data, no_data, error"),
         ({"own_api_key": "no"}, "field `own_api_key`: Expected `bool`, got `str`"),
         ({"ran_at": "2026-08-20T12:00:00"}, "field `ran_at`: Expected `datetime` with a timezone component"),
         ({"ran_at": "yesterday"}, "field `ran_at`: Invalid RFC3339 encoded datetime"),

@@ -17,6 +17,7 @@ from creditstream.api import create_api
 from schemas.answers import By
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import Position
+from schemas.limits import AlertKind
 from schemas.problem import UnknownId, Unreachable
 from sinks import accounts, dead_letters, queries
 from sinks.ledger import Batch, Ledger
@@ -206,7 +207,16 @@ def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str
         ("/v1/statement?workspace_id=ws_1&period=soon", 400, "period: Invalid RFC3339 encoded date"),
         ("/v1/usage?workspace_id=ws_1&form=2026-11-01", 400, "no parameter is called 'form'"),
         ("/v1/usage?workspace_id=ws_1&start=2026-11-01", 400, "no parameter is called 'start'"),
-        ("/v1/runs/nothing", 404, "Not Found"),
+        ("/v1/usage?workspace_id=ws_1&by=week", 400, "by: Invalid enum value 'week'; it takes " + ", ".join(By)),
+        ("/v1/alerts?kind=over", 400, "kind: Invalid enum value 'over'; it takes " + ", ".join(AlertKind)),
+        (
+            "/v1/check?workspace_id=ws_1&action=a&on_unknown=ask",
+            400,
+            "on_unknown: Invalid enum value 'ask'; it takes allow, deny",
+        ),
+        ("/v1/runs/nothing", 400, "run_id: Invalid UUID"),
+        ("/v1/account-events/nothing?workspace_id=ws_1", 400, "event_id: Invalid UUID"),
+        ("/v1/nothing", 404, "Not Found"),
     ],
 )
 def test_what_is_refused_before_it_is_asked_is_said_alike(tmp_path: Path, path: str, status: int, why: str) -> None:

@@ -101,7 +101,10 @@ def test_an_endpoint_file(tmp_path: Path) -> None:
         ('url = "https://a.example:0"\nsecret = "env:SECRET"', "field `url`: port 0 cannot be reached"),
         ('url = "https://a.example/a b"\nsecret = "env:SECRET"', "field `url`: the path has characters"),
         ('url = "https://a.example"\nsecret = "env:SECRET"\nformat = "slack"', "a Slack message is not signed"),
-        ('url = "https://a.example"\nkinds = ["crosed"]', "field `kinds[0]`: Invalid enum value 'crosed'"),
+        (
+            'url = "https://a.example"\nkinds = ["crosed"]',
+            "field `kinds[0]`: Invalid enum value 'crosed'; it takes crossed",
+        ),
         ('url = "https://a.example"\ncolour = "red"', "unknown field `colour`"),
         ("url = 7", "field `url`: Expected `str`"),
         ('secret = "env:SECRET"', "missing required field `url`"),

@@ -24,7 +24,7 @@ from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.account import AccountEvent
 from schemas.answers import GrantRow, PlanRow
-from schemas.problem import UnknownId
+from schemas.problem import Problem, UnknownId
 
 PLAN_COLUMNS = ("effective_at", "plan", "allowance", "in_force", "restart_period", "recorded_at")
 GRANT_COLUMNS = ("effective_at", "credits", "in_force", "recorded_at")
@@ -195,7 +195,10 @@ def _send(
     became of it, when it is waited for.
     """
     settings = kafka_settings_of(home)
-    event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
+    try:
+        event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
+    except Problem as error:
+        raise click.UsageError(str(error)) from error
     if not wait:
         _, place = send_event(settings, event)
         say(f"{event.event_id}  {place}")

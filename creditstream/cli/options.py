@@ -13,6 +13,7 @@ from creditstream.cli.terminal import keep
 from creditstream.home import Home, settings_of
 from schemas import account
 from schemas.answers import LIST_MAX
+from schemas.cell_run import EARLIEST_RAN_AT
 from schemas.problem import Unreachable
 from streams.settings import Settings, variable
 
@@ -33,7 +34,7 @@ def kafka_settings_of(home: str | None) -> Settings:
 
 
 class Instant(click.ParamType):
-    """A time as people type it: ``2026-01-15T14:00:00Z``, or a UTC day, or without an offset: UTC."""
+    """A time from 2020 to 2099 as people type it: ``2026-01-15T14:00:00Z``, or a UTC day; without an offset in UTC."""
 
     name = "TIME"
 
@@ -42,10 +43,13 @@ class Instant(click.ParamType):
         if isinstance(value, datetime):
             return value
         try:
-            instant = datetime.fromisoformat(value)
-            return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+            typed = datetime.fromisoformat(value)
+            instant = typed.astimezone(UTC) if typed.tzinfo else typed.replace(tzinfo=UTC)
         except (ValueError, OverflowError):  # an offset may lead out of the years that there are
             self.fail(f"{value!r} is not a time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
+        if not EARLIEST_RAN_AT <= instant < account.LATEST_EFFECTIVE_AT:
+            self.fail(f"{value!r} is before 2020 or after 2099.", param, ctx)
+        return instant
 
 
 class Url(click.ParamType):
