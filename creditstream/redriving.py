@@ -1,7 +1,7 @@
 """Dead letters sent again: once the catalogue knows the action, a plan list the plan, or the run's time has come.
 
 A redrive is the letter's own bytes under the key of its workspace, with a header that names the letter; the ledger row
-that it becomes closes it (charge rules: "When is a dead letter closed?").
+that it becomes closes it (docs/ledger.md).
 """
 
 from collections.abc import Sequence

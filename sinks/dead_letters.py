@@ -1,8 +1,8 @@
 """Dead letters: events that could not be metered, whether they were sent again, and what may be.
 
-A letter is closed by a row of its topic that says it is its redrive (charge rules: "When is a dead letter closed?").
-Such a row names it by topic id and position, since a topic that is made again counts its offsets afresh. Rows of other
-topics do not count: whoever may write runs cannot close a letter of billing's.
+A letter is closed by a row of its topic that says it is its redrive (docs/ledger.md). Such a row names it by topic id
+and position, since a topic that is made again counts its offsets afresh. Rows of other topics do not count: whoever may
+write runs cannot close a letter of billing's.
 """
 
 from collections.abc import Sequence

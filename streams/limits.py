@@ -93,7 +93,7 @@ class Standing(NamedTuple):
 
     @property
     def state(self) -> State:
-        """May the workspace still run actions of this pool? (charge rules: "limit state of a pool")."""
+        """May the workspace still run actions of this pool?"""
         allowance = self.terms.allowance
         if allowance is None:
             return State.UNKNOWN_PLAN
@@ -123,7 +123,7 @@ class Standing(NamedTuple):
 
 
 def terms_of(facts: Facts, pool: Pool, as_of_ms: int) -> Terms:
-    """The terms of a pool at an instant: R01, R06, R07, R10 and "Plans, grants and limits"."""
+    """The terms of a pool at an instant: R01, R06, R07, R10; docs/limits.md says them in full."""
     return _premium_terms(facts, as_of_ms) if pool == Pool.PREMIUM else _enrichment_terms(facts, as_of_ms)
 
 
