@@ -5,8 +5,8 @@
 2. The workspaces that were active last are loaded, a bounded number; all others when a record asks for them.
 3. In the background: what time alone has told in the last 48 h, and who waits for an instant to come.
 
-Without a commit, or with too many rows behind it, there is no history to fold again: then the states and what stands
-crossed are told, marked ``seeded``.
+Without a commit, with one beyond the ledger, or with too many rows behind it, there is no history to fold again: then
+the states and what stands crossed are told, marked ``seeded``.
 """
 
 from collections.abc import Iterator, Sequence

@@ -56,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replication_factor: Annotated[int, Meta(ge=1, le=7, description="replicas of a topic at creation")] = 1
     instance: Annotated[Name, Meta(description="static group member id, one per replica; empty: dynamic")] = ""
     linger_ms: Annotated[int, Meta(ge=50, le=60_000, description="the longest that a row waits to be written")] = 1000
-    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="most rows in one insert")] = 40_000
+    batch_rows_max: Annotated[int, Meta(ge=1, le=500_000, description="cell runs that fill an insert")] = 40_000
     duplicate_filter_mb_max: Annotated[
         int, Meta(ge=8, le=65_536, description="memory of the filters that find duplicates, all partitions together")
     ] = 250
