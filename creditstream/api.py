@@ -96,7 +96,7 @@ def create_api(meter: Meter) -> Litestar:
         end: EndDay = None,
         period: Annotated[date | None, QueryParameter(description="instead: a UTC day in the billing period")] = None,
     ) -> list[UsageRow]:
-        """Credits and runs of a workspace, most credits first."""
+        """Credits and runs of a workspace, most credits first; by day in the order of days."""
         _require_days(start, end, period)
         if period:
             return await meter.ask(accounts.period_usage, workspace_id, by, period, meter.plans_of(workspace_id))

@@ -45,7 +45,7 @@ _NO_STATE: Final = (ValueError, RecursionError)
 
 
 class Follower:
-    """One thread per worker. ``hear`` (partition, states of other owners) is called in that thread."""
+    """One thread per worker. ``hear`` (partition, states that may be stale, whoever wrote them) is called in it."""
 
     def __init__(self, settings: Settings, hear: Callable[[int, list[Heard]], None]) -> None:
         self._topic = settings.topic(LIMIT_STATES)

@@ -1,6 +1,7 @@
 """A unit: partition n of both topics with one state, one writer and one sequence. The only place where order exists.
 
-Order of effects for cell runs, over everything that waits for a unit, 1 to 40,000 rows:
+Order of effects for cell runs: 1 to 5 over a take, which is what waits for a unit, 1 to some 10,000 rows; the others
+over all takes of a batch, some 40,000 rows at the most:
 
 1. decode (`streams.intake`) and rate the records (`streams.rows`)
 2. decide what is a copy: filter, then rows on their way, then one look-up in the ledger

@@ -78,8 +78,8 @@ class Notifier:
 
     def __init__(self, settings: Settings, endpoints: Mapping[str, Endpoint], world: World | None = None) -> None:
         self.counts: Final[Counter[str]] = Counter(delivered=0, failed_attempts=0, given_up=0, gave_way=0)
-        """Since the start: deliveries that were delivered, attempts that failed, deliveries that were given up,
-        those of them that gave way to newer ones.
+        """Since the start: deliveries that were delivered, attempts that failed and are made again, deliveries that
+        were given up, those of them that gave way to newer ones.
         """
         self._world: Final = world or World()
         self._endpoints = endpoints
