@@ -326,6 +326,18 @@ def a_run_ahead_of_a_periods_edge_counts_in_its_own_period(story: Story) -> None
 
 
 @rule
+def a_late_run_among_others_counts_in_its_own_period(story: Story) -> None:
+    """It neither crosses a line of the running period nor helps another run to."""
+    story.plan("4", at("Jan 15"))
+    story.run(at("Feb 16"))
+    story.run(at("Feb 14 23:00"), recorded=at("Feb 16 00:01"))
+    story.run(at("Feb 16 00:02"))
+    story.tells("crossed", 50)
+    story.check(2, 4, "warning", period=("Feb 15", "Mar 15"))
+    story.ends_with("Jan 15", "Feb 15", 1, 4)
+
+
+@rule
 def r10_enrichment_credits_do_not_roll_over(story: Story) -> None:
     """A period begins with its allowance, whatever was left; an ok pool is told nothing."""
     story.plan("10", at("Jan 15"))

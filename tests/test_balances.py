@@ -246,6 +246,16 @@ def test_an_instant_of_one_pool_is_no_news_of_the_other() -> None:
     assert [(told.kind, told.cause) for told in life.told.values()][-1] == ("recovered", "time")
 
 
+@pytest.mark.parametrize("effective", ["Jan 15", "Mar 15"])
+def test_a_first_plan_writes_the_states_of_both_pools(effective: str) -> None:
+    """Also one that is still to take effect, of a workspace that gates have heard nothing of."""
+    story = Story()
+    story.plan("10", at(effective), at("Jan 15"))
+    life = Life(accounts_max=100)
+    life.take_events(rated(story.steps))
+    assert list(life.balances.urgent) == [("ws_1", Pool.ENRICHMENT), ("ws_1", Pool.PREMIUM)]
+
+
 def test_a_line_is_seen_ahead_at_the_pace_of_what_was_drawn() -> None:
     """What an alert will say is asked for before it is due, and not of a pool that stands still."""
     story = Story()

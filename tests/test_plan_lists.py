@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from schemas.cell_run import to_milliseconds
-from schemas.plan import PlanLists
+from schemas.plan import EXAMPLE_PLANS, PlanLists
 from schemas.problem import Problem
 from tests.account_records import at
 
@@ -53,6 +53,13 @@ def test_numbers_and_times_of_lists_agree(number: int, since: str, tmp_path: Pat
     (tmp_path / "b.toml").write_text(document(("a", "2"), number=number, since=since))
     with pytest.raises(Problem, match="does not begin after version"):
         PlanLists.load(tmp_path)
+
+
+def test_r01_the_example_plans_give_20_50_and_100_thousand() -> None:
+    """Enrichment credits of a billing period; what else the list holds shows that others can be added."""
+    allowances = {plan.id: plan.allowance for plan in PlanLists.load(EXAMPLE_PLANS).newest()}
+    assert (allowances["20k"], allowances["50k"], allowances["100k"]) == (20_000_000, 50_000_000, 100_000_000)
+    assert len(allowances) > 3
 
 
 def test_no_list_is_a_sentence(tmp_path: Path) -> None:
