@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 import structlog
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, TopicPartition
 
 from schemas.ledger import Pool
 from schemas.limits import AsOf
@@ -19,7 +19,7 @@ from streams.balances import Key
 from streams.connection import librdkafka
 from streams.recovery import LOADED_AT_ONCE
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES, LogRange
+from streams.topics import LIMIT_STATES, LogRange, arrived, position_of
 from streams.unit import Unit
 
 POLL_S: Final = 0.2
@@ -89,16 +89,18 @@ class Follower:
                 self._closing.wait(POLL_S)
                 continue
             heard: dict[int, list[Heard]] = {}
-            for message in self._consumer.consume(MESSAGES_AT_ONCE, POLL_S):
-                partition, offset, value = message.partition() or 0, message.offset() or 0, message.value()
-                if isinstance(message.error(), KafkaError) or not value or partition not in followed:
+            for message in arrived(self._consumer, POLL_S, MESSAGES_AT_ONCE):
+                if message.error() or not (value := message.value()):
+                    continue
+                place = position_of(message)
+                if place.partition not in followed:
                     continue
                 try:
                     state = _decode(value)
                 except _NO_STATE:
                     continue  # not ours: nothing to answer
-                if self._is_out_of_order(partition, state.as_of) or offset >= followed[partition].end:
-                    heard.setdefault(partition, []).append(state)
+                if self._is_out_of_order(place.partition, state.as_of) or place.offset >= followed[place.partition].end:
+                    heard.setdefault(place.partition, []).append(state)
             for partition, states in heard.items():
                 self._hear(partition, states)
 
