@@ -68,7 +68,7 @@ from sinks.catalogue_versions import catalogue_versions
 from sinks.clickhouse import DatabaseError
 from streams.meter import Meter
 
-STATUS_OF_EXIT_CODE = {3: 409, 4: 404, 5: 503}
+STATUS_OF_EXIT_CODE = {4: 404, 5: 503}
 ROWS_MAX = 100_000
 
 _FAILURES: Final = {

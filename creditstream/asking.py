@@ -40,7 +40,7 @@ from schemas.answers import (
     UsageRow,
 )
 from schemas.ledger import Position, Reason
-from schemas.problem import Difference, Problem, UnknownId, Unreachable
+from schemas.problem import Problem, UnknownId, Unreachable
 from streams.settings import Settings
 
 ANSWER_TIMEOUT_S: Final = 60.0
@@ -60,7 +60,7 @@ QUESTIONS: Final = {
     for question in questions
 }  # fmt: skip
 """What can be asked, and the module whose function of that name answers it."""
-_PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, Difference, UnknownId, Unreachable)}
+_PROBLEMS: Final = {problem.exit_code: problem for problem in (Problem, UnknownId, Unreachable)}
 
 if TYPE_CHECKING:
     from urllib.error import HTTPError
