@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from creditstream.client.testing import MemoryGate
 from schemas.account import PlanChanged
 from schemas.catalogue import Catalogue
 from schemas.cell_run import to_milliseconds
@@ -52,12 +51,3 @@ async def test_a_parked_run_is_redriven_a_month_later(client: Client, tmp_path: 
     ]
     assert client.query("SELECT count() FROM late_runs WHERE action = 'new_vendor'").result_rows == [(1,)]
     assert second.alerts == [], "a closed period never alerts"
-
-
-def test_with_one_credit_left_the_gate_says_yes_to_one_and_no_to_two() -> None:
-    """19,999 of 20,000 are used: what costs 1 may run, what costs 2 may not."""
-    gate = MemoryGate()
-    gate.set("ws_1", remaining="1")
-
-    assert gate.check("ws_1", "enrich_person").allowed
-    assert not gate.check("ws_1", "find_work_email").allowed
