@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from streams.topics import Topic
 
 
-def make_event(kind: str, workspace_id: str, event_id: UUID | None = None, **fields: Any) -> AccountEvent:
+def make_event(kind: str, workspace_id: str, event_id: UUID | None, **fields: Any) -> AccountEvent:
     """The event of this kind (``plan_changed``, ``premium_granted``, ``run_reversed``, ``limits_changed``).
 
-    A field of None is left out; without an ``event_id`` it gets a new one. Problem naming the field that is wrong.
+    A field of None is left out; with an ``event_id`` of None it gets a new one. Problem naming the field that is wrong.
     """
     from schemas.codec import decode_account_event, name_field
 

@@ -12,7 +12,7 @@ def prices(catalogue: Catalogue, now_ms: int) -> list[Price]:
     return [_price(version, action, own_api_key=False) for _, action in sorted(version.actions.items())]
 
 
-def price_of(catalogue: Catalogue, action: str, now_ms: int, own_api_key: bool = False) -> Price:
+def price_of(catalogue: Catalogue, action: str, now_ms: int, own_api_key: bool) -> Price:
     """One action at ``now_ms``: 0 credits for free actions and with an own key. UnknownId when no version lists it."""
     found = catalogue.find(action, catalogue.era_at(now_ms))
     if not found:

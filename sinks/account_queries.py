@@ -130,7 +130,7 @@ def _drawn(
 
 
 def shares(
-    client: Client, workspace_id: str, action: str, table_id: str, column_id: str, as_of_ms: int | None = None
+    client: Client, workspace_id: str, action: str, table_id: str, column_id: str, as_of_ms: int | None
 ) -> list[ShareOfRuns]:
     """How the runs of a column ended, most frequent first. An empty table or column: all of them."""
     found = client.query(
