@@ -111,7 +111,8 @@ def told(kafka: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
                 worker.bill([step.event for step in steps if not isinstance(step.event, dict)])
             else:
                 worker.produce([Event(step.workspace_id.encode(), step.value) for step in steps])
-            worker.wait_until_told()
+            worker.wait_until_metered()
+        worker.wait_until_told()
         yield worker
 
 

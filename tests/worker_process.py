@@ -194,19 +194,22 @@ class WorkerProcess:
         return self.wait_until(lambda status: status.ready, "ready")
 
     def wait_until_metered(self, seconds: float = WAIT_S_MAX) -> Status:
-        """Until every partition's mark is at the log's end."""
-        ends = self.log_ends()
+        """Until both marks of every partition are at the logs' ends."""
+        ends, event_ends = self.log_ends(), self.log_ends(ACCOUNT_EVENTS)
 
         def metered(status: Status) -> bool:
-            marks = {unit.partition: unit.mark for unit in status.units}
-            return all(marks.get(partition, -2) >= end - 1 for partition, end in ends.items())
+            units = {unit.partition: unit for unit in status.units}
+            return units.keys() >= ends.keys() and all(
+                unit.mark >= ends[partition] - 1 and unit.event_mark >= event_ends[partition] - 1
+                for partition, unit in units.items()
+            )
 
-        return self.wait_until(metered, f"metered to {ends}", seconds)
+        return self.wait_until(metered, f"metered to {ends}, {event_ends}", seconds)
 
-    def log_ends(self) -> dict[int, int]:
+    def log_ends(self, topic: str = CELL_RUNS) -> dict[int, int]:
         """Partition → the offset after Kafka's last."""
         settings = self.configured
-        ranges = self.broker.log_ranges(settings.topic(CELL_RUNS), range(settings.partitions))
+        ranges = self.broker.log_ranges(settings.topic(topic), range(settings.partitions))
         return {partition: found.end for partition, found in ranges.items()}
 
     def produce(self, events: Iterable[Event]) -> None:
