@@ -733,13 +733,20 @@ def test_a_home_without_a_ledger_is_one_line(tmp_path: Path) -> None:
     assert "creditstream demo" in line
 
 
-def test_nobody_is_told_to_end_a_worker_that_starts(tmp_path: Path) -> None:
+def test_nobody_is_told_to_end_a_worker_that_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It holds its home for seconds before it answers."""
+    monkeypatch.setattr("creditstream.home.COMMAND_WAIT_S", 0.1)
+    monkeypatch.setattr(terminal, "_kept", {})
+    monkeypatch.setattr("sys.argv", ["creditstream", "balance", WORKSPACE, "--home", str(tmp_path)])
     home = Home.at(tmp_path)
     home.ledger.mkdir()
-    with home.hold():
-        line = line_of(creditstream("balance", WORKSPACE, settings={"home": str(tmp_path)}), 1)
+    with home.hold(), pytest.raises(SystemExit) as end:
+        main()
 
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert f"process {os.getpid()} holds it: a worker that is starting, or another command. Try again" in line
 
 
