@@ -216,7 +216,9 @@ class _Events:
         that this log does not hold.
         """
         if expected.reason == UNKNOWN_RUN:
-            return row.kind == "reversal" and books.was_debited(row)
+            if was_there := row.kind == "reversal" and books.was_debited(row):
+                self._rater.remember()
+            return was_there or books.is_copy_of_older(row)
         early = (expected.reason, row.reason) in (("reversed", UNKNOWN_RUN), ("plan_changed", "unknown_plan"))
         if excused := early or (expected.kind not in ("dead_letter", "duplicate") and books.is_copy_of_older(row)):
             self._rater.forget()

@@ -102,13 +102,14 @@ class ReferenceBilling:
         self._partition, self._partitions, self._debits = partition, partitions, debits
         self._events: dict[tuple[str, UUID], tuple[object, ...]] = {}
         self._reversed: set[tuple[str, str]] = set()
-        self._standing: tuple[tuple[str, UUID], tuple[str, str] | None] | None = None
+        self._rated: tuple[tuple[str, UUID], tuple[object, ...], tuple[str, str] | None] | None = None
+        """The event just rated: its identity, what it says, and the run that it reverses."""
         files = [tomllib.loads(file.read_text()) for file in plans_dir.glob("*.toml")]
         self.plans: set[str] = {plan["id"] for version in files for plan in version["plans"]}
 
     def expect(self, key: bytes | None, value: bytes | None) -> Expected:
         """The verdict on the next record."""
-        self._standing = None
+        self._rated = None
         if value is not None and len(value) > 64 * 1024:
             return _dead("too_large")
         try:
@@ -121,17 +122,26 @@ class ReferenceBilling:
         if first := self._events.get(identity):
             return _DUPLICATE if first == said else _dead(_CONFLICT)
         expected = self._rate(event)
+        self._rated = (
+            identity,
+            said,
+            (event.workspace_id, str(event.run_id)) if isinstance(event, RunReversed) else None,
+        )
         if expected.kind not in ("dead_letter", "duplicate"):
-            run = (event.workspace_id, str(event.run_id)) if isinstance(event, RunReversed) else None
-            self._standing = identity, run
+            self.remember()
+        return expected
+
+    def remember(self) -> None:
+        """The event just rated stands: the run that it reverses was in the ledger, and Kafka no longer has it."""
+        if self._rated:
+            identity, said, run = self._rated
             self._events[identity] = said
             self._reversed |= {run} if run else set()
-        return expected
 
     def forget(self) -> None:
         """The event just rated does not stand: when the meter came to it, its run had not arrived."""
-        if self._standing:
-            identity, run = self._standing
+        if self._rated:
+            identity, _, run = self._rated
             self._events.pop(identity)
             self._reversed -= {run} if run else set()
 

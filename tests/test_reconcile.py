@@ -9,6 +9,8 @@ from uuid import uuid4
 
 import msgspec
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from creditstream.asking import WorkerAnswers
 from creditstream.reconcile import Reconciliation, reconcile
@@ -24,7 +26,7 @@ from streams.records import partition_of
 from streams.topics import CELL_RUNS
 from tests.account_records import PLANS_DIR
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
-from tests.worker_process import WorkerProcess, cell_run, event_of
+from tests.worker_process import WAIT_S_MAX, WorkerProcess, cell_run, event_of
 
 NOW: Final = datetime(2026, 11, 20, 12, tzinfo=UTC)
 RUN: Final = cell_run(action="find_work_email", ran_at=NOW, triggered_by="manual", actor="ada")
@@ -138,13 +140,13 @@ def worker(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator[Wor
         yield process
 
 
-def books_of(worker: WorkerProcess, **changed: Any) -> Reconciliation:
-    """The books when the ledger's first row said something else."""
+def books_of(worker: WorkerProcess, at: int = 0, **changed: Any) -> Reconciliation:
+    """The books when the ledger's rows at an offset, the first, said something else."""
 
     class Ledger(WorkerAnswers):
         def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
             rows = super().ledger_rows(topic_id, partition, after, limit)
-            return [msgspec.structs.replace(row, **changed) if row.offset == 0 else row for row in rows]
+            return [msgspec.structs.replace(row, **changed) if row.offset == at else row for row in rows]
 
     home = worker.home.worker()
     assert home is not None
@@ -215,3 +217,33 @@ def test_one_row_that_differs_in_one_field_is_reported(
     ((example,),) = [book.examples for book in books.partitions if book.examples]
     assert example.startswith("reconcile-cell-runs[")
     assert example.endswith(f"]@0: ledger {told}, expected run/charged 2 enrichment of ws_0001")
+
+
+def test_a_reversal_of_a_run_that_kafka_no_longer_has_counts_once(tmp_path: Path, kafka: str) -> None:
+    """Runs are kept for days, account events for a year: sent again, under whatever event id, it is a duplicate; and
+    one that gave back twice is found.
+    """
+    with WorkerProcess(tmp_path / "home", kafka, "reconcile-old-") as worker:
+        worker.create_topic()
+        run = cell_run()
+        worker.produce([event_of(run)])
+        worker.start().wait_until_told()
+        reversal = RunReversed(event_id=uuid4(), workspace_id=run.workspace_id, run_id=run.run_id)
+        worker.bill([reversal, msgspec.structs.replace(reversal, event_id=uuid4()), reversal])
+        worker.wait_until_told()
+        drop_runs(worker)
+
+        books = worker.reconcile()
+        assert (books.closes, books.events, books.credits) == (True, 3, "-1"), books.partitions
+
+        twice = books_of(worker, at=1, kind="reversal", reason="reversed", pool="enrichment", credits=-1000)
+        assert (twice.closes, twice.different) == (False, 1)
+
+
+def drop_runs(worker: WorkerProcess) -> None:
+    """What retention does to cell runs, at once."""
+    settings = worker.configured
+    places = [TopicPartition(settings.topic(CELL_RUNS), *log) for log in worker.log_ends().items()]
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    for dropped in admin.delete_records(places).values():
+        dropped.result(WAIT_S_MAX)
