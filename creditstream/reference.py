@@ -122,11 +122,8 @@ class ReferenceBilling:
         if first := self._events.get(identity):
             return _DUPLICATE if first == said else _dead(_CONFLICT)
         expected = self._rate(event)
-        self._rated = (
-            identity,
-            said,
-            (event.workspace_id, str(event.run_id)) if isinstance(event, RunReversed) else None,
-        )
+        run = (event.workspace_id, str(event.run_id)) if isinstance(event, RunReversed) else None
+        self._rated = identity, said, run
         if expected.kind not in ("dead_letter", "duplicate"):
             self.remember()
         return expected

@@ -243,7 +243,7 @@ def test_a_reversal_of_a_run_that_kafka_no_longer_has_counts_once(tmp_path: Path
 def drop_runs(worker: WorkerProcess) -> None:
     """What retention does to cell runs, at once."""
     settings = worker.configured
-    places = [TopicPartition(settings.topic(CELL_RUNS), *log) for log in worker.log_ends().items()]
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    places = [TopicPartition(settings.topic(CELL_RUNS), *log) for log in worker.log_ends().items()]
     for dropped in admin.delete_records(places).values():
         dropped.result(WAIT_S_MAX)
