@@ -17,7 +17,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from creditstream.asking import Answers
 from creditstream.reference import UNKNOWN_RUN, Expected, ReferenceBilling, ReferenceRater
-from schemas.answers import EventRow, LedgerRow, PartitionAudit, SumAudit
+from schemas.answers import LedgerRow, PartitionAudit, SumAudit
 from schemas.catalogue import Catalogue
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
@@ -136,8 +136,8 @@ class _Log(NamedTuple):
     topic: Topic
     ranges: dict[int, LogRange]
     audits: dict[int, PartitionAudit]
-    made_again: set[int]
-    """Partitions of which the ledger has rows under another topic id."""
+    older: dict[int, list[str]]
+    """Partition → other topic ids under which the ledger has rows of it."""
 
     @classmethod
     def read(cls, answers: Answers, broker: Broker, name: str) -> "_Log":
@@ -145,20 +145,21 @@ class _Log(NamedTuple):
         topic = broker.topic(name)
         if topic is None:
             raise Problem(f"topic {name} does not exist", f"on {broker.bootstrap}", "Run `creditstream topics`.")
-        chains = answers.audit_partitions(name)
-        return cls(
-            topic,
-            broker.log_ranges(name, range(topic.partitions)),
-            {chain.partition: chain for chain in chains if chain.topic_id == topic.id},
-            {chain.partition for chain in chains if chain.topic_id != topic.id},
-        )
+        audits: dict[int, PartitionAudit] = {}
+        older: dict[int, list[str]] = {}
+        for chain in answers.audit_partitions(name):
+            if chain.topic_id == topic.id:
+                audits[chain.partition] = chain
+            else:
+                older.setdefault(chain.partition, []).append(chain.topic_id)
+        return cls(topic, broker.log_ranges(name, range(topic.partitions)), audits, older)
 
 
 def _require_common(logs: tuple[_Log, ...], bootstrap: str) -> None:
     """Problem when all that the ledger has is of other topics: of another Kafka, or of topics that were since made
     again. Nothing would be missing then, and nothing proven.
     """
-    if any(log.made_again for log in logs) and not any(log.audits for log in logs):
+    if any(log.older for log in logs) and not any(log.audits for log in logs):
         raise Problem(
             "the ledger has no event of these topics",
             f"it has rows of topics with these names, but with other ids than those at {bootstrap}",
@@ -243,7 +244,7 @@ class _Books:
     def __init__(self, answers: Answers, settings: Settings, log: _Log, partition: int) -> None:
         self._answers, self._settings, self._topic, self._partition = answers, settings, log.topic, partition
         self._log, self._audit = log.ranges[partition], log.audits.get(partition)
-        self._made_again = partition in log.made_again
+        self._older = log.older.get(partition, [])
         self._mark = self._audit.last if self._audit else -1
         self._examples: list[str] = []
         self._missing = self._different = self._events = 0
@@ -289,17 +290,26 @@ class _Books:
             return False
         _, _, place = row.detail.partition(f"[{self._partition}]@")
         number = place.partition(" ")[0].rstrip(",")
-        if number.isdigit() and int(number) < self._log.start:
-            return True
-        return self._made_again and any(delivery.kind == "run" for delivery in self._deliveries(row))
+        if not number.isdigit():
+            return False
+        before = int(number) < self._log.start
+        return before or any(self._is_original(topic_id, int(number), row) for topic_id in self._older)
+
+    def _is_original(self, topic_id: str, offset: int, copy: LedgerRow) -> bool:
+        """Whether a deleted topic had there what this is a copy of. Of account events only reversals name a run."""
+        found = self._answers.ledger_rows(topic_id, self._partition, offset - 1, 1)
+        return any(
+            (row.offset, row.workspace_id) == (offset, copy.workspace_id)
+            and row.kind not in ("duplicate", "dead_letter")
+            and (row.kind != "run" or row.run_id == copy.run_id)
+            for row in found
+        )
 
     def was_debited(self, row: LedgerRow) -> bool:
         """Whether a run that Kafka no longer has drew what this row takes back."""
         drawn = -Decimal(row.credits) / 1000
-        return any(one.kind == "run" and Decimal(one.credits) == drawn for one in self._deliveries(row))
-
-    def _deliveries(self, row: LedgerRow) -> list[EventRow]:
-        return self._answers.explanation(UUID(row.run_id), row.workspace_id).deliveries
+        deliveries = self._answers.explanation(UUID(row.run_id), row.workspace_id).deliveries
+        return any(one.kind == "run" and Decimal(one.credits) == drawn for one in deliveries)
 
     def _example(self, text: str) -> None:
         if len(self._examples) < EXAMPLES_MAX:

@@ -1,6 +1,7 @@
 """What `reconcile` must not overlook: a copy that is none, and a row that says something else than its event."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -15,7 +16,7 @@ from confluent_kafka.admin import AdminClient
 from creditstream.asking import WorkerAnswers
 from creditstream.reconcile import Reconciliation, reconcile
 from creditstream.reference import ReferenceBilling, ReferenceRater
-from schemas.account import RunReversed
+from schemas.account import PlanChanged, PremiumGranted, RunReversed
 from schemas.answers import LedgerRow, PartitionAudit
 from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import CellRun, Outcome, to_milliseconds
@@ -23,7 +24,7 @@ from schemas.codec import encode_account_event, encode_run
 from schemas.ledger import Reason
 from schemas.problem import Problem
 from streams.records import partition_of
-from streams.topics import CELL_RUNS
+from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import PLANS_DIR
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.worker_process import WAIT_S_MAX, WorkerProcess, cell_run, event_of
@@ -247,3 +248,44 @@ def drop_runs(worker: WorkerProcess) -> None:
     places = [TopicPartition(settings.topic(CELL_RUNS), *log) for log in worker.log_ends().items()]
     for dropped in admin.delete_records(places).values():
         dropped.result(WAIT_S_MAX)
+
+
+def test_account_events_sent_again_to_a_topic_made_again_are_duplicates(tmp_path: Path, kafka: str) -> None:
+    """Of the events in the deleted topic, at whatever offset they lie now; no other row passes for one."""
+    with WorkerProcess(tmp_path / "home", kafka, "reconcile-again-") as worker:
+        worker.create_topic()
+        run, now = cell_run(), datetime.now(UTC)
+        said = {"workspace_id": run.workspace_id, "effective_at": now}
+        events = [
+            PlanChanged(event_id=uuid4(), plan="20k", **said),
+            PremiumGranted(event_id=uuid4(), credits="5", **said),
+            RunReversed(event_id=uuid4(), workspace_id=run.workspace_id, run_id=run.run_id),
+        ]
+        worker.produce([event_of(run)])
+        worker.start().wait_until_told()
+        worker.bill(events)
+        worker.wait_until_told()
+        assert worker.stop() == 0
+        make_again(worker, ACCOUNT_EVENTS)
+        worker.bill([PlanChanged(event_id=uuid4(), plan="50k", **said), *events])
+        worker.start().wait_until_told()
+
+        books = worker.reconcile()
+        assert (books.closes, books.different) == (True, 0), books.partitions
+
+        nowhere = f"a duplicate of the event at account-events[{partition_of(run.workspace_id, 4)}]@9"
+        wrong = books_of(worker, at=1, detail=nowhere)
+        assert (wrong.closes, wrong.different) == (False, 1)
+
+
+def make_again(worker: WorkerProcess, name: str) -> None:
+    """Delete a topic of the worker, and create it."""
+    settings, broker = worker.configured, worker.broker
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
+    for deleted in admin.delete_topics([settings.topic(name)]).values():
+        deleted.result(WAIT_S_MAX)
+    deadline = time.monotonic() + WAIT_S_MAX
+    while broker.topic(settings.topic(name)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker.create_topic()
