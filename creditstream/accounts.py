@@ -362,7 +362,7 @@ def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id
     debit = account_queries.debit_of(client, found.workspace_id, run_id)
     if debit is None or debit.pool == Pool.NONE:
         return found
-    alert = published_alerts(client, workspace_id=found.workspace_id, position=debit.position, limit=1)
+    alert = published_alerts(client, workspace_id=found.workspace_id, run_id=run_id, limit=1)
     move = _move(client, debit)
     if move.period_end and move.period_end <= found.recorded_at.date():
         told = f"{found.sentence} It arrived after its billing period had ended, and counts in that one."

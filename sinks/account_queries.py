@@ -83,7 +83,6 @@ class RunDebit(NamedTuple):
     workspace_id: str
     topic_id: str
     offset: int
-    position: str
     recorded_ms: int
     pool: Pool
     day: int
@@ -93,13 +92,13 @@ class RunDebit(NamedTuple):
 def debit_of(client: Client, workspace_id: str, run_id: UUID) -> RunDebit | None:
     """The debit of a run; None when there is none."""
     found = client.query(
-        f"SELECT workspace_id, topic_id, kafka_offset, {POSITION}, toUnixTimestamp64Milli(recorded_at), "
+        "SELECT workspace_id, topic_id, kafka_offset, toUnixTimestamp64Milli(recorded_at), "
         "toString(pool), toInt32(toUInt16(day)), toInt64(credits * 1000) FROM ledger "
         "WHERE workspace_id = {workspace:String} AND run_id = {run:UUID} AND kind = 'run'",
         parameters={"workspace": workspace_id, "run": str(run_id)},
     ).result_rows
-    for name, topic_id, offset, position, recorded, pool, day, credits in found:
-        return RunDebit(name, topic_id, offset, position, recorded, Pool(pool), day, credits)
+    for name, topic_id, offset, recorded, pool, day, credits in found:
+        return RunDebit(name, topic_id, offset, recorded, Pool(pool), day, credits)
     return None
 
 

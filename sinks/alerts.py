@@ -40,23 +40,26 @@ def published_alerts(
     *,
     workspace_id: str = "",
     kind: str = "",
-    position: str = "",
+    run_id: UUID | None = None,
     limit: int,
     as_of_ms: int | None = None,
 ) -> list[PublishedAlert]:
-    """Alerts that left the meter, newest first; of one time, by their records' offsets. Empty filters: all."""
+    """Alerts that left the meter, newest first; of one time, by their records' offsets. Empty filters: all.
+
+    A run is asked for by its id: a topic that is made again counts its offsets afresh, so positions come again.
+    """
     conditions = [
-        f"{name} = {{{name}:String}}"
-        for name, value in (("workspace_id", workspace_id), ("kind", kind), ("position", position))
-        if value
+        f"{name} = {{{name}:String}}" for name, value in (("workspace_id", workspace_id), ("kind", kind)) if value
     ]
+    if run_id:
+        conditions.append("run_id = {run_id:UUID}")
     if as_of_ms is not None:
         conditions.append("at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')")
     found = client.query(
         f"SELECT {', '.join((*_COLUMNS, 'published_at'))} FROM alerts WHERE {' AND '.join(conditions) or 'true'} "
         "ORDER BY at DESC, toInt64OrZero(splitByChar('@', position)[-1]) DESC, alert_id LIMIT {limit:UInt32}",
         parameters={
-            "workspace_id": workspace_id, "kind": kind, "position": position, "as_of": as_of_ms, "limit": limit,
+            "workspace_id": workspace_id, "kind": kind, "run_id": str(run_id or ""), "as_of": as_of_ms, "limit": limit,
         },
     )  # fmt: skip
     return [_alert(dict(zip(found.column_names, row, strict=True))) for row in found.result_rows]

@@ -355,18 +355,19 @@ def test_explain_shows_a_premium_balance_and_none_where_no_pool_is_drawn(client:
 
 
 def test_explain_shows_the_alert_that_the_run_caused(client: Client) -> None:
-    """Found by its position; a run that crossed nothing has none."""
+    """A run that crossed nothing has none, also where one in a topic since made again had its position."""
     rows = AccountRows()
     rows.plan(at("2026-01-15"), "tiny", 4)
     first, second = (rows.run(at("2026-01-20") + n * DAY, 2) for n in range(2))
+    third = rows.run(at("2026-01-22"), 2, topic_id="topic-3", kafka_offset=1)
     rows.write(client)
     names = ["alert_id", "workspace_id", "pool", "kind", "state", "used", "allowance", "thresholds", "cause", "at",
-             "position"]  # fmt: skip
+             "position", "run_id"]  # fmt: skip
     alert = [UUID(int=5), "ws_1", "enrichment", "exhausted", "exhausted", 4, 4, [80, 100], "run", at("2026-01-21"),
-             "cell-runs[0]@1"]  # fmt: skip
+             "cell-runs[0]@1", second]  # fmt: skip
     client.insert("published_alerts", [alert, alert], column_names=names)
 
-    assert accounts.explanation(client, EXAMPLES, first).alert is None
+    assert [accounts.explanation(client, EXAMPLES, run).alert for run in (first, third)] == [None, None]
     found = accounts.explanation(client, EXAMPLES, second).alert
     assert found is not None
     assert (found.alert_id, found.kind, found.used, found.thresholds) == (str(UUID(int=5)), "exhausted", "4", [80, 100])
