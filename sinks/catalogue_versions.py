@@ -1,5 +1,7 @@
 """Which catalogue versions the ledger's debits are priced by: pinned at their first use, and immutable from then on."""
 
+from collections.abc import Sequence
+
 from clickhouse_connect.driver.client import Client
 
 from schemas.answers import PinnedVersion
@@ -16,7 +18,8 @@ def pin_catalogue(client: Client, catalogue: Catalogue) -> None:
     """
     new = _unpinned(client, catalogue)
     for version in new:
-        _refuse_late(client, version)
+        later = [one.number for one in catalogue.versions if one.effective_from > version.effective_from]
+        _refuse_late(client, version, later)
     if new:
         client.insert(
             "catalogue_versions",
@@ -42,16 +45,22 @@ def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
     return [version for version in catalogue.versions if version.number not in pinned]
 
 
-def _refuse_late(client: Client, version: Version) -> None:
+def _refuse_late(client: Client, version: Version, later: Sequence[int]) -> None:
+    """``later``: numbers of the versions after it. One of them prices earlier runs of an action that was new in it: by
+    a version in between that lists the action, such a run would cost something else.
+    """
     ((late,),) = client.query(
-        "SELECT count() FROM ledger WHERE kind = 'run' AND ran_at >= fromUnixTimestamp64Milli({starts:Int64}, 'UTC')",
-        parameters={"starts": to_milliseconds(version.effective_from)},
-    ).result_rows
+        "SELECT count() FROM ledger WHERE kind = 'run' AND (ran_at >= fromUnixTimestamp64Milli({starts:Int64}, 'UTC') "
+        "OR has({later:Array(UInt16)}, catalogue) AND has({actions:Array(String)}, toString(action)))",
+        parameters={
+            "starts": to_milliseconds(version.effective_from), "later": list(later), "actions": list(version.actions),
+        },
+    ).result_rows  # fmt: skip
     if late:
         raise Problem(
             "a catalogue version comes too late",
-            f"{version.file}: runs since its effective_from that are already priced: {late:,}",
-            "Give it an effective_from in the future.",
+            f"{version.file}: runs that it would price and that are already priced: {late:,}",
+            "Give it an effective_from in the future, after those of the versions that list the same actions.",
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
 
-from schemas.catalogue import Catalogue, Version
+from schemas.catalogue import Action, Catalogue, Category, Version
+from schemas.ledger import Pool
 from schemas.problem import Problem
 from sinks import catalogue_versions
 from sinks.catalogue_versions import pin_catalogue
@@ -190,7 +191,7 @@ def test_of_two_contents_that_come_at_once_the_first_stands(client: Client, monk
     others = version(1, LONG_AGO)
     own = msgspec.structs.replace(others, content_hash="changed", file="mine.toml")
 
-    def another_is_first(_: Client, found: Version) -> None:
+    def another_is_first(_: Client, found: Version, later: Sequence[int]) -> None:
         monkeypatch.undo()
         pin_catalogue(client, Catalogue([others]))
         assert found is own
@@ -213,10 +214,29 @@ def test_a_version_that_comes_late_is_refused(client: Client) -> None:
     first = version(1, LONG_AGO)
     pin_catalogue(client, Catalogue([first]))
     write(Ledger(client), CHAIN, 9)
-    with pytest.raises(Problem, match=r"too late: v2.toml: runs since its .* already priced: 5"):
+    with pytest.raises(Problem, match=r"too late: v2.toml: runs that it .* already priced: 5"):
         pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT)]))
     assert pinned(client) == [(1, "as it was")]
     pin_catalogue(client, Catalogue([first, version(2, IN_FORCE_AT + timedelta(seconds=5))]))
+    assert len(pinned(client)) == 2
+
+
+def test_a_version_before_the_one_that_priced_earlier_runs_is_refused(client: Client) -> None:
+    """An action that no version knew when it ran has the price of the first that lists it: one that comes in between
+    and lists it, too, would price its next run of that day, or a copy at a replay, otherwise.
+    """
+    after = [IN_FORCE_AT + timedelta(days=days) for days in (1, 2)]
+    price = Action(
+        id="find_email", name="-", category=Category.ENRICHMENT, provider="-", price=1000, pool=Pool.ENRICHMENT,
+        charges_no_data=False,
+    )  # fmt: skip
+    known, between = (msgspec.structs.replace(version(n, after[2 - n]), actions={price.id: price}) for n in (1, 2))
+    assert between.effective_from < known.effective_from
+    pin_catalogue(client, Catalogue([known]))
+    write(Ledger(client), CHAIN, 9)
+    with pytest.raises(Problem, match=r"too late: v2.toml: .* already priced: 10"):
+        pin_catalogue(client, Catalogue([known, between]))
+    pin_catalogue(client, Catalogue([known, msgspec.structs.replace(between, actions={})]))
     assert len(pinned(client)) == 2
 
 
