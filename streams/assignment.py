@@ -168,8 +168,11 @@ class Loader:
         tail = await self._look_up(accounts.tail_of, chains[0], after[0], chains[1], after[1])
         if names := recovery.names_of(tail):
             balances.begin(recovery.first_ms(tail))
-            events = await self._look_up(accounts.facts_of, names)
-            draws = await self._look_up(accounts.draws_of, names, recovery.first_day(balances.now_ms))
+            events: list[AccountFact] = []
+            draws: list[tuple[str, str, int, int]] = []
+            for part in recovery.in_parts(names):  # a statement that names them all may be longer than the ledger takes
+                events += await self._look_up(accounts.facts_of, part)
+                draws += await self._look_up(accounts.draws_of, part, recovery.first_day(balances.now_ms))
             balances.load(openings(names, *recovery.without(tail, events, draws)))
             told = recovery.refold(balances, tail, chains)
             unit.voice.tell(balances, unit.folded, told)

@@ -310,6 +310,33 @@ async def test_what_is_folded_again_is_told_before_it_is_committed(client: Clien
 
 
 @ON_CHDB
+async def test_what_is_folded_again_is_asked_for_in_parts(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many workspaces it is about: the ledger refuses a statement that names them all, at every start anew."""
+    stories = Story(), Story("ws_2"), Story("ws_3")
+    topics, chunks = Topics(), []
+    for story in stories:
+        story.plan("4", at("Jan 15"))
+        story.runs(2, at("Jan 16"))
+        chunks += topics.append(story.steps)
+    before = await live(client, (0, 0), *chunks)
+    asked: list[Sequence[str]] = []
+    look_up = Bench.look_up
+
+    async def watched(bench: Bench, question: Callable[..., Any], *args: Any) -> Any:
+        if question in (accounts.facts_of, accounts.draws_of):
+            asked.append(args[0])
+        return await look_up(bench, question, *args)
+
+    monkeypatch.setattr(Bench, "look_up", watched)
+    monkeypatch.setattr(recovery, "LOADED_AT_ONCE", 2)
+    bench = await Bench.open(client, committed=(0, 0))
+    assert max(map(len, asked)) == 2
+    assert {alert.alert_id for alert in bench.alerts} == {alert.alert_id for alert in before.alerts}
+    for story in stories:
+        assert seen_of(bench.unit.balances[story.workspace_id].standing(Pool.ENRICHMENT)).used == 2
+
+
+@ON_CHDB
 async def test_an_instant_that_comes_during_the_look_back_is_told(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
