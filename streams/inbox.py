@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -131,15 +132,23 @@ class Inbox:
         self._is_nudged = False
         return parcels
 
-    def take_account_events(self) -> list[Parcel]:
-        """All chunks of account events that come before the next cell run; none when a run is next."""
+    def take_account_events(self, rows_max: int) -> list[Parcel]:
+        """The chunks of account events that come before the next cell run, up to ``rows_max`` records or slightly more;
+        none when a run is next.
+        """
         parcels: list[Parcel] = []
+        rows = 0
         if self._are_account_events_next():
             last_ms = self._last_ms_of_account_events()
-            while self._account_events and self._account_events[0].chunk[0].timestamp <= last_ms:
+            while rows < rows_max and self._is_account_event_by(last_ms):
                 parcels.append(self._take(self._account_events, last_ms))
-            self._held_since = None
+                rows += len(parcels[-1].chunk)
+            # No run passes what is left because a take was full.
+            self._held_since = -math.inf if self._is_account_event_by(last_ms) else None
         return parcels
+
+    def _is_account_event_by(self, last_ms: int) -> bool:
+        return bool(self._account_events) and self._account_events[0].chunk[0].timestamp <= last_ms
 
     def _take(self, waiting: deque[Parcel], last_ms: int) -> Parcel:
         parcel = _up_to(last_ms, waiting)
@@ -154,7 +163,7 @@ class Inbox:
         return self._account_events[0].chunk[0].timestamp + held_ms
 
     def _precede_what_comes(self) -> bool:
-        return self._account_events[0].chunk[0].timestamp <= self._last_ms_of_account_events()
+        return self._is_account_event_by(self._last_ms_of_account_events())
 
     def _last_ms_of_account_events(self) -> int:
         """Up to when account events are taken before runs."""

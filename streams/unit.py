@@ -197,7 +197,7 @@ class Unit:
         """The sequence: whatever waits, and between two takes the clock."""
         while True:
             await self._take_runs(await self._next_runs())
-            if parcels := self._inbox.take_account_events():
+            if parcels := self._inbox.take_account_events(TAKE_ROWS_MAX):
                 await self._take_account_events(parcels)
             if self._draining:
                 self._inbox.leave_what_waits()
@@ -311,7 +311,7 @@ class Unit:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])
 
     async def _take_account_events(self, parcels: list[Parcel]) -> None:
-        """All that came before the next run, in one insert."""
+        """What came before the next run, in one insert."""
         chunk = [record for parcel in parcels for record in parcel.chunk]
         chunk = [record for record in chunk if record.offset > self._event_position]
         if chunk:

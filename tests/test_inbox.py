@@ -36,11 +36,11 @@ async def test_the_brokers_time_decides() -> None:
         box.put(event(at_ms))
     for at_ms in (2, 3, 4, 6):
         box.put(event(at_ms, of_account=True))
-    assert box.take_account_events() == []
+    assert box.take_account_events(100) == []
     assert await taken_runs(box) == [1, 2]
-    assert instants(box.take_account_events()) == [2, 3, 4]
+    assert instants(box.take_account_events(100)) == [2, 3, 4]
     assert await taken_runs(box) == [5]
-    assert instants(box.take_account_events()) == [6]
+    assert instants(box.take_account_events(100)) == [6]
     assert not box.has_account_events
 
 
@@ -54,7 +54,7 @@ async def everything(box: Inbox) -> list[tuple[bool, list[int]]]:
     taken = []
     while True:
         box.nudge()
-        runs, account_events = await box.take_runs(100, None), box.take_account_events()
+        runs, account_events = await box.take_runs(100, None), box.take_account_events(100)
         if not runs and not account_events:
             return taken
         for events in filter(None, (runs, account_events)):
@@ -156,7 +156,7 @@ async def test_a_parted_chunk_is_done_with_its_last_part() -> None:
     for _ in range(2):
         box.nudge()
         parts += await box.take_runs(100, None)
-        box.take_account_events()
+        box.take_account_events(100)
     for part, expected in zip(parts, ([1], [1, "done"]), strict=True):
         await part.acknowledge()
         assert said == expected
@@ -175,7 +175,7 @@ async def test_the_parts_of_a_chunk_weigh_what_it_weighs() -> None:
     for _ in range(3):
         box.nudge()
         weights += [chunk_bytes(part.chunk) for part in await box.take_runs(100, None)]
-        box.take_account_events()
+        box.take_account_events(100)
     assert weights == [weight // 3] * 3
 
 
@@ -189,8 +189,24 @@ async def test_a_slow_writer_holds_a_backlogs_account_events_by_the_brokers_time
     for parts in ((5_001, 600_000), (605_000, 605_001), (700_000,)):
         box.put(backlog(*parts))
     assert await taken_runs(box) == [5_001, 605_000]
-    assert instants(box.take_account_events()) == [5_000]
+    assert instants(box.take_account_events(100)) == [5_000]
     assert await taken_runs(box) == [605_001, 700_000]
+
+
+async def test_account_events_are_taken_in_parts() -> None:
+    """Up to the chunk that fills a take; the others stay next, also where the writer has the first of them to do."""
+    behind = False
+    box = Inbox(lambda: behind)
+    for at_ms in (1, 2, 3):
+        box.put(event(at_ms, 2, of_account=True))
+    box.put(event(4))
+    assert instants(box.take_account_events(3)) == [1, 2]
+    behind = True
+    assert await taken_runs(box) == []
+    assert instants(box.take_account_events(3)) == [3]
+    assert await taken_runs(box) == [4]
+    box.put(event(5, of_account=True))
+    assert box.take_account_events(3) == [], "what comes later is held back"
 
 
 async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,18 +217,18 @@ async def test_account_events_are_held_back_while_the_writer_is_behind(monkeypat
     for at_ms in (1, 3, 5):
         box.put(event(at_ms, of_account=True))
         box.put(event(at_ms + 1))
-        assert box.take_account_events() == []
+        assert box.take_account_events(100) == []
     assert await taken_runs(box) == [2, 4, 6]
     behind = False
-    assert instants(box.take_account_events()) == [1, 3, 5]
+    assert instants(box.take_account_events(100)) == [1, 3, 5]
 
     behind = True
     monkeypatch.setattr(inbox, "HELD_S_MAX", 0.05)
     await asyncio.sleep(0.06)
     box.put(event(7, of_account=True))
-    assert box.take_account_events() == [], "they have not been held yet"
+    assert box.take_account_events(100) == [], "they have not been held yet"
     await asyncio.sleep(0.06)
-    assert instants(box.take_account_events()) == [7]
+    assert instants(box.take_account_events(100)) == [7]
 
 
 async def test_a_full_take_and_a_deadline_end_the_waiting() -> None:

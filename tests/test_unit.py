@@ -229,6 +229,21 @@ async def test_what_inserts_nothing_delays_no_insert(client: Client, monkeypatch
     assert bench.kinds() == {"dead_letter": 1}
 
 
+async def test_a_backlog_of_account_events_is_taken_in_parts(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that waited at once, 100,000 of a partition, took hundreds of megabytes and stood still for seconds."""
+    monkeypatch.setattr("streams.unit.TAKE_ROWS_MAX", 4)
+    story = Story()
+    for day in range(1, 13):
+        story.plan("10", at(f"Jan {day}"))
+    records = [kafka_record(record) for record in rated(story.steps)]
+    bench = await Bench.open(client, linger_s=0.01)
+    for first in range(0, 12, 3):
+        bench.deliver(records[first : first + 3], of_account=True)
+    await bench.until(lambda: bench.acknowledged == 4)
+    inserts = "SELECT count() FROM ledger GROUP BY mark_read_at ORDER BY min(kafka_offset)"
+    assert client.query(inserts).result_rows == [(6,), (6,)]
+
+
 async def test_f17_copies_of_an_account_event_while_its_insert_is_held(client: Client) -> None:
     """An event on its way is a known event."""
     story = Story()
