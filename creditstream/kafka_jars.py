@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from creditstream.home import take_lock
 from schemas.problem import Unreachable
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 KAFKA: Final = "4.4.0"
 JARS_LIST: Final = Path(__file__).with_name("kafka_jars.txt")

@@ -94,7 +94,7 @@ class Reconciliation(msgspec.Struct, frozen=True, kw_only=True):
 def reconcile(
     answers: Answers,
     settings: Settings,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Reconciliation:
     """Compare the topics of cell runs and of account events with the ledger. Reads every event that Kafka still has;
     ``say`` hears of the progress.
@@ -227,7 +227,7 @@ class _Events:
 
 
 class _Progress:
-    def __init__(self, say: Callable[[str], None], total: int) -> None:
+    def __init__(self, say: Callable[[str], object], total: int) -> None:
         self._say, self._total, self._done = say, total, 0
         self._said_at = time.monotonic()
 

@@ -28,6 +28,9 @@ from creditstream.cli import commands, main, terminal
 from creditstream.cli.balance import BALANCE_COLUMNS, told
 from creditstream.cli.tables import BAR_WIDTH, show_rows
 from creditstream.home import Home
+from creditstream.webhooks.endpoints import Address, Endpoint
+from creditstream.webhooks.resending import send_test
+from creditstream.webhooks.signing import new_secret, parse_secret
 from schemas.answers import PoolBalance, SpendCheck, UsageRow
 from schemas.cell_run import Outcome
 from schemas.codec import encode_run
@@ -625,6 +628,36 @@ def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
     assert shell("| true") == (0, "", "")
     assert shell(">&-") == (0, "", "")
     assert "the output cannot be written: No space left on device" in line_of(shell("> /dev/full"), 1)
+
+
+def test_an_answer_that_nobody_reads_keeps_its_exit_code(settings: dict[str, str | int]) -> None:
+    """A no that a script does not read is still a no, and a failure is one where nobody hears of it."""
+
+    def code(words: str, redirected: str) -> int:
+        script = f"{sys.executable} -m creditstream {words} {redirected}; exit ${{PIPESTATUS[0]}}"
+        return subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment(**settings)).returncode
+
+    for redirected in ("| true", "2>&1 | true", "2> /dev/full > /dev/null"):
+        assert code(f"check {WORKSPACE} nobody_priced_this", redirected) == 3
+        assert code("balance ws_nobody", redirected) == 4
+
+
+def test_a_listener_that_nobody_reads_receives_nothing() -> None:
+    """Its sender hears no yes, and so tries again."""
+    command = [sys.executable, "-m", "creditstream", "listen", "--port", "0", "--secret-env", "HOOK_SECRET"]
+    hooks = {**environment(), "HOOK_SECRET": new_secret()}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=hooks
+    ) as listener:
+        assert listener.stdout
+        assert listener.stderr
+        found = re.search(r"http://\S+", listener.stderr.readline())
+        listener.stdout.close()
+        assert found
+        key = parse_secret(hooks["HOOK_SECRET"])
+        answer = send_test(Endpoint("one", Address.parse(found[0], True), (key,), allow_private=True))
+
+        assert (answer.status, listener.wait(WAIT_S_MAX)) == (0, 0)
 
 
 def test_words_that_are_not_utf8_are_wrong_usage(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed or set aside, 2 wrong usage, 3 the answer is no or 
 
 import os
 import sys
+from contextlib import suppress
 
 from creditstream.cli.terminal import say
 from schemas.problem import Problem
@@ -31,7 +32,8 @@ def main() -> None:
 
 
 def _fail(line: str, exit_code: int) -> None:
-    report(line)
+    with suppress(Problem):  # standard error cannot be written: the exit code still says it
+        report(line)
     sys.exit(exit_code)
 
 

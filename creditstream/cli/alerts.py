@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,7 @@ def listen(port: int, secret_env: str | None) -> None:
     from creditstream.webhooks.receiver import Receiver
 
     complain = partial(say, err=True)
-    receiver = Receiver(_key(secret_env), port, say, complain)
+    receiver = Receiver(_key(secret_env), port, _tell, complain)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     complain(f"listening on {receiver.url} (an endpoint there needs allow_private = true); Ctrl-C ends it")
     try:
@@ -204,3 +205,8 @@ def listen(port: int, secret_env: str | None) -> None:
         complain(f"stopped: {receiver.accepted} accepted, {receiver.refused} refused")
     finally:
         receiver.close()
+
+
+def _tell(line: str) -> None:
+    if not say(line):
+        sys.exit()  # without an answer: an alert that nobody reads is not received, and its sender tries again

@@ -58,25 +58,26 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def say(*lines: str, err: bool = False) -> None:
-    """Print lines for a person; whatever stands in one, it stays one line."""
+def say(*lines: str, err: bool = False) -> bool:
+    """Print lines for a person; whatever stands in one, it stays one line. As `write`."""
     text = "".join(f"{printable(as_called(line))}\n" for line in lines)
-    write(text, sys.stderr if err else sys.stdout)
+    return write(text, sys.stderr if err else sys.stdout)
 
 
-def write(text: str, stream: TextIO | None = None) -> None:
-    """Write to standard output, or to another stream, exactly. Ends the program quietly when nobody reads any more;
-    Problem when it cannot be written.
+def write(text: str, stream: TextIO | None = None) -> bool:
+    """Write to standard output, or to another stream, exactly; False when nobody reads it any more. What a command has
+    begun it does all the same, and its exit code stays its answer. Problem when it cannot be written.
     """
     chosen = stream or sys.stdout
     if chosen is None:  # standard output was closed before the start
-        return
+        return True
     try:
         chosen.write(text.encode(chosen.encoding, "backslashreplace").decode(chosen.encoding))
         chosen.flush()
     except BrokenPipeError:
         # What is left in its buffer would be complained about at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), chosen.fileno())
-        sys.exit(0)
+        return False
     except OSError as error:
         raise Problem("the output cannot be written", error.strerror or "", "Write it elsewhere.") from error
+    return True
