@@ -351,6 +351,35 @@ def test_410_disables_an_endpoint_until_the_file_is_read_again(stage: Stage, rec
     assert {record.said for record in stage.records()} == {"410 Gone", "410 Gone, earlier", "204 No Content"}
 
 
+@pytest.mark.parametrize("reply", [410, Reply(429, ("retry-after", "3600"))], ids=str)
+def test_what_an_endpoint_that_was_replaced_answers_says_nothing_of_the_new_one(
+    stage: Stage, receiver: WebhookReceiver, reply: Behaviour
+) -> None:
+    """A URL is corrected while an attempt at the old one is under way: the delivery goes to the new one, and no other
+    is lost or held up by what the old one says at last.
+    """
+    first, second = some_alert(), some_alert()
+    asked, answer = threading.Event(), threading.Event()
+
+    def behave(_: Received) -> int | Reply:
+        asked.set()
+        answer.wait(WAIT_S_MAX)
+        assert not callable(reply)
+        return reply
+
+    with WebhookReceiver(behave) as old, stage.notifier(endpoint(old)) as notifier:
+        stage.alert(first)
+        turn_until(asked.is_set, notifier)
+        notifier.reload({"one": endpoint(receiver)})
+        answer.set()
+        turn_until(lambda: notifier.counts["failed_attempts"] == 1, notifier)
+        stage.alert(second)
+        stage.clock.advance(DELAYS_S[1])
+        turn_until(lambda: notifier.counts["delivered"] == 2, notifier)
+
+    assert sorted(receiver.ids) == sorted([str(first.alert_id), str(second.alert_id)])
+
+
 @pytest.mark.parametrize(
     ("reply", "quiet_s"), [(Reply(429, ("retry-after", "3600")), 3600), (503, 5), (502, 5), (504, 5)], ids=str
 )

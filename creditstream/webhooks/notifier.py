@@ -85,7 +85,7 @@ class Notifier:
         self._endpoints = endpoints
         self._gone: set[str] = set()
         self._deliveries: Final = Deliveries()
-        self._landed: Final[SimpleQueue[tuple[Attempt, Future[Answer]]]] = SimpleQueue()
+        self._landed: Final[SimpleQueue[tuple[Attempt, Endpoint, Future[Answer]]]] = SimpleQueue()
         self._threads: Final = ThreadPoolExecutor(IN_FLIGHT_MAX * ENDPOINTS_MAX, "attempt")
         self._to_own: set[int] = set()
         self._is_crowded = False
@@ -213,24 +213,24 @@ class Notifier:
                 why = "410 Gone, earlier"
             else:
                 future = self._threads.submit(self._world.send, endpoint, alert, now_ms // 1000)
-                future.add_done_callback(partial(self._ended, attempt))
+                future.add_done_callback(partial(self._ended, attempt, endpoint))
                 self._world.reached(Step.STARTED)
                 continue
             hopeless.append((attempt, give_up(attempt.delivery, why, now_ms), Answer(0, why)))
         self._record(hopeless)
 
-    def _ended(self, attempt: Attempt, done: Future[Answer]) -> None:
+    def _ended(self, attempt: Attempt, asked: Endpoint, done: Future[Answer]) -> None:
         """In the attempt's thread."""
-        self._landed.put((attempt, done))
+        self._landed.put((attempt, asked, done))
 
     def _record_ended(self, wait_s: float) -> None:
         """Record the outcome of every attempt that has ended; wait for the first one for a while."""
         outcomes = []
         try:
             while True:
-                attempt, done = self._landed.get(timeout=wait_s)
+                attempt, asked, done = self._landed.get(timeout=wait_s)
                 wait_s = 0
-                answer, now_ms = _answer_of(done), self._world.now_ms()
+                answer, now_ms = self._as_of_now(asked, _answer_of(done)), self._world.now_ms()
                 self._world.reached(Step.ANSWERED)
                 if answer.is_gone:
                     self._gone.add(attempt.delivery.endpoint)
@@ -239,6 +239,13 @@ class Notifier:
                 outcomes.append((attempt, after(attempt.delivery, answer, now_ms, self._world.chance(2**31)), answer))
         except Empty:
             self._record(outcomes)
+
+    def _as_of_now(self, asked: Endpoint, answer: Answer) -> Answer:
+        """What the answer means for the endpoint as the file has it now. One that was replaced meanwhile may say that a
+        delivery has arrived, but not that the new one is gone, or wants to be left alone.
+        """
+        is_replaced = self._endpoints.get(asked.name) != asked
+        return answer._replace(status=0, retry_after_s=None) if is_replaced and not answer.is_success else answer
 
     def _record(self, outcomes: list[tuple[Attempt, Delivery, Answer]]) -> None:
         ours = []
