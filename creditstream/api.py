@@ -9,7 +9,7 @@ import functools
 import socket
 from collections.abc import Iterator
 from datetime import date, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 from uuid import UUID
 
 import mode
@@ -190,7 +190,7 @@ def create_api(meter: Meter) -> Litestar:
             audit_partitions, audit_catalogue, audit_sums, audit_rows, status, metrics, livez, readyz,
             *_letter_routes(meter), *_account_routes(meter), *_spending_routes(meter),
         ],
-        before_request=_refuse_unknown_parameters,
+        before_request=_refuse_parameters,
         exception_handlers={
             Problem: _answer_problem, DatabaseError: _answer_database_error, HTTPException: _answer_refusal
         },
@@ -323,6 +323,7 @@ def _spending_routes(meter: Meter) -> list[HTTPRouteHandler]:
         as_of: AsOf = None,
     ) -> Estimate:
         """What a bulk run will cost, at worst and expected, against what is left (R14)."""
+        _require_column(table_id, column_id)
         return await meter.ask(
             spending.estimate, meter.catalogue, workspace_id, action,
             cells=cells, table_id=table_id, column_id=column_id, own_api_key=own_api_key, as_of=as_of,
@@ -348,20 +349,45 @@ def _require_days(start: date | None, end: date | None, period: date | None = No
         )
 
 
-def _parameters(request: Request[Any, Any, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The parameters of a question by their names in its function: as who asks calls them, and the words they take."""
+def _require_column(table_id: str, column_id: str) -> None:
+    """Problem for a table alone: the worst case would pass for what the table's history lets expect."""
+    if table_id and not column_id:
+        raise Problem("the history is a column's", "`table_id` only narrows it", "Give `column_id` too.")
+
+
+class _Parameter(NamedTuple):
+    """One of a question's, as who asks calls it, and the words that it takes (none: others are right, too)."""
+
+    name: str
+    words: tuple[str, ...]
+    is_list: bool
+
+
+def _parameters(request: Request[Any, Any, Any]) -> dict[str, _Parameter]:
+    """Those of a question, by their names in its function."""
     asked = request.scope["route_handler"].parsed_fn_signature.parameters
     return {
-        name: (getattr(field.kwarg_definition, "name", None) or name, choices(field.annotation))
+        name: _Parameter(
+            getattr(field.kwarg_definition, "name", None) or name,
+            choices(field.annotation),
+            field.is_non_string_sequence,
+        )
         for name, field in asked.items()
     }
 
 
-def _refuse_unknown_parameters(request: Request[Any, Any, Any]) -> None:
-    """A misspelt name must not be answered as if it were not there: the sum would be another one."""
-    known = {name for name, _ in _parameters(request).values()}
-    if request.url.path.startswith("/v1/") and (unknown := sorted(request.query_params.keys() - known)):
+def _refuse_parameters(request: Request[Any, Any, Any]) -> None:
+    """A misspelt name, or a second value of one, must not be answered as if it were not there: the sum would be another
+    one.
+    """
+    if not request.url.path.startswith("/v1/"):
+        return
+    given, asked = request.query_params, _parameters(request).values()
+    if unknown := sorted(given.keys() - {each.name for each in asked}):
         raise HTTPException(f"no parameter is called {', '.join(map(repr, unknown))}", status_code=400)
+    lists = {each.name for each in asked if each.is_list}
+    if repeated := sorted(name for name in given.keys() - lists if len(given.getall(name)) > 1):
+        raise HTTPException(f"only one {', '.join(map(repr, repeated))} is answered", status_code=400)
 
 
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[Failure]:
@@ -378,8 +404,8 @@ def _answer_refusal(request: Request[Any, Any, Any], error: HTTPException) -> Re
     asked = _parameters(request) if wrong else {}
     said = []
     for one in wrong:
-        name, words = asked.get(one["key"], (one["key"], ()))
-        said.append(f"{name}: {with_choices(one['message'], words)}")
+        parameter = asked.get(one["key"], _Parameter(one["key"], (), False))
+        said.append(f"{parameter.name}: {with_choices(one['message'], parameter.words)}")
     why = "; ".join(said) or error.detail
     return _failure(Problem(f"{request.method} {request.url.path} is refused", why, "See /schema."), error.status_code)
 
