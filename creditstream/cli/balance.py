@@ -21,6 +21,7 @@ from creditstream.cli.terminal import say
 from creditstream.home import settings_of
 from schemas.answers import CELLS_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
 from schemas.credits import parse_credits
+from schemas.ledger import Pool
 from schemas.problem import Difference
 from sinks.explain import credits_text
 
@@ -198,13 +199,15 @@ def estimated(found: Estimate) -> list[str]:
     price, worst, expected = (
         credits_text(parse_credits(credits), found.pool) for credits in (found.price, found.worst_case, found.expected)
     )
-    return [
+    lines = [
         f"{found.action} in {found.cells:,} {'cell' if found.cells == 1 else 'cells'}, {price} each",
         "",
         f"  worst case  {worst}",
         f"  expected    {expected} ({_rests_on(found)})",
-        f"  left        {'unknown' if found.remaining is None else grouped(found.remaining)}",
     ]
+    if found.pool != Pool.NONE:  # what is free draws from none: nothing is unknown of it
+        lines.append(f"  left        {'unknown' if found.remaining is None else grouped(found.remaining)}")
+    return lines
 
 
 def _rests_on(found: Estimate) -> str:
