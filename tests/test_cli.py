@@ -563,6 +563,7 @@ def test_wrong_usage_is_exit_code_2() -> None:
         ("dead-letters", "show", "nowhere"),
         ("explain", "nothing"),
         ("demo", "--for", "soon"),
+        ("demo", "--for", "²"),
         ("usage", WORKSPACE, "--url", "notaurl"),
         ("usage", WORKSPACE, "--url", "http://[::1"),
         ("balance", WORKSPACE, "--as-of", "0001-01-01T00:00+23:59"),

@@ -22,7 +22,7 @@ def demo(seconds: str, rate: int, home: str | None) -> None:
     All state is in the home; `rm -r .creditstream` removes it. Exit 1 if the books do not close.
     """
     text = seconds.removesuffix("s")
-    if not text.isdigit() or not 1 <= int(text) <= 3600:
+    if not text.isdecimal() or not 1 <= int(text) <= 3600:
         raise click.UsageError(f"--for {seconds!r} is not a number of seconds from 1 to 3600.")
     from creditstream.demonstrate import demonstrate
 
