@@ -264,11 +264,11 @@ def test_reconcile_finds_a_lost_row(worker: WorkerProcess, settings: dict[str, s
 
 
 def test_a_dead_letter_is_sent_again(worker: WorkerProcess, settings: dict[str, str | int]) -> None:
-    """What can be is, and is closed by that; what would be refused again is left alone, in a sentence."""
+    """What can be is, once, and is closed by that; what would be refused again is left alone, in a sentence."""
     (old,) = worker.answers.dead_letters("unknown_action", 10, True)
     (broken,) = worker.answers.dead_letters("malformed", 10, True)
 
-    sent = creditstream("dead-letters", "redrive", "--reason", "unknown_action", settings=settings)
+    sent = creditstream("dead-letters", "redrive", old.position, old.position, settings=settings)
     listed = read_json(creditstream("dead-letters", "list", "--open", "--format", "json", settings=settings))
     refused = creditstream("dead-letters", "redrive", broken.position, settings=settings)
 

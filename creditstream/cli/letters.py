@@ -92,7 +92,7 @@ def redrive_letters(positions: tuple[str, ...], reason: str | None, limit: int, 
         raise click.UsageError("Give either positions or --reason.")
     from creditstream.redriving import redrive
 
-    places = [_place(position) for position in positions]
+    places = dict.fromkeys(_place(position) for position in positions)  # each once, however often it is named
     settings = kafka_settings_of(home)
     with ask(settings, url) as answers:
         letters = (
