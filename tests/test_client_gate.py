@@ -293,6 +293,18 @@ def test_options_that_are_the_contract_cannot_be_changed() -> None:
         Gate(NOWHERE, on_unknown="deny", on_stale="deny", kafka={"auto.offset.reset": "latest"})
 
 
+def test_what_would_never_be_ready_is_refused_at_once() -> None:
+    """Options that are none, and a time that no answer of Kafka's can be younger than: with ``on_stale`` "allow" such a
+    gate says yes to everybody for ever.
+    """
+    for options in ({"no.such.property": 1}, {"ssl.key.pem": "x", "retry.backoff.ms": "soon"}):
+        with pytest.raises(Problem, match=r"Kafka options refused: .*(no\.such\.property|retry\.backoff\.ms)"):
+            Gate(NOWHERE, on_unknown="deny", on_stale="allow", kafka=options)
+    for seconds in (0, -1, 1):
+        with pytest.raises(ValueError, match=f"stale_after_s={seconds} is not 2 or more"):
+            Gate(NOWHERE, on_unknown="deny", on_stale="allow", stale_after_s=seconds)
+
+
 def test_kafka_is_found_by_environment_or_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable wins; without it, the process that holds the home says where its Kafka is; else the default."""
     for name in ("CREDITSTREAM_KAFKA_BOOTSTRAP", "CREDITSTREAM_TOPIC_PREFIX"):

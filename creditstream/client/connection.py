@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from schemas.problem import Problem
@@ -28,6 +28,20 @@ def connection(settings: Settings, ours: Mapping[str, Any], theirs: KafkaOptions
         **(theirs or {}),
         **ours,
     }
+
+
+def require_options(config: Mapping[str, Any]) -> None:
+    """Problem for options that librdkafka refuses, of a consumer whose thread would only find that out."""
+    try:
+        Consumer(dict(config)).close()
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError._INVALID_ARG:
+            raise options_refused(error.args[0]) from error
+
+
+def options_refused(error: KafkaError) -> Problem:
+    """What a person is told of them."""
+    return Problem("Kafka options refused", error.str(), "Correct `kafka=`.")
 
 
 def partitions(kafka: AdminClient | Producer, topic: str) -> int:

@@ -17,6 +17,8 @@ Policy = Literal["allow", "deny"]
 
 CONTACT_LOST_S: Final = 15
 """Knowledge that has not been confirmed for so long is stale, by default."""
+STALE_AFTER_S_MIN: Final = 2
+"""`Gate` asks once a second: what must be younger is stale between two answers."""
 UNCONFIRMED_NS: Final = -NEVER_NS
 """`GateRules.fresh_ns` before any confirmation."""
 _NS: Final = 1_000_000_000
@@ -131,6 +133,8 @@ class GateRules:
     ) -> None:
         if unknown := {on_unknown, on_stale} - {"allow", "deny"}:
             raise ValueError(f'{unknown}: a policy is "allow" or "deny"')
+        if stale_after_s < STALE_AFTER_S_MIN:
+            raise ValueError(f"stale_after_s={stale_after_s} is not {STALE_AFTER_S_MIN} or more")
         self.states: Final = StateMirror()
         self.fresh_ns = UNCONFIRMED_NS
         """Monotonic ns of the last instant of which it is known that all states until then are held; `NEVER_NS`: they

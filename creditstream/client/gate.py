@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from creditstream.client.connection import KafkaOptions, connection, partitions
+from creditstream.client.connection import KafkaOptions, connection, partitions, require_options
 from creditstream.client.decision import CONTACT_LOST_S, UNCONFIRMED_NS, GateRules, Policy
 from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
@@ -64,8 +64,9 @@ class Gate(GateRules):
     """Follows the limit states from its construction to `close`, and answers `check` meanwhile.
 
     ``on_unknown`` ("allow" or "deny") decides for a workspace without a plan or without a state, ``on_stale`` while
-    the gate is not up to date: before it is ready, and ``stale_after_s`` after it last was. Without ``settings`` Kafka
-    is looked for (`settings_of`); without a ``catalogue`` the settings' one is loaded. Problem when that fails.
+    the gate is not up to date: before it is ready, and ``stale_after_s`` (2 or more) after it last was. Without
+    ``settings`` Kafka is looked for (`settings_of`); without a ``catalogue`` the settings' one is loaded. Problem when
+    that fails, or an option of ``kafka`` is none.
 
     A forked child answers ``stale`` until its own follower, started by the first such answer, has caught up.
     """
@@ -92,6 +93,8 @@ class Gate(GateRules):
         self._topic: Final = settings.topic(LIMIT_STATES)
         self._bootstrap: Final = settings.kafka_bootstrap
         self._config: Final = connection(settings, _OURS, kafka)
+        if kafka:
+            require_options(self._config)
         self._positions: dict[int, int] = {}
         self._closed = False
         self._starting = threading.Lock()

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from creditstream.client.connection import KafkaOptions, connection, partitions
+from creditstream.client.connection import KafkaOptions, connection, options_refused, partitions
 from creditstream.client.flag import Flag
 from creditstream.client.forking import abandon, await_resolver, survive_forks
 from creditstream.client.outbox import Outbox, spool_refused
@@ -302,7 +302,7 @@ class CellRunProducer:
 
 def _refused(error: KafkaError) -> Problem:
     if error.code() == KafkaError._INVALID_ARG:
-        return Problem("Kafka options refused", error.str(), "Correct `kafka=`.")
+        return options_refused(error)
     return Problem("the producer cannot be created", error.str(), "Allow this process more threads.")
 
 
