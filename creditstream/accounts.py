@@ -14,7 +14,7 @@ import msgspec
 from clickhouse_connect.driver.client import Client
 
 from creditstream.clock import now_ms
-from schemas.account import LATEST_EFFECTIVE_AT
+from schemas.account import is_in_range
 from schemas.answers import (
     BalanceMove,
     By,
@@ -77,7 +77,7 @@ def moment(as_of: datetime | None) -> Moment:
     if as_of is None:
         return Moment(now_ms(), None)
     aware = as_of if as_of.tzinfo else as_of.replace(tzinfo=UTC)
-    if not EARLIEST_RAN_AT <= aware < LATEST_EFFECTIVE_AT:
+    if not is_in_range(aware):
         raise Problem(f"nothing is known as of {as_of}", "it is before 2020 or after 2099", "Ask for another time.")
     return Moment(to_milliseconds(aware), to_milliseconds(aware))
 

@@ -356,10 +356,10 @@ def _require_column(table_id: str, column_id: str) -> None:
 
 
 class _Parameter(NamedTuple):
-    """One of a question's, as who asks calls it, and the words that it takes (none: others are right, too)."""
+    """One of a question's: as who asks calls it, and what it takes."""
 
     name: str
-    words: tuple[str, ...]
+    kind: Any
     is_list: bool
 
 
@@ -368,9 +368,7 @@ def _parameters(request: Request[Any, Any, Any]) -> dict[str, _Parameter]:
     asked = request.scope["route_handler"].parsed_fn_signature.parameters
     return {
         name: _Parameter(
-            getattr(field.kwarg_definition, "name", None) or name,
-            choices(field.annotation),
-            field.is_non_string_sequence,
+            getattr(field.kwarg_definition, "name", None) or name, field.annotation, field.is_non_string_sequence
         )
         for name, field in asked.items()
     }
@@ -404,8 +402,8 @@ def _answer_refusal(request: Request[Any, Any, Any], error: HTTPException) -> Re
     asked = _parameters(request) if wrong else {}
     said = []
     for one in wrong:
-        parameter = asked.get(one["key"], _Parameter(one["key"], (), False))
-        said.append(f"{parameter.name}: {with_choices(one['message'], parameter.words)}")
+        parameter = asked.get(one["key"], _Parameter(one["key"], None, False))
+        said.append(f"{parameter.name}: {with_choices(one['message'], choices(parameter.kind))}")
     why = "; ".join(said) or error.detail
     return _failure(Problem(f"{request.method} {request.url.path} is refused", why, "See /schema."), error.status_code)
 

@@ -15,7 +15,13 @@ from schemas.cell_run import EARLIEST_RAN_AT, Identifier, Instant, Label
 from schemas.credits import Millicredits, parse_credits
 
 LATEST_EFFECTIVE_AT = datetime(2100, 1, 1, tzinfo=UTC)
-"""A later ``effective_at`` is ``malformed``: the ledger's days end in 2149, and nobody plans so far."""
+"""From here on an ``effective_at`` is ``malformed``: the ledger's days end in 2149, and nobody plans so far."""
+
+
+def is_in_range(instant: datetime) -> bool:
+    """Whether an event may take effect then, and a question be asked as of then: from 2020 to 2099."""
+    return EARLIEST_RAN_AT <= instant < LATEST_EFFECTIVE_AT
+
 
 Credits = Annotated[
     str,
@@ -44,7 +50,7 @@ class _Effective(_AccountEvent, frozen=True, kw_only=True, omit_defaults=True):
     effective_at: Annotated[Instant, Meta(description="from when on it holds, past or future; from 2020 to 2099")]
 
     def __post_init__(self) -> None:
-        if not EARLIEST_RAN_AT <= self.effective_at < LATEST_EFFECTIVE_AT:
+        if not is_in_range(self.effective_at):
             raise ValueError("`effective_at` is before 2020 or after 2099")
 
 

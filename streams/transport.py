@@ -220,7 +220,8 @@ class Consumer(driver.Consumer):
 
 
 def _chunk(records: list[Any]) -> Chunk:
-    if not all(is_datable(record.timestamp) for record in records):
+    times = [record.timestamp for record in records]
+    if not (is_datable(min(times)) and is_datable(max(times))):
         records = [_dated(record) for record in records]
     chunk = Chunk(records)
     chunk.records = len(records)

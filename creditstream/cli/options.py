@@ -13,7 +13,6 @@ from creditstream.cli.terminal import keep
 from creditstream.home import Home, settings_of
 from schemas import account
 from schemas.answers import LIST_MAX
-from schemas.cell_run import EARLIEST_RAN_AT
 from schemas.problem import Unreachable
 from streams.settings import Settings, variable
 
@@ -47,7 +46,7 @@ class Instant(click.ParamType):
             instant = typed.astimezone(UTC) if typed.tzinfo else typed.replace(tzinfo=UTC)
         except (ValueError, OverflowError):  # an offset may lead out of the years that there are
             self.fail(f"{value!r} is not a time; write 2026-01-15T14:00:00Z or 2026-01-15.", param, ctx)
-        if not EARLIEST_RAN_AT <= instant < account.LATEST_EFFECTIVE_AT:
+        if not account.is_in_range(instant):
             self.fail(f"{value!r} is before 2020 or after 2099.", param, ctx)
         return instant
 
