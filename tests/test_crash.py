@@ -15,15 +15,13 @@ from typing import Final
 
 import msgspec
 import pytest
-from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Producer
 
 from creditstream.producing import PRODUCER_CONFIG
 from creditstream.reconcile import Reconciliation
 from schemas.answers import By
 from schemas.problem import Problem
 from streams.app import EXIT_RESTART
-from streams.topics import Topic
 from streams.transport import FETCH_WAIT_MS_MAX
 from tests.client_kafka import wait_until
 from tests.ledger_rows import INVARIANTS
@@ -185,7 +183,7 @@ def test_f14_a_retention_gap_pauses_one_unit_or_is_stepped_over(worker: WorkerPr
     marks = worker.log_ends()
     worker.produce(runs() + runs())
     gap = 3
-    drop_records(worker, partition=2, before=marks[2] + gap)
+    worker.drop_runs({2: marks[2] + gap})
     worker.signal(signal.SIGCONT)
     assert worker.wait() == EXIT_RESTART, "a worker that lags behind retention must not skip it in silence"
 
@@ -214,15 +212,6 @@ def test_f14_a_retention_gap_pauses_one_unit_or_is_stepped_over(worker: WorkerPr
     assert (books.closes, books.behind, books.rows) == (True, 0, 120 - gap)
 
 
-def drop_records(worker: WorkerProcess, partition: int, before: int) -> None:
-    """What retention does, at once."""
-    settings = worker.configured
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
-    place = TopicPartition(f"{settings.topic_prefix}cell-runs", partition, before)
-    for dropped in admin.delete_records([place]).values():
-        assert dropped.result(WAIT_S_MAX).low_watermark == before
-
-
 @OVER_HTTP
 def test_f13_a_topic_made_again_is_metered_from_its_first_offset(worker: WorkerProcess) -> None:
     """A running worker ends to be started again, since its marks are another topic's; then the new topic is metered
@@ -232,7 +221,7 @@ def test_f13_a_topic_made_again_is_metered_from_its_first_offset(worker: WorkerP
     worker.produce(old)
     worker.start().wait_until_metered()
     before = worker.create_topic()
-    after = recreate_topic(worker)
+    after = worker.make_topic_again()
     assert before.id != after.id
     worker.produce([*new, *old])
 
@@ -245,20 +234,6 @@ def test_f13_a_topic_made_again_is_metered_from_its_first_offset(worker: WorkerP
     books = worker.reconcile()
     assert_books_close(books, 80)
     assert books.sums.credits_raw == "80"
-
-
-def recreate_topic(worker: WorkerProcess) -> Topic:
-    """Delete the topic and make it again under its name."""
-    settings = worker.configured
-    name = f"{settings.topic_prefix}cell-runs"
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
-    for deleted in admin.delete_topics([name]).values():
-        deleted.result(WAIT_S_MAX)
-    deadline = time.monotonic() + WAIT_S_MAX
-    while worker.broker.topic(name):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return worker.create_topic()
 
 
 @OVER_HTTP

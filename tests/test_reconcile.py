@@ -1,7 +1,6 @@
 """What `reconcile` must not overlook: a copy that is none, and a row that says something else than its event."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -10,8 +9,6 @@ from uuid import uuid4
 
 import msgspec
 import pytest
-from confluent_kafka import TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from creditstream.asking import WorkerAnswers
 from creditstream.reconcile import Reconciliation, reconcile
@@ -27,7 +24,7 @@ from streams.records import partition_of
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import PLANS_DIR
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
-from tests.worker_process import WAIT_S_MAX, WorkerProcess, cell_run, event_of
+from tests.worker_process import WorkerProcess, cell_run, event_of
 
 NOW: Final = datetime(2026, 11, 20, 12, tzinfo=UTC)
 RUN: Final = cell_run(action="find_work_email", ran_at=NOW, triggered_by="manual", actor="ada")
@@ -232,22 +229,13 @@ def test_a_reversal_of_a_run_that_kafka_no_longer_has_counts_once(tmp_path: Path
         reversal = RunReversed(event_id=uuid4(), workspace_id=run.workspace_id, run_id=run.run_id)
         worker.bill([reversal, msgspec.structs.replace(reversal, event_id=uuid4()), reversal])
         worker.wait_until_told()
-        drop_runs(worker)
+        worker.drop_runs(worker.log_ends())
 
         books = worker.reconcile()
         assert (books.closes, books.events, books.credits) == (True, 3, "-1"), books.partitions
 
         twice = books_of(worker, at=1, kind="reversal", reason="reversed", pool="enrichment", credits=-1000)
         assert (twice.closes, twice.different) == (False, 1)
-
-
-def drop_runs(worker: WorkerProcess) -> None:
-    """What retention does to cell runs, at once."""
-    settings = worker.configured
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
-    places = [TopicPartition(settings.topic(CELL_RUNS), *log) for log in worker.log_ends().items()]
-    for dropped in admin.delete_records(places).values():
-        dropped.result(WAIT_S_MAX)
 
 
 def test_account_events_sent_again_to_a_topic_made_again_are_duplicates(tmp_path: Path, kafka: str) -> None:
@@ -266,7 +254,7 @@ def test_account_events_sent_again_to_a_topic_made_again_are_duplicates(tmp_path
         worker.bill(events)
         worker.wait_until_told()
         assert worker.stop() == 0
-        make_again(worker, ACCOUNT_EVENTS)
+        worker.make_topic_again(ACCOUNT_EVENTS)
         worker.bill([PlanChanged(event_id=uuid4(), plan="50k", **said), *events])
         worker.start().wait_until_told()
 
@@ -276,16 +264,3 @@ def test_account_events_sent_again_to_a_topic_made_again_are_duplicates(tmp_path
         nowhere = f"a duplicate of the event at account-events[{partition_of(run.workspace_id, 4)}]@9"
         wrong = books_of(worker, at=1, detail=nowhere)
         assert (wrong.closes, wrong.different) == (False, 1)
-
-
-def make_again(worker: WorkerProcess, name: str) -> None:
-    """Delete a topic of the worker, and create it."""
-    settings, broker = worker.configured, worker.broker
-    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap})
-    for deleted in admin.delete_topics([settings.topic(name)]).values():
-        deleted.result(WAIT_S_MAX)
-    deadline = time.monotonic() + WAIT_S_MAX
-    while broker.topic(settings.topic(name)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    worker.create_topic()

@@ -120,9 +120,7 @@ def test_reconcile_proves_nothing_that_it_could_not_read(another: WorkerProcess)
         def ledger_rows(self, topic_id: str, partition: int, after: int, limit: int) -> list[LedgerRow]:
             rows = super().ledger_rows(topic_id, partition, after, limit)
             if rows:
-                admin = AdminClient({"bootstrap.servers": another.configured.kafka_bootstrap})
-                for dropped in admin.delete_records([TopicPartition(topic, partition, 10)]).values():
-                    dropped.result(WAIT_S_MAX)
+                another.drop_runs({partition: 10})
             return rows
 
     endpoints = another.home.worker()

@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple, Self
 from uuid import UUID, uuid4
 
 import psutil
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from creditstream import kafka_guard
 from creditstream.asking import WorkerAnswers
@@ -88,6 +89,27 @@ class WorkerProcess:
         """The worker's topics, created where they are missing; that of the cell runs."""
         self.broker.ensure_all()
         return self.broker.require(CELL_RUNS)
+
+    def make_topic_again(self, name: str = CELL_RUNS) -> Topic:
+        """Delete one of its topics, and create it under its name; that of the cell runs."""
+        topic, admin = self.configured.topic(name), self._admin()
+        admin.delete_topics([topic])[topic].result(WAIT_S_MAX)
+        deadline = time.monotonic() + WAIT_S_MAX
+        while self.broker.topic(topic):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return self.create_topic()
+
+    def drop_runs(self, before: Mapping[int, int]) -> None:
+        """What retention does to cell runs, at once. ``before``: partition → its new first offset."""
+        places = [TopicPartition(self.configured.topic(CELL_RUNS), *place) for place in before.items()]
+        admin = self._admin()
+        for place, dropped in admin.delete_records(places).items():
+            assert dropped.result(WAIT_S_MAX).low_watermark == place.offset
+
+    def _admin(self) -> AdminClient:
+        """To be kept until Kafka has answered: what a client that is gone was asked never ends."""
+        return AdminClient({"bootstrap.servers": self.configured.kafka_bootstrap})
 
     @property
     def pid(self) -> int:
