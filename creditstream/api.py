@@ -163,7 +163,7 @@ def create_api(meter: Meter) -> Litestar:
         after: FromQuery[int] = -1,
         limit: Annotated[int, QueryParameter(ge=1, le=ROWS_MAX)] = 10_000,
     ) -> list[LedgerRow]:
-        """Rows of one partition in Kafka's order."""
+        """Rows of one partition in Kafka's order; each as an array, in the order of these fields."""
         return await meter.ask(queries.ledger_rows, topic_id, partition, after, limit)
 
     @answer("/v1/status")
@@ -194,7 +194,7 @@ def create_api(meter: Meter) -> Litestar:
         exception_handlers={
             Problem: _answer_problem, DatabaseError: _answer_database_error, HTTPException: _answer_refusal
         },
-        openapi_config=OpenAPIConfig(title="creditstream", version=__version__),
+        openapi_config=OpenAPIConfig(title="creditstream", version=__version__, use_handler_docstrings=True),
         logging_config=None,
     )  # fmt: skip
 
@@ -218,7 +218,7 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
         limit: Limit = 100,
         only_open: FromQuery[bool] = False,
     ) -> list[DeadLetter]:
-        """The newest dead letters; ``only_open``: those that were not sent again."""
+        """The newest dead letters; `only_open`: those that were not sent again."""
         return await meter.ask(letters.dead_letters, reason or "", limit, only_open)
 
     @answer("/v1/parked-events")

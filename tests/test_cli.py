@@ -690,6 +690,15 @@ def test_a_home_whose_kafka_has_ended_names_the_command_that_starts_it(tmp_path:
         )
 
 
+def test_an_event_that_is_wrong_is_refused_before_kafka_is_looked_for(tmp_path: Path) -> None:
+    """Nobody starts a Kafka to be told what was typed wrongly."""
+    (tmp_path / "kafka").mkdir()
+
+    done = creditstream("grant", WORKSPACE, "0", "--home", str(tmp_path))
+
+    assert (done.code, "`credits` must be more than 0" in done.err) == (2, True), done
+
+
 def test_a_home_whose_kafka_starts_is_told_of_as_such(tmp_path: Path) -> None:
     """Whoever was told to start it would find the home in use."""
     (tmp_path / "kafka").mkdir()

@@ -177,6 +177,8 @@ def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> N
         described = api.get("/schema/openapi.json").json()
         assert {"/v1/usage", "/v1/runs/{run_id}", "/v1/dead-letters", "/v1/actions/{action}"} <= set(described["paths"])
         assert described["components"]["schemas"]["UsageRow"]["properties"]["credits"] == {"type": "string"}
+        rows = described["paths"]["/v1/audit/rows"]["get"]["description"]
+        assert rows.endswith("each as an array, in the order of these fields.")
         assert api.get("/livez").status_code == 200
         ready = api.get("/readyz")
     assert (ready.status_code, ready.json()) == (503, {"ready": False, "because": ["no assignment yet"]})

@@ -240,6 +240,6 @@ def top(by: str, limit: int, as_of: datetime | None, home: str, url: str, form: 
     with ask(settings_of(home), url) as answers:
         rows = answers.top(TopBy(by), limit, as_of)
     nothing = (
-        "No workspace will run out before its period ends." if by == TopBy.RUNS_OUT else "No workspace has a plan."
+        "No workspace will run out before its period ends." if by == TopBy.RUNS_OUT else "No pool has an allowance."
     )
     show_rows(rows, form, TopRow.__struct_fields__, nothing, read=TOP_COLUMNS, bars=_used(rows))

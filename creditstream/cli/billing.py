@@ -145,7 +145,7 @@ def limits() -> None:
     "thresholds",
     type=click.IntRange(1, 100),
     multiple=True,
-    help="Percent of the allowance. Repeatable.",
+    help="Percent of the allowance; of premium, of the newest grant. Repeatable.",
 )
 @click.option("--remaining-below", type=Credits(), help="Also alert when no more than this remains.")
 @click.option("--plan-default", is_flag=True, help="Return to the plan's thresholds.")
@@ -194,11 +194,11 @@ def _send(
     """Send one event; its id and place go to standard output, for a program that may have to send it again. What
     became of it, when it is waited for.
     """
-    settings = kafka_settings_of(home)
     try:
         event: AccountEvent = make_event(kind, workspace, event_id, actor=actor, **fields)
     except Problem as error:
         raise click.UsageError(str(error)) from error
+    settings = kafka_settings_of(home)
     if not wait:
         _, place = send_event(settings, event)
         say(f"{event.event_id}  {place}")
