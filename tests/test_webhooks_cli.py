@@ -157,6 +157,24 @@ def test_the_process_from_start_to_end(settings: Settings, receiver: WebhookRece
     assert [record.endpoint for record in deliveries(settings) if record.state is DeliveryState.WAITING] == ["second"]
 
 
+def test_a_refused_file_does_not_bring_back_an_endpoint_that_is_gone(
+    settings: Settings, receiver: WebhookReceiver, tmp_path: Path
+) -> None:
+    """It said 410, and nobody has corrected it."""
+    file = endpoints(tmp_path, closed=receiver.url)
+    receiver.behave = lambda _: 410
+    with running(tmp_path, "notifier", "--endpoints", str(file), kafka=settings.kafka_bootstrap) as notifier:
+        produce(settings, msgspec.json.encode(some_alert()))
+        notifier.wait_for(lambda: notifier.events("alert_given_up"))
+        file.write_text("[endpoints.closed]\nurl = 'nonsense'")
+        notifier.process.send_signal(signal.SIGHUP)
+        notifier.wait_for(lambda: notifier.events("endpoints_refused"))
+        produce(settings, msgspec.json.encode(some_alert()))
+        notifier.wait_for(lambda: len(notifier.events("alert_given_up")) == 2)
+
+    assert len(receiver.received) == 1
+
+
 def test_a_killed_process_leaves_what_the_next_one_finishes(
     settings: Settings, receiver: WebhookReceiver, tmp_path: Path
 ) -> None:

@@ -57,8 +57,7 @@ def run_notifier(settings: Settings, path: Path) -> int:
         while not signals.stop:
             if signals.reload:
                 signals.reload = False
-                endpoints = _reloaded(path, endpoints)
-                notifier.reload(endpoints)
+                endpoints = _reload(notifier, path, endpoints)
             notifier.turn()
         notifier.stop()
         return 0
@@ -75,12 +74,13 @@ def _ended_by(lost: Problem | KafkaException) -> int:
     return os.EX_TEMPFAIL
 
 
-def _reloaded(path: Path, old: dict[str, Endpoint]) -> dict[str, Endpoint]:
-    """The file's endpoints; the old ones when it cannot be used."""
+def _reload(notifier: Notifier, path: Path, old: dict[str, Endpoint]) -> dict[str, Endpoint]:
+    """Go on with the file's endpoints; when it cannot be used, with the old ones: of those, what is gone stays so."""
     try:
         endpoints = load_endpoints(path)
     except Problem as problem:
         log.warning("endpoints_refused", why=str(problem), kept=sorted(old))
         return old
+    notifier.reload(endpoints)
     log.info("endpoints_loaded", endpoints=sorted(endpoints))
     return endpoints
