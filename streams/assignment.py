@@ -104,7 +104,7 @@ class Loader:
         start = recovery.starting_point(at, assigned.committed, log_starts)
         try:
             async with asyncio.timeout(RECOVERY_S_MAX):
-                await self._recover(unit, start)
+                seen_ms = await self._recover(unit, start)
         except TimeoutError as error:
             raise Unreachable(f"{unit.chain} is not recovered", f"after {RECOVERY_S_MAX} s", "See the log.") from error
         # Of topics that were made anew nothing has been told either.
@@ -113,7 +113,7 @@ class Loader:
             await self._look_up(*self._workspaces_of(unit, 1, accounts.EPOCH))
         )
         unit.looks_back_ms = balances.now_ms or FOREVER_MS
-        self._background(self._look_back(unit, balances.now_ms))
+        self._background(self._look_back(unit, seen_ms, balances.now_ms))
         self._background(self._load_events(filters.events, chains[1]))
         return unit
 
@@ -159,15 +159,19 @@ class Loader:
                 await asyncio.sleep(0)
         run_filter.is_complete = True
 
-    async def _recover(self, unit: Unit, start: recovery.Start) -> None:
-        """Fold again what the commit has not seen, and tell it; then load who was active last."""
+    async def _recover(self, unit: Unit, start: recovery.Start) -> int:
+        """Fold again what the commit has not seen, and tell it; then load who was active last. Returns the unit's "now"
+        before what is folded again.
+        """
         balances, chains = unit.balances, (unit.chain, unit.event_chain)
         after = start.runs_after, start.events_after
         for chain, offset in zip(chains, after, strict=True):
             balances.now_ms = max(balances.now_ms, await self._look_up(accounts.last_recorded_ms, chain, offset))
         tail = await self._look_up(accounts.tail_of, chains[0], after[0], chains[1], after[1])
+        seen_ms = balances.now_ms
         if names := recovery.names_of(tail):
             balances.begin(recovery.first_ms(tail))
+            seen_ms = balances.now_ms
             events: list[AccountFact] = []
             draws: list[tuple[str, str, int, int]] = []
             for part in recovery.in_parts(names):  # a statement that names them all may be longer than the ledger takes
@@ -187,18 +191,19 @@ class Loader:
         for part in recovery.in_parts(names):
             await unit.load(part)
         balances.knows_all = are_all
+        return seen_ms
 
     def _workspaces_of(self, unit: Unit, limit: int, since: date) -> tuple[Any, ...]:
         """The question for a unit's workspaces with rows since a day."""
         return accounts.workspaces_of, unit.chain.partition, self._settings.partitions, limit, since
 
-    async def _look_back(self, unit: Unit, started_ms: int) -> None:
-        """In the background: find whom time alone may move, up to the unit's "now" at its start, and let it load them
-        in its sequence; then those who are seeded.
+    async def _look_back(self, unit: Unit, seen_ms: int, started_ms: int) -> None:
+        """In the background: find whom time alone may move, from 48 h before what the commit has seen up to the unit's
+        "now" at its start, and let it load them in its sequence; then those who are seeded.
         """
         partition, partitions = unit.chain.partition, self._settings.partitions
-        since = recovery.first_day(started_ms - recovery.LOOK_BACK_MS)
-        from_ms = started_ms - recovery.LOOK_BACK_MS
+        from_ms = seen_ms - recovery.LOOK_BACK_MS
+        since = recovery.first_day(from_ms)
         names = await self._look_up_aside(accounts.restless, partition, partitions, since, from_ms)
 
         for part in recovery.in_parts(names):

@@ -3,7 +3,7 @@
 1. Rows that Kafka's commit has not seen, (committed, mark], are in the ledger, but their alerts may not have left: they
    are folded once more, from the balances without them, in the order in which they were written.
 2. The workspaces that were active last are loaded, a bounded number; all others when a record asks for them.
-3. In the background: what time alone has told in the last 48 h, and who waits for an instant to come.
+3. In the background: what time alone has told since 48 h before the commit, and who waits for an instant to come.
 
 Without a commit, with one beyond the ledger, or with too many rows behind it, there is no history to fold again: then
 the states and what stands crossed are told, marked ``seeded``.

@@ -20,7 +20,7 @@ from streams.facts import openings
 from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_of, starting_point, told_at, without
 from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import Story, Topics, at
-from tests.limit_voices import seen_of
+from tests.limit_voices import seen_of, told_of
 from tests.unit_bench import CHAINS, SOON_S, Bench
 
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
@@ -225,7 +225,8 @@ async def test_a_tail_of_months_is_told_again_as_it_was(client: Client) -> None:
     told = (await live(client, (0, 0), *Topics().append(story.steps))).alerts
     assert [(str(alert.kind), alert.used) for alert in told] == [("crossed", "10"), ("period_started", "0")]
     again = (await live(client, (0, 0))).alerts
-    assert [alert.alert_id for alert in again] == [alert.alert_id for alert in told]
+    assert {told_of(alert) for alert in again} == {told_of(alert) for alert in told}
+    assert {alert.alert_id for alert in again} == {alert.alert_id for alert in told}
 
 
 @ON_CHDB
@@ -392,6 +393,27 @@ async def test_what_time_changed_right_before_a_crash_is_a_state_again(
     bench = await live(client, killed.committed)
     assert [(alert.kind, alert.at) for alert in bench.alerts] == [(AlertKind.RECOVERED, at("Jan 18"))]
     assert str(bench.states[b"premium/ws_1"].state) == "ok"
+
+
+@ON_CHDB
+async def test_a_long_tail_hides_no_instant_of_who_is_not_in_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in a backlog of a week: its last row is far behind an instant of a workspace that it is not about."""
+    warned, busy = Story(), Story("ws_2")
+    warned.plan("4", at("Jan 15"))
+    warned.grant("5", at("Feb 16"), at("Jan 16"))
+    warned.runs(4, at("Feb 14"))
+    busy.runs(1, at("Feb 21"))
+    monkeypatch.setattr("streams.unit.TICK_S", 60.0)
+    await live(client, (0, 0), *Topics().append([*warned.steps, *busy.steps]))
+
+    monkeypatch.undo()
+    bench = await live(client, (4, 2))
+    assert [(alert.workspace_id, alert.kind, alert.at) for alert in bench.alerts] == [
+        ("ws_1", AlertKind.PERIOD_STARTED, at("Feb 15")), ("ws_1", AlertKind.RECOVERED, at("Feb 16"))
+    ]  # fmt: skip
+    assert {str(bench.states[key].state) for key in (b"enrichment/ws_1", b"premium/ws_1")} == {"ok"}
 
 
 @ON_CHDB
