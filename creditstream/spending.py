@@ -27,6 +27,8 @@ from streams.messages import state_of
 from streams.periods import to_date
 
 _NS_PER_MS: Final = 1_000_000
+_TELLS_NOTHING: Final = (Reason.OWN_API_KEY, Reason.FREE_ACTION)
+"""Runs that were free whatever they found: with the workspace's key, or before the action had a price."""
 
 
 def check(
@@ -109,7 +111,7 @@ def estimate(
     """What a bulk run will cost, at worst and as the column's own history lets expect, against what is left (R14).
 
     UnknownId when no catalogue version lists the action. Without a column, or without runs of it with the product's
-    key, the expected cost is the worst case.
+    key while the action had a price, the expected cost is the worst case.
     """
     at = moment(as_of)
     price = price_of(catalogue, action, at.ms, own_api_key)
@@ -117,7 +119,7 @@ def estimate(
     history: list[ShareOfRuns] = []
     if worst and column_id:
         found = account_queries.shares(client, workspace_id, action, table_id, column_id, at.known_ms)
-        history = [share for share in found if share.reason != Reason.OWN_API_KEY]
+        history = [share for share in found if share.reason not in _TELLS_NOTHING]
     expected = expect(worst, history)
     held = _account_or_none(client, workspace_id, at) if price.pool != Pool.NONE else None
     standing = held.standing(Pool(price.pool)) if held else None

@@ -363,8 +363,8 @@ class ShareOfRuns(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bulk run will cost (R14). ``expected`` rests on ``history``, how earlier runs of the column with the
-    product's key ended, and is rounded up; without one it is the worst case. ``warning`` empty: it fits.
+    """What a bulk run will cost (R14). ``expected`` rests on ``history``, how earlier runs of the column ended with the
+    product's key and a price, and is rounded up; without one it is the worst case. ``warning`` empty: it fits.
     """
 
     workspace_id: str

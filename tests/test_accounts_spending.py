@@ -128,6 +128,23 @@ def test_an_estimate_rests_on_the_columns_own_history_r14(client: Client) -> Non
 
 
 @ON_CHDB
+def test_an_estimate_rests_on_no_run_from_before_the_action_had_a_price_r14(client: Client) -> None:
+    """Such a run was free whatever it found, so it says nothing of what will be charged."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-15"))
+    for _ in range(8):
+        rows.run(at("2026-01-20"), 0, reason="free_action", pool=Pool.NONE)
+    rows.write(client)
+    unpaid = estimate(client, "enrich_person", 1000, column_id="col_1")
+    assert (unpaid.expected, unpaid.history) == ("1000", [])
+
+    rows.run(at("2026-01-21"), 1)
+    rows.run(at("2026-01-21"), 0, reason="no_data", outcome="no_data")
+    rows.write(client)
+    assert estimate(client, "enrich_person", 1000, column_id="col_1").expected == "500"
+
+
+@ON_CHDB
 def test_an_estimate_of_what_is_free_r13(client: Client) -> None:
     """Free actions and own keys cost 0 and always fit; an unknown action is an unknown id; no plan is a warning."""
     for action, asked in [("format_date", {}), ("find_work_email", {"own_api_key": True})]:
