@@ -1,14 +1,18 @@
 """The gate on a real Kafka: when it is ready, what it follows, what it says when it cannot know."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import pytest
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from creditstream.client import Because, Gate
@@ -163,6 +167,28 @@ def test_an_answer_ends_no_trouble_that_came_after_its_question(kafka: str) -> N
         wait_until(ends.is_answered, "answered")
         follower._confirm(ends, admin, 2)
         assert follower.trouble.reason == reason
+
+
+def test_a_question_that_fails_leaves_no_handle_to_the_garbage_collector(kafka: str) -> None:
+    """A forked child that collects what its parent left would destroy the parent's handle, and end or hang by it."""
+    with open_gate(fresh_settings(kafka)) as gate:
+        follower = gate._follower
+    assert follower
+
+    def ask() -> weakref.ref[AdminClient]:
+        admin = AdminClient({"bootstrap.servers": kafka})
+        ends = follower._confirm(None, admin, 2)
+        assert ends
+        wait_until(ends.is_answered, "answered")
+        with suppress(KafkaException):  # there is no topic
+            follower._confirm(ends, admin, 2)
+        return weakref.ref(admin)
+
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_topic_that_does_not_exist_yet_is_waited_for(kafka: str) -> None:

@@ -194,11 +194,20 @@ class _Ends:
         return time.monotonic() - self._asked_s
 
     def is_answered(self) -> bool:
-        """Whether `reached` may be asked."""
+        """Whether `failure` may be asked."""
         return all(future.done() for future in self._futures.values())
 
+    @property
+    def failure(self) -> KafkaError | None:
+        """Why the broker did not say. Not raised from its future: exception, traceback and frames would hold each other
+        and the Kafka handle, and a forked child that collects such garbage, and destroys a handle by that, does not
+        survive it.
+        """
+        failures = (future.exception(0) for future in self._futures.values())
+        return next((failure.args[0] for failure in failures if failure), None)
+
     def reached(self, positions: dict[int, int]) -> bool:
-        """Whether the positions have come to these ends. KafkaException when the broker did not say."""
+        """Whether the positions have come to these ends. To be asked only without a `failure`."""
         return all(
             positions.get(place.partition, -1) >= future.result(0).offset for place, future in self._futures.items()
         )
@@ -287,21 +296,20 @@ class _Follower(threading.Thread):
             return _Ends(admin, self._topic, count, self._learn_fresh(), self.trouble.noted)
         if not ends.is_answered():
             return ends
-        try:
-            if ends.reached(self._positions):
-                if ends.noted == self.trouble.noted:  # of one that came after the question its answer knows nothing
-                    self.trouble.end()
-                if ends.learned():
-                    self.caught_up.set()
-                return None if ends.age_s >= ASK_EVERY_S else ends
-        except KafkaException as error:
-            if error.args[0].code() in _NO_TOPIC:
-                raise
-            self.trouble.note(error)
+        if failure := ends.failure:
+            if failure.code() in _NO_TOPIC:
+                raise KafkaException(failure)
+            self.trouble.note(failure)
             if ends.age_s < ASK_EVERY_S:
                 return ends
             with suppress(KafkaException):  # asked again with the next question
                 partitions(admin, self._topic)  # the leader may be another one: librdkafka goes on to ask the old one
             return None
+        if ends.reached(self._positions):
+            if ends.noted == self.trouble.noted:  # of one that came after the question its answer knows nothing
+                self.trouble.end()
+            if ends.learned():
+                self.caught_up.set()
+            return None if ends.age_s >= ASK_EVERY_S else ends
         # A question stays good however long the way to its answer is, unless the topic has been made anew meanwhile.
         return None if ends.age_s >= REACH_S_MAX else ends
