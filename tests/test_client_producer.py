@@ -637,6 +637,21 @@ def test_a_close_in_an_outage_leaves_all_to_the_spool(settings: Settings, door: 
     assert first_copies(settings) == in_turn(*range(30))
 
 
+def test_who_changes_its_directory_keeps_its_spool(
+    settings: Settings, door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a daemon does: where the spool lies is settled when the producer is made, and all of it is sent from there."""
+    monkeypatch.chdir(tmp_path)
+    with CellRunProducer(behind(door, settings), write_ahead=True, spool=Path("spool")) as producer:
+        record(producer, *range(5))
+        monkeypatch.chdir("/")
+        record(producer, *range(5, 10))
+        door.open()
+        assert producer.flush(60) == 0
+    assert first_copies(settings) == in_turn(*range(10))
+    assert not spool_files(settings)
+
+
 def test_a_close_waits_only_for_what_would_be_lost(settings: Settings, door: Door) -> None:
     """Where all is on disk, and Kafka gone, nothing is waited for; runs without a spool are, until Kafka is there."""
     spooled = CellRunProducer(behind(door, settings), memory_s_max=1)
