@@ -13,7 +13,6 @@ from schemas.answers import EventRow, ShareOfRuns, TopBy, TopRow
 from schemas.credits import Millicredits, format_credits, millicredits_of
 from schemas.ledger import Kind, Pool
 from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN
-from sinks.accounts import DRAWS
 from sinks.ledger import POSITION
 
 _RECORDED: Final = " AND recorded_at <= fromUnixTimestamp64Milli({as_of:Int64}, 'UTC')"
@@ -59,12 +58,12 @@ def plan_starts(client: Client, workspace_id: str) -> list[tuple[int, tuple[int,
 def day_sums(
     client: Client, workspace_id: str, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
 ) -> list[DaySum]:
-    """Sums of one workspace by pool, day and kind, in the order of days: enrichment in the days [first, end), premium,
-    which has no period, on every day.
+    """Sums of one workspace by pool, day and kind, in the order of days: of the days [first, end), and of every day of
+    premium, which has no period. Runs that draw from no pool are among them.
     """
     found = client.query(
         "SELECT toString(pool), toInt32(toUInt16(day)), toString(kind), toInt64(sum(credits) * 1000), count() "
-        f"FROM ledger WHERE workspace_id = {{workspace:String}} AND {DRAWS} "
+        "FROM ledger WHERE workspace_id = {workspace:String} AND kind IN ('run', 'reversal') "
         "AND (pool = 'premium' OR day >= toDate({start:UInt16}) AND day < toDate({end:UInt16})) "
         f"{_known(as_of_ms)} GROUP BY pool, day, kind ORDER BY day",
         parameters={"workspace": workspace_id, "start": days[0], "end": days[1], "as_of": as_of_ms},

@@ -105,6 +105,27 @@ def test_history_of_a_plan_that_comes_late(client: Client) -> None:
     ]
 
 
+def test_periods_begin_with_the_first_run_whatever_it_drew(client: Client) -> None:
+    """A premium or a free run is one, too: the same periods as in the view."""
+    rows = AccountRows()
+    for pool in (Pool.PREMIUM, Pool.NONE):
+        rows.workspace_id = pool
+        rows.run(at("2026-01-05"), int(pool == Pool.PREMIUM), pool=pool)
+        rows.plan(at("2026-02-10"))
+    rows.write(client)
+
+    for name in (Pool.PREMIUM, Pool.NONE):
+        view = client.query(
+            "SELECT period_start, period_end, plan FROM billing_periods_as_of(as_of = {as_of:DateTime64(3, 'UTC')}) "
+            "WHERE workspace_id = {name:String} ORDER BY period_start",
+            parameters={"as_of": at("2026-02-20"), "name": str(name)},
+        ).result_rows
+        found = accounts.periods(client, name, at("2026-02-20"))
+        assert [(row.period_start, row.period_end, row.plan) for row in found] == view
+        assert [row.period_start for row in found] == [date(2026, 1, 1), date(2026, 2, 1), date(2026, 2, 10)]
+        assert {row.used for row in found} == {"0"}
+
+
 def test_history_of_reversals(client: Client) -> None:
     """A reversal of the running period gives back; one of a closed period changes that period only."""
     rows = AccountRows()
