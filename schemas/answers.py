@@ -212,7 +212,9 @@ class PinnedVersion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartitionAudit(msgspec.Struct, frozen=True, kw_only=True):
-    """One Kafka partition's chain in the ledger, by its rows."""
+    """One Kafka partition's chain in the ledger, by its rows. ``doubled_runs`` have a debit there and one more in it or
+    in another chain of the topic's name.
+    """
 
     topic: str
     topic_id: str

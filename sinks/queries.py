@@ -147,11 +147,14 @@ def _rows_under(client: Client, run_id: UUID, workspace_id: str) -> list[dict[st
 
 
 def audit_partitions(client: Client, topic: str) -> list[PartitionAudit]:
-    """Every chain of a topic: what its rows say of themselves."""
+    """Every chain of a topic: what its rows say of themselves, and how many of its runs have another debit, there or in
+    another chain.
+    """
     found = client.query(
         "SELECT topic, topic_id, kafka_partition, min(kafka_offset), max(kafka_offset), count(), "
-        "uniqExact(kafka_offset), "
-        "sum(offset_gap), countIf(kind = 'run') - uniqExactIf((workspace_id, run_id), kind = 'run') "
+        "uniqExact(kafka_offset), sum(offset_gap), uniqExactIf((workspace_id, run_id), kind = 'run' "
+        "AND (workspace_id, run_id) IN (SELECT workspace_id, run_id FROM ledger WHERE topic = {topic:String} "
+        "AND kind = 'run' GROUP BY workspace_id, run_id HAVING count() > 1)) "
         "FROM ledger WHERE topic = {topic:String} GROUP BY topic, topic_id, kafka_partition "
         "ORDER BY topic_id, kafka_partition",
         parameters={"topic": topic},

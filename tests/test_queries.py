@@ -171,6 +171,22 @@ def test_the_ledgers_own_audit_agrees_with_itself(filled: Client) -> None:
     assert [row.offset for page in pages for row in page] == list(range(3000))
 
 
+def test_the_audit_finds_a_run_with_two_debits_wherever_they_lie(client: Client) -> None:
+    """Also under an earlier topic of that name, or in another partition: each by itself is a run like any other."""
+    rows = AccountRows()
+    twice = [rows.run(NOW) for _ in range(3)]
+    rows.run(NOW)
+    rows.run(NOW, run_id=twice[0])
+    rows.run(NOW, run_id=twice[1], topic_id="topic-0")
+    rows.run(NOW, run_id=twice[2], kafka_partition=1)
+    rows.run(NOW, run_id=twice[2], workspace_id="ws_2", topic_id="topic-0")
+    rows.write(client)
+    audits = queries.audit_partitions(client, "cell-runs")
+    doubled = {(audit.topic_id, audit.partition): audit.doubled_runs for audit in audits}
+    assert doubled == {("topic-0", 0): 1, ("topic-1", 0): 3, ("topic-1", 1): 1}
+    assert queries.audit_partitions(client, "account-events") == []
+
+
 def test_the_api_is_described_and_says_when_it_is_not_ready(tmp_path: Path) -> None:
     """OpenAPI is generated from the same types; before an assignment the worker is alive and not ready."""
     with TestClient(create_api(Meter(read_settings({}, home=str(tmp_path)), NO_KAFKA))) as api:
