@@ -643,6 +643,16 @@ def test_an_answer_that_nobody_reads_keeps_its_exit_code(settings: dict[str, str
         assert code("balance ws_nobody", redirected) == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [("rules show nobody", 4), ("no-such-command", 2), ("notifier --endpoints nowhere", 1)]
+)
+def test_without_a_standard_error_it_says_nothing_elsewhere(words: str, code: int) -> None:
+    """As a daemon may be started: standard output is for answers, which a program reads, and a log is not needed."""
+    script = f"{sys.executable} -m creditstream {words} 2>&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert (done.returncode, done.stdout) == (code, "")
+
+
 def test_a_listener_that_nobody_reads_receives_nothing() -> None:
     """Its sender hears no yes, and so tries again."""
     command = [sys.executable, "-m", "creditstream", "listen", "--port", "0", "--secret-env", "HOOK_SECRET"]

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed or set aside, 2 wrong usage, 3 the answer is no or 
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from creditstream.cli.terminal import say
 from schemas.problem import Problem
@@ -14,6 +15,8 @@ from schemas.problem import Problem
 
 def main() -> None:
     """Run the command line; every failure is one line and an exit code, ``CREDITSTREAM_DEBUG=1`` adds the trace."""
+    # Where it was closed from the start, what belongs there must not be written among the answers instead.
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115  # until the end
     try:
         # Loaded here: Ctrl-C while modules load is one line, too.
         from creditstream.cli.commands import run
