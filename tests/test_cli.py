@@ -643,6 +643,20 @@ def test_an_answer_that_nobody_reads_keeps_its_exit_code(settings: dict[str, str
         assert code("balance ws_nobody", redirected) == 4
 
 
+def test_what_is_said_beside_an_answer_decides_nothing(settings: dict[str, str | int], tmp_path: Path) -> None:
+    """With a log on a full disk a command does all that it does, and ends as it does: a grant that was sent and ended
+    with an error would be granted twice.
+    """
+    run = cell_run(workspace_id="ws_full")
+    (tmp_path / "runs").write_bytes(encode_run(run))
+    words = shlex.join([sys.executable, "-m", "creditstream", "send", str(tmp_path / "runs"), "--wait"])
+    done = subprocess.run(
+        ["bash", "-c", f"{words} 2> /dev/full"],
+        capture_output=True, text=True, cwd=ROOT, env=environment(**settings),
+    )  # fmt: skip
+    assert (done.returncode, str(run.run_id) in done.stdout) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("words", "code"), [("rules show nobody", 4), ("no-such-command", 2), ("notifier --endpoints nowhere", 1)]
 )

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed or set aside, 2 wrong usage, 3 the answer is no or 
 
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from creditstream.cli.terminal import say
@@ -35,8 +34,7 @@ def main() -> None:
 
 
 def _fail(line: str, exit_code: int) -> None:
-    with suppress(Problem):  # standard error cannot be written: the exit code still says it
-        report(line)
+    report(line)
     sys.exit(exit_code)
 
 

@@ -65,8 +65,9 @@ def say(*lines: str, err: bool = False) -> bool:
 
 
 def write(text: str, stream: TextIO | None = None) -> bool:
-    """Write to standard output, or to another stream, exactly; False when nobody reads it any more. What a command has
-    begun it does all the same, and its exit code stays its answer. Problem when it cannot be written.
+    """Write to standard output, or to another stream, exactly; False when nobody reads it any more, or when standard
+    error cannot be written. What a command has begun it does all the same, and its exit code stays its answer. Problem
+    when standard output cannot be written.
     """
     chosen = stream or sys.stdout
     if chosen is None:  # standard output was closed before the start
@@ -79,5 +80,7 @@ def write(text: str, stream: TextIO | None = None) -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), chosen.fileno())
         return False
     except OSError as error:
+        if chosen is sys.stderr:
+            return False
         raise Problem("the output cannot be written", error.strerror or "", "Write it elsewhere.") from error
     return True
