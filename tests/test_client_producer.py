@@ -642,7 +642,7 @@ def test_who_changes_its_directory_keeps_its_spool(
 ) -> None:
     """As a daemon does: where the spool lies is settled when the producer is made, and all of it is sent from there."""
     monkeypatch.chdir(tmp_path)
-    with CellRunProducer(behind(door, settings), write_ahead=True, spool=Path("spool")) as producer:
+    with CellRunProducer(behind(door, settings), write_ahead=True, spool="spool") as producer:
         record(producer, *range(5))
         monkeypatch.chdir("/")
         record(producer, *range(5, 10))

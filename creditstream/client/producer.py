@@ -80,7 +80,7 @@ class CellRunProducer:
         *,
         on_full: OnFull = "spool",
         write_ahead: bool = False,
-        spool: Path | None = None,
+        spool: Path | str | None = None,
         spool_mb_max: int = SPOOL_MB_MAX,
         memory_s_max: int = MEMORY_S_MAX,
         block_s_max: int = BLOCK_S_MAX,
@@ -94,7 +94,7 @@ class CellRunProducer:
             raise ValueError("spool_mb_max and memory_s_max are 1 or more")
         self._settings: Final = settings or settings_of()
         self._config: Final = connection(self._settings, _OURS, {"batch.size": BATCH_BYTES, **(kafka or {})})
-        self._directory: Final = (spool or Home.at(self._settings.home).path / "spool").absolute()
+        self._directory: Final = Path(spool or Home.at(self._settings.home).path / "spool").absolute()
         self._bytes_max: Final = spool_mb_max * MB
         self._memory_s_max: Final = memory_s_max
         self._has_spool: Final = on_full == "spool"
