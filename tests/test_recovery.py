@@ -14,7 +14,7 @@ from schemas.limits import AlertKind
 from schemas.problem import Unreachable
 from sinks import accounts
 from sinks.accounts import AccountFact, Tail
-from sinks.ledger import Chain
+from sinks.ledger import Chain, ForeignMark
 from streams import assignment, recovery
 from streams.facts import openings
 from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_of, starting_point, told_at, without
@@ -414,6 +414,38 @@ async def test_a_long_tail_hides_no_instant_of_who_is_not_in_it(
         ("ws_1", AlertKind.PERIOD_STARTED, at("Feb 15")), ("ws_1", AlertKind.RECOVERED, at("Feb 16"))
     ]  # fmt: skip
     assert {str(bench.states[key].state) for key in (b"enrichment/ws_1", b"premium/ws_1")} == {"ok"}
+
+
+@ON_CHDB
+@pytest.mark.parametrize("read", [accounts.tail_of, accounts.workspaces_of], ids=["before", "after"])
+async def test_f12_an_insert_that_lands_while_balances_are_loaded_is_counted_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch, read: Callable[..., Any]
+) -> None:
+    """Of a dead worker: with its rows in the balances, and in Kafka, where they are read again, twice as much would be
+    told to be used. The next process finds them below its mark.
+    """
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(3, at("Jan 16"))
+    topics = Topics()
+    await live(client, (0, 0), *topics.append(story.steps))
+    story.steps.clear()
+    story.runs(3, at("Jan 17"))
+    late = topics.append(story.steps)
+
+    async def land() -> None:
+        monkeypatch.undo()
+        await live(client, (3, 1), *late)
+
+    def look_up(client: Client, *args: Any) -> Any:
+        asyncio.run(land())
+        return read(client, *args)
+
+    monkeypatch.setattr(accounts, read.__name__, look_up)
+    with pytest.raises(ForeignMark, match=r"cell-runs\[0\]: the mark is at 5, expected 2"):
+        await Bench.open(client, committed=(3, 1))
+    bench = await live(client, (3, 1))
+    assert [(alert.kind, alert.used) for alert in bench.alerts] == [(AlertKind.CROSSED, "5")]
 
 
 @ON_CHDB
