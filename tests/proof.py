@@ -212,7 +212,7 @@ def wait_until_ready(stage: Stage) -> None:
 def settled(stage: Stage) -> tuple[Reconciliation, Verdict, int]:
     """Everything is metered and told in peace: the books, what was told, and rows that break an invariant."""
     wait_until_ready(stage)
-    stage.worker.wait_until_told(RECOVERY_S_MAX)
+    wait_until(stage, lambda: not stage.worker.behind())
     books = stage.worker.reconcile()
     assert stage.worker.stop() == 0
     with connect(str(stage.worker.settings["ledger_url"])) as client:

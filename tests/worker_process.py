@@ -245,22 +245,22 @@ class WorkerProcess:
         records = [Event(event.workspace_id.encode(), encode_account_event(event)) for event in events]
         send(_producer(settings.kafka_bootstrap), settings.topic(ACCOUNT_EVENTS), records)
 
-    def wait_until_told(self, seconds: float = WAIT_S_MAX) -> None:
-        """Until Kafka's commit is at the end of both topics: rows are in the ledger, and alerts and states are out."""
+    def behind(self) -> dict[tuple[str, int], int]:
+        """(topic, partition) → the end of its log, where Kafka's commit has not come to it."""
         settings = self.configured
-        group, topics = (
-            f"{settings.topic_prefix}creditstream",
-            (settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)),
-        )
+        topics = settings.topic(CELL_RUNS), settings.topic(ACCOUNT_EVENTS)
         broker, partitions = self.broker, range(settings.partitions)
         ends = {(name, p): found.end for name in topics for p, found in broker.log_ranges(name, partitions).items()}
-        deadline, behind = time.monotonic() + seconds, ends
-        while True:
-            with suppress(Unreachable):  # the first to name a group on a new Kafka is told that it has no coordinator
-                committed = broker.committed(group, ends)
-                behind = {place: end for place, end in ends.items() if (committed[place] or 0) < end}
-            if not behind:
-                return
+        try:
+            committed = broker.committed(f"{settings.topic_prefix}creditstream", ends)
+        except Unreachable:  # the first to name a group on a new Kafka is told that it has no coordinator
+            return ends
+        return {place: end for place, end in ends.items() if (committed[place] or 0) < end}
+
+    def wait_until_told(self, seconds: float = WAIT_S_MAX) -> None:
+        """Until Kafka's commit is at the end of both topics: rows are in the ledger, and alerts and states are out."""
+        deadline = time.monotonic() + seconds
+        while behind := self.behind():
             assert self.is_alive, f"the worker ended with exit code {self.wait()}"
             assert time.monotonic() < deadline, f"not told within {seconds:.0f} s: {behind}"
             time.sleep(0.1)
