@@ -351,7 +351,7 @@ producer.record(a_run(1))
 while producer._outbox.producer:
     time.sleep(0.01)
 open(settings.home + "/waits", "w").close()
-os._exit(producer.flush(20))
+os._exit(producer.flush(60))
 """
 
 
