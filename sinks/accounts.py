@@ -26,7 +26,7 @@ EPOCH: Final = date(1970, 1, 1)
 """In place of the days of a pool without a period."""
 _MARKED: Final = "topic_id = {topic_id:String} AND kafka_partition = {partition:UInt16}"
 _OF_PARTITION: Final = "bitAnd(kafkaMurmurHash(workspace_id), 0x7FFFFFFF) % {partitions:UInt32} = {partition:UInt16}"
-DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
+_DRAWS: Final = "kind IN ('run', 'reversal') AND pool IN ('enrichment', 'premium')"
 EVENTS: Final = "kind IN ('plan', 'grant', 'limits', 'reversal')"
 
 
@@ -98,7 +98,7 @@ def draws_recorded_by(
 def _draws(client: Client, parameters: dict[str, Any], condition: str = "") -> list[tuple[str, str, int, Millicredits]]:
     rows: Any = client.query(
         "SELECT workspace_id, toString(pool), if(pool = 'premium', 0, toInt32(toUInt16(day))) AS number, "
-        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN %(names)s AND {DRAWS} "
+        f"toInt64(sum(credits) * 1000) FROM ledger WHERE workspace_id IN %(names)s AND {_DRAWS} "
         f"AND (pool = 'premium' OR day >= %(since)s) {condition} GROUP BY workspace_id, pool, number",
         parameters=parameters,
     ).result_rows
