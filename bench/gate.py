@@ -27,8 +27,8 @@ from creditstream.home import Home
 from creditstream.producing import open_producer
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitState, State, state_key
+from streams.kafka.topics import LIMIT_STATES, Broker
 from streams.settings import Settings, read_settings
-from streams.topics import LIMIT_STATES, Broker
 
 CHECKS = 200_000
 REPEATS = 9

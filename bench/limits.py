@@ -42,8 +42,8 @@ from sinks.catalogue_versions import pin_catalogue
 from sinks.clickhouse import connect
 from sinks.ledger import YOUNG_SERVER_S
 from sinks.migrate import migrate
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 RATE = 1_000
 ALLOWANCE = 100

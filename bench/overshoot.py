@@ -25,8 +25,8 @@ from creditstream.client import CellRun, CellRunProducer, Decision, Gate, Outcom
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.producing import open_producer
+from streams.kafka.topics import ACCOUNT_EVENTS, Broker
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, Broker
 
 WORKERS: Final = 8
 ASKED_ON: Final = 20

@@ -35,8 +35,8 @@ from creditstream.producing import open_producer
 from creditstream.simulate import bulk_runs
 from schemas.account import PlanChanged
 from schemas.codec import encode_account_event
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 PER_EVENT_RUNS = 50_000
 """Faust an event at a time needs minutes for more."""
@@ -81,7 +81,7 @@ async def fetch(settings: Settings, clock: Clock, work: Callable[[list[Any]], ob
     """aiokafka alone: fetch in chunks, do ``work``, drop."""
     import aiokafka
 
-    from streams.transport import CHUNK_RECORDS_MAX, FETCH_WAIT_MS_MAX
+    from streams.kafka.transport import CHUNK_RECORDS_MAX, FETCH_WAIT_MS_MAX
 
     consumer = aiokafka.AIOKafkaConsumer(
         bootstrap_servers=settings.kafka_bootstrap, enable_auto_commit=False, fetch_max_wait_ms=FETCH_WAIT_MS_MAX
@@ -154,7 +154,7 @@ def road_faust(settings: Settings, clock: Clock) -> None:
 
     from schemas.catalogue import Catalogue
     from schemas.codec import decode_run
-    from streams.rating import rate
+    from streams.rules.rating import rate
 
     actions = Catalogue.load(Path(settings.catalogue_dir)).versions[-1].actions
     app = faust.App(

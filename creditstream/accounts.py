@@ -1,8 +1,8 @@
 """Plans, balances and statements: what people ask of a workspace's account, each a function over the ledger.
 
 The ledger gives facts and sums; what they mean is decided by the pure functions that the meter folds with
-(`streams.periods`, `streams.limits`, `streams.balances`), so an answer and an alert cannot differ. ``as_of`` asks for
-what the ledger knew at an instant; without it, for what it knows now.
+(`streams.rules`: `periods`, `limits`, `balances`), so an answer and an alert cannot differ. ``as_of`` asks for what the
+ledger knew at an instant; without it, for what it knows now.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,11 +38,11 @@ from sinks import account_queries, queries
 from sinks.account_queries import DaySum
 from sinks.accounts import facts_of
 from sinks.alerts import published_alerts
-from streams.balances import DAYS_KEPT, METERED, Account, Opening
-from streams.facts import openings
-from streams.limits import Facts
-from streams.messages import as_told, runs_out_on
-from streams.periods import (
+from streams.rules.balances import DAYS_KEPT, METERED, Account, Opening
+from streams.rules.facts import openings
+from streams.rules.limits import Facts
+from streams.rules.messages import as_told, runs_out_on
+from streams.rules.periods import (
     DAY_MS,
     Day,
     Period,

@@ -11,7 +11,7 @@ from schemas.ledger import Position
 from schemas.problem import Unreachable
 
 if TYPE_CHECKING:
-    from streams.topics import Topic
+    from streams.kafka.topics import Topic
 
 WAIT_S_MAX: Final = 30.0
 """Without any new row of a partition."""

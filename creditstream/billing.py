@@ -22,7 +22,7 @@ from schemas.problem import Problem, UnknownId
 from streams.settings import Settings
 
 if TYPE_CHECKING:
-    from streams.topics import Topic
+    from streams.kafka.topics import Topic
 
 
 def make_event(kind: str, workspace_id: str, event_id: UUID | None, **fields: Any) -> AccountEvent:
@@ -56,7 +56,7 @@ def send_event(settings: Settings, event: AccountEvent) -> tuple["Topic", Positi
     """Deliver one event; where it lies in Kafka. Unreachable when it was not delivered."""
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_account_event
-    from streams.topics import ACCOUNT_EVENTS, Broker
+    from streams.kafka.topics import ACCOUNT_EVENTS, Broker
 
     topic = Broker(settings).require(ACCOUNT_EVENTS)
     record = Outgoing(topic.name, event.workspace_id, encode_account_event(event))

@@ -20,9 +20,9 @@ from schemas.codec import encode_account_event
 from schemas.credits import parse_credits
 from schemas.ledger import Pool
 from schemas.limits import LimitAlert, LimitState
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker
 
 TRIAL_CREDITS: Final = 1_000
 TRIAL_PLAN: Final = "trial"

@@ -21,8 +21,8 @@ from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
 from schemas.ledger import Reason
 from schemas.problem import Problem
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 from streams.settings import DEBUG_VARIABLE, PREFIX, Settings, read_settings, variable
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 CATCH_UP_S_MAX: Final = 60.0
 LOOK_S: Final = 0.25

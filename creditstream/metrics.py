@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from schemas.answers import Status
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
 
 PREFIX = "creditstream"
 

@@ -9,9 +9,9 @@ from confluent_kafka import KafkaError, Message, Producer
 
 from schemas.ledger import Position
 from schemas.problem import Unreachable
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import position_of
 from streams.settings import Settings
-from streams.topics import position_of
 
 PRODUCER_CONFIG: dict[str, Any] = {
     # Java's hash. librdkafka's default would split one workspace over two partitions, and every run be `misrouted`.

@@ -21,10 +21,10 @@ from schemas.answers import LedgerRow, PartitionAudit, SumAudit
 from schemas.catalogue import Catalogue
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
-from streams.connection import librdkafka
-from streams.records import recorded_ms_of
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived, position_of
+from streams.rules.records import recorded_ms_of
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, LogRange, Topic, arrived, position_of
 
 PAGE_ROWS = 20_000
 POLL_S = 1.0

@@ -14,8 +14,8 @@ from schemas.answers import LedgerRow, ParkedEvent
 from schemas.codec import decode_account_event, decode_run
 from schemas.ledger import REDRIVE_HEADER, Position, Reason
 from schemas.problem import Problem
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 from streams.settings import Settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker
 
 WHY_NOT: Final = {
     Reason.TOO_LARGE: "it is still too large",

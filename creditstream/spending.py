@@ -22,9 +22,9 @@ from schemas.prices import price_of
 from schemas.problem import UnknownId
 from sinks import account_queries
 from sinks.explain import credits_text
-from streams.balances import METERED, Account
-from streams.messages import state_of
-from streams.periods import to_date
+from streams.rules.balances import METERED, Account
+from streams.rules.messages import state_of
+from streams.rules.periods import to_date
 
 _NS_PER_MS: Final = 1_000_000
 _TELLS_NOTHING: Final = (Reason.OWN_API_KEY, Reason.FREE_ACTION)

@@ -43,8 +43,8 @@ def run_keys_of(client: Client, chain: Chain, month: int) -> npt.NDArray[np.uint
 
 
 def key_of(column: str) -> str:
-    """SQL: a duplicate filter's key of a UUID. `streams.records.id_keys` is the same in numpy, and a test holds them
-    equal.
+    """SQL: a duplicate filter's key of a UUID. `streams.rules.records.id_keys` is the same in numpy, and a test holds
+    them equal.
     """
     return f"bitXor(reinterpretAsUInt64({column}), toUInt64(toUInt128({column})))"
 

@@ -1,1 +1,1 @@
-"""What happens to an event: decode ▸ rate ▸ decide copies ▸ rows, and the Faust application around it."""
+"""What happens to an event: `rules` decide about it, `kafka` carries it, the modules beside them keep its order."""

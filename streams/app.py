@@ -18,15 +18,15 @@ from faust.types import TP
 from schemas.problem import Problem
 from sinks.ledger import ForeignMark
 from streams.batches import BATCH_BYTES_MAX
-from streams.connection import faust_credentials
 from streams.inbox import Parcel
-from streams.lenient_headers import read_any_header
+from streams.kafka.connection import faust_credentials
+from streams.kafka.lenient_headers import read_any_header
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.kafka.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
 from streams.meter import Meter
 from streams.reading import Offsets, Reading
-from streams.records import UpTo
+from streams.rules.records import UpTo
 from streams.settings import Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
-from streams.transport import CHUNK_RECORDS_MAX, Consumer, Transport, deliver_plain_records
 
 SESSION_TIMEOUT_S: Final = 10.0
 GC_THRESHOLDS: Final = (200_000, 20, 100)

@@ -16,15 +16,15 @@ from sinks import accounts, filter_keys
 from sinks.accounts import AccountFact
 from sinks.ledger import Chain, ForeignMark, Incident, Mark
 from streams import recovery
-from streams.balances import METERED, Balances, Notice
-from streams.duplicates import KEYS_AT_ONCE, KeyFilter
-from streams.facts import openings
-from streams.limits import FOREVER_MS
-from streams.messages import Source
+from streams.kafka.topics import LogRange
 from streams.patience import patiently
-from streams.records import UpTo
+from streams.rules.balances import METERED, Balances, Notice
+from streams.rules.duplicates import KEYS_AT_ONCE, KeyFilter
+from streams.rules.facts import openings
+from streams.rules.limits import FOREVER_MS
+from streams.rules.messages import Source
+from streams.rules.records import UpTo
 from streams.settings import Settings
-from streams.topics import LogRange
 from streams.unit import Filters, Shared, Unit
 from streams.voice import Outlets, Voice
 

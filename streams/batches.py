@@ -8,10 +8,10 @@ import msgspec
 import pyarrow as pa
 
 from sinks.ledger import Batch, Chain, batch_month
-from streams.account_events import RatedEvent
 from streams.inbox import Parcel
-from streams.records import bytes_of
-from streams.rows import Take, join_takes, ledger_rows
+from streams.rules.account_events import RatedEvent
+from streams.rules.records import bytes_of
+from streams.rules.rows import Take, join_takes, ledger_rows
 
 BATCH_BYTES_MAX: Final = 32 * 1024 * 1024
 """Kafka bytes of one batch at the most: large events make shorter batches, not larger ones."""

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import msgspec
 
-from streams.limits import FOREVER_MS
-from streams.records import Record
+from streams.rules.limits import FOREVER_MS
+from streams.rules.records import Record
 
 BACKLOG_CHUNK: Final = 500
 """A chunk of this many records or more was fetched from a backlog."""

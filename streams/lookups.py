@@ -7,9 +7,10 @@ from uuid import UUID
 from schemas.ledger import Identity
 from sinks import accounts
 from sinks.accounts import AccountFact, RunToReverse
-from streams import account_events, facts, recovery
-from streams.balances import Opening
-from streams.duplicates import Original
+from streams import recovery
+from streams.rules import account_events, facts
+from streams.rules.balances import Opening
+from streams.rules.duplicates import Original
 
 
 class Lookups:

@@ -26,20 +26,20 @@ from sinks.catalogue_versions import pin_catalogue
 from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger, token_window
 from sinks.migrate import migrate, require_migrated
 from streams.assignment import Assigned, Kept, Loader
-from streams.balances import Key
 from streams.batches import Batching
+from streams.kafka.publisher import Publisher
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
 from streams.lookups import Lookups
-from streams.periods import PlanChange
-from streams.publisher import Publisher
-from streams.rating import RatingTable
 from streams.reading import Offsets, Reading
-from streams.records import partition_of
 from streams.redriving import keep_redriving
+from streams.rules.balances import Key
+from streams.rules.periods import PlanChange
+from streams.rules.rating import RatingTable
+from streams.rules.records import partition_of
 from streams.settings import Settings
 from streams.stale_states import Follower, Heard, answer, foreign_to
 from streams.threads import Threads
 from streams.top_columns import TopColumns
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LIMIT_ALERTS, LIMIT_STATES, Broker, LogRange, Topic
 from streams.unit import Shared, Unit
 from streams.voice import Outlets
 

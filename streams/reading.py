@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from streams.inbox import Behind
-from streams.records import UpTo
+from streams.rules.records import UpTo
 
 Offsets = dict[tuple[str, int], int]
 """(topic, partition) → offset."""

@@ -19,12 +19,12 @@ import numpy as np
 from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain
-from streams.balances import DAYS_KEPT, METERED, Balances, Debits, Notice, Opening, notice_of_time
-from streams.facts import fold_event, with_event
-from streams.limits import FOREVER_MS, NOT_OK, Facts, Standing, Terms, terms_of
-from streams.messages import Source, seeded_alert
-from streams.periods import day_of, to_date
-from streams.records import UpTo
+from streams.rules.balances import DAYS_KEPT, METERED, Balances, Debits, Notice, Opening, notice_of_time
+from streams.rules.facts import fold_event, with_event
+from streams.rules.limits import FOREVER_MS, NOT_OK, Facts, Standing, Terms, terms_of
+from streams.rules.messages import Source, seeded_alert
+from streams.rules.periods import day_of, to_date
+from streams.rules.records import UpTo
 from streams.voice import Voice
 
 TAIL_ROWS_MAX: Final = 1_000_000

@@ -9,7 +9,7 @@ import structlog
 from schemas.ledger import REDRIVE_HEADER
 from sinks import dead_letters
 from sinks.ledger import Chain
-from streams.topics import ACCOUNT_EVENTS
+from streams.kafka.topics import ACCOUNT_EVENTS
 from streams.unit import Unit
 
 REDRIVE_EVERY_S: Final = 60.0

@@ -75,7 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Annotated[Literal["auto", "json", "text"], Meta(description="auto: text on a terminal")] = "auto"
 
     def topic(self, name: str) -> str:
-        """One of `streams.topics` as the broker knows it, under the prefix."""
+        """One of `streams.kafka.topics` as the broker knows it, under the prefix."""
         return self.topic_prefix + name
 
     @property

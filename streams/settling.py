@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from operator import le
 from typing import Any, Final, NamedTuple
 
-from streams.balances import Balances
 from streams.inbox import Parcel
-from streams.records import UpTo
+from streams.rules.balances import Balances
+from streams.rules.records import UpTo
 from streams.voice import Voice
 
 STATES_EVERY_S: Final = 1.0

@@ -15,11 +15,11 @@ from confluent_kafka import Consumer, TopicPartition
 
 from schemas.ledger import Pool
 from schemas.limits import AsOf
-from streams.balances import Key
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import LIMIT_STATES, LogRange, arrived, position_of
 from streams.recovery import LOADED_AT_ONCE
+from streams.rules.balances import Key
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES, LogRange, arrived, position_of
 from streams.unit import Unit
 
 POLL_S: Final = 0.2

@@ -3,9 +3,9 @@
 Order of effects for cell runs: 1 to 5 over a take, which is what waits for a unit, 1 to some 10,000 rows; the others
 over all takes of a batch, some 40,000 rows at the most:
 
-1. decode (`streams.intake`) and rate the records (`streams.rows`)
+1. decode (`streams.rules.intake`) and rate the records (`streams.rules.rows`)
 2. decide what is a copy: filter, then rows on their way, then one look-up in the ledger
-3. fold into the balances (`streams.balances`)
+3. fold into the balances (`streams.rules.balances`)
 4. alerts, and states that changed, are handed to the producer
 5. rows into the open batch
 6. insert, when the batch is full or has lingered (`sinks.ledger`, protocol P1)
@@ -37,20 +37,20 @@ from schemas.ledger import ACCOUNT_KINDS, Identity, Kind
 from schemas.plan import PlanLists
 from schemas.problem import Problem
 from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark, batch_month
-from streams import account_events
-from streams.balances import Balances, Notice
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
-from streams.duplicates import KeyFilter, Original, decide
-from streams.facts import fold_event
 from streams.inbox import BACKLOG_CHUNK, Inbox, Parcel
-from streams.intake import read_chunk
-from streams.limits import FOREVER_MS
 from streams.lookups import Lookups
-from streams.messages import Source
-from streams.rating import RatingTable
 from streams.reading import Reading
-from streams.records import Record, UpTo
-from streams.rows import (
+from streams.rules import account_events
+from streams.rules.balances import Balances, Notice
+from streams.rules.duplicates import KeyFilter, Original, decide
+from streams.rules.facts import fold_event
+from streams.rules.intake import read_chunk
+from streams.rules.limits import FOREVER_MS
+from streams.rules.messages import Source
+from streams.rules.rating import RatingTable
+from streams.rules.records import Record, UpTo
+from streams.rules.rows import (
     Take,
     apply_verdicts,
     candidates,

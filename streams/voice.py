@@ -17,12 +17,12 @@ from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitAlert, state_key
 from sinks.accounts import TopQuestion
 from sinks.ledger import Chain
-from streams.balances import Account, Balances, Key, Notice
-from streams.messages import Source, alert_of, runs_out_on, state_of
-from streams.periods import to_date
-from streams.records import UpTo
+from streams.kafka.topics import LIMIT_ALERTS, LIMIT_STATES
+from streams.rules.balances import Account, Balances, Key, Notice
+from streams.rules.messages import Source, alert_of, runs_out_on, state_of
+from streams.rules.periods import to_date
+from streams.rules.records import UpTo
 from streams.top_columns import TopColumns
-from streams.topics import LIMIT_ALERTS, LIMIT_STATES
 
 log: Final = structlog.get_logger()
 

@@ -20,8 +20,8 @@ from schemas.cell_run import CellRun, Outcome
 from schemas.codec import decode_run
 from schemas.ledger import Pool
 from schemas.limits import AsOf, LimitState, State, state_key
+from streams.kafka.topics import CELL_RUNS, LIMIT_STATES, Broker
 from streams.settings import Settings, read_settings
-from streams.topics import CELL_RUNS, LIMIT_STATES, Broker
 
 WAIT_S_MAX: Final = 60.0
 POLL_S: Final = 0.02

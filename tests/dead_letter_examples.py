@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from schemas.ledger import Reason
-from streams.topics import CELL_RUNS
+from streams.kafka.topics import CELL_RUNS
 
 DIRECTORY: Final = Path(__file__).parent / "examples" / "dead-letters"
 RECORDED_AT: Final = datetime(2026, 11, 22, 12, tzinfo=UTC)

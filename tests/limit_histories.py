@@ -13,10 +13,10 @@ from schemas.ledger import Kind, Pool, number_of
 from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain
 from streams import recovery
-from streams.balances import Balances, Notice
-from streams.facts import fold_event, openings
-from streams.messages import Source, alert_of
-from streams.periods import to_date
+from streams.rules.balances import Balances, Notice
+from streams.rules.facts import fold_event, openings
+from streams.rules.messages import Source, alert_of
+from streams.rules.periods import to_date
 from tests.account_records import Step, Story, at
 from tests.limit_voices import Rated, Seen, account_fact_of, debits_of, refer, seen_of, told_of
 from tests.records import run_id

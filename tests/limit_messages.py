@@ -18,8 +18,8 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.limits import LimitAlert, LimitState
+from streams.kafka.topics import LIMIT_ALERTS, LIMIT_STATES, Broker, arrived
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, LIMIT_STATES, Broker, arrived
 
 SILENCE_S_MAX: Final = 30.0
 SMALL_PLANS: Final = """

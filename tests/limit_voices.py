@@ -21,10 +21,10 @@ from schemas.ledger import Kind, Pool, number_of
 from schemas.limits import LimitAlert
 from sinks.accounts import AccountFact
 from sinks.ledger import Chain
-from streams.balances import NOTHING, Account, Balances, Debits, Notice
-from streams.facts import fold_event
-from streams.limits import REMAINING_BELOW, Standing
-from streams.periods import DAY_MS, to_date
+from streams.rules.balances import NOTHING, Account, Balances, Debits, Notice
+from streams.rules.facts import fold_event
+from streams.rules.limits import REMAINING_BELOW, Standing
+from streams.rules.periods import DAY_MS, to_date
 from tests.account_records import PLANS, PLANS_DIR, Step, Story, Topics
 from tests.records import Record
 from tests.reference_limits import Plan, ReferenceLimits, Told
@@ -151,7 +151,7 @@ def plan_of(event: PlanChanged) -> Plan:
 
 
 def by_fold(story: Story) -> Heard:
-    """`streams.balances`, with nothing around it."""
+    """`streams.rules.balances`, with nothing around it."""
     balances = Balances(100, 0)
     balances.begin(to_milliseconds(story.steps[0].recorded))
     balances.load({story.workspace_id: NOTHING})

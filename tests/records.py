@@ -17,10 +17,10 @@ from schemas.catalogue import EXAMPLE_CATALOGUES, Catalogue
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import KINDS, POOLS, REASONS, Identity, Reason
 from sinks.ledger import Batch, Chain, Ledger
-from streams.duplicates import KeyFilter, Original, decide
-from streams.intake import read_chunk
-from streams.rating import RatingTable
-from streams.rows import Take, apply_verdicts, candidates, ledger_rows, originals, rate_take
+from streams.rules.duplicates import KeyFilter, Original, decide
+from streams.rules.intake import read_chunk
+from streams.rules.rating import RatingTable
+from streams.rules.rows import Take, apply_verdicts, candidates, ledger_rows, originals, rate_take
 from tests.ledger_rows import AUGUST_MS
 
 STEADY: Final = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])

@@ -17,7 +17,9 @@ from schemas.cell_run import MAX_EVENT_BYTES, to_milliseconds
 from schemas.codec import encode_account_event
 from schemas.ledger import Identity, Kind, Pool, Reason
 from sinks.accounts import RunToReverse, draws_of, facts_of
-from streams.account_events import (
+from streams.kafka.topics import ACCOUNT_EVENTS
+from streams.redriving import redrive
+from streams.rules.account_events import (
     NOTHING_KNOWN,
     Known,
     RatedEvent,
@@ -27,13 +29,11 @@ from streams.account_events import (
     substance,
     with_rows,
 )
-from streams.balances import NOTHING, Balances
-from streams.duplicates import Original
-from streams.facts import fold_event, openings
-from streams.limits import Thresholds
-from streams.records import partition_of
-from streams.redriving import redrive
-from streams.topics import ACCOUNT_EVENTS
+from streams.rules.balances import NOTHING, Balances
+from streams.rules.duplicates import Original
+from streams.rules.facts import fold_event, openings
+from streams.rules.limits import Thresholds
+from streams.rules.records import partition_of
 from tests.account_records import PLANS, PLANS_DIR, Story, Topics, account_record, at, event_id
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import assert_books_close

@@ -10,7 +10,7 @@ from creditstream.awaiting import await_rows
 from schemas.answers import LedgerRow
 from schemas.ledger import Position
 from schemas.problem import Unreachable
-from streams.topics import Topic
+from streams.kafka.topics import Topic
 
 
 class Restarting(WorkerAnswers):

@@ -20,10 +20,10 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Pool
 from sinks.clickhouse import connect
 from sinks.migrate import migrate
-from streams import balances
-from streams.balances import METERED
-from streams.facts import openings
-from streams.periods import day_of
+from streams.rules import balances
+from streams.rules.balances import METERED
+from streams.rules.facts import openings
+from streams.rules.periods import day_of
 from streams.unit import Unit
 from tests.account_records import Step, Story, at
 from tests.ledger_rows import wait_until_grown

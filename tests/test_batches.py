@@ -6,9 +6,9 @@ import pytest
 
 from streams import batches
 from streams.batches import TABLE_ROWS_MIN, Batching, OpenBatch
-from streams.intake import read_chunk
-from streams.rating import RatingTable
-from streams.rows import Take, rate_take
+from streams.rules.intake import read_chunk
+from streams.rules.rating import RatingTable
+from streams.rules.rows import Take, rate_take
 from tests.records import EXAMPLES, Record, event
 from tests.unit_bench import CHAINS
 

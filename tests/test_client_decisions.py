@@ -14,8 +14,8 @@ from creditstream.client.testing import MemoryGate
 from schemas.catalogue import Catalogue
 from schemas.ledger import Pool
 from schemas.limits import LimitState, State, state_key
+from streams.kafka.topics import LIMIT_STATES
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES
 from tests.client_kafka import as_of, fresh_settings, limit_state, publish, record_of, wait_until
 from tests.records import EXAMPLES, enrichment, write_catalogue
 

@@ -21,8 +21,8 @@ from creditstream.home import Endpoints, Home, settings_of
 from schemas.ledger import Pool
 from schemas.limits import state_key
 from schemas.problem import Problem, Unreachable
+from streams.kafka.topics import CELL_RUNS, LIMIT_STATES
 from streams.settings import Settings, read_settings
-from streams.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import as_of, fresh_settings, limit_state, make_topics, publish, record_of, wait_until
 
 ROOT: Final = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from creditstream.client import Because, CellRunProducer, Gate
 from creditstream.client.connection import KafkaOptions
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
-from streams.topics import CELL_RUNS, LIMIT_STATES, Broker
+from streams.kafka.topics import CELL_RUNS, LIMIT_STATES, Broker
 from tests.client_kafka import (
     a_run,
     first_copies,

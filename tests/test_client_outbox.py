@@ -21,7 +21,7 @@ from creditstream.client.recording import Counts, RunRefused
 from creditstream.client.segment import Segment
 from creditstream.client.spool import Spool, prepare_root
 from schemas.codec import decode_run, encode_run
-from streams.topics import CELL_RUNS
+from streams.kafka.topics import CELL_RUNS
 from tests.client_kafka import a_run, wait_until
 
 

@@ -31,8 +31,8 @@ from creditstream.client.spool import Entry, Spool, prepare_root
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.problem import Problem, Unreachable
+from streams.kafka.topics import CELL_RUNS, LIMIT_STATES
 from streams.settings import Settings, read_settings
-from streams.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import Door, a_run, complaints, first_copies, fresh_settings, make_topics, recorded, wait_until
 
 ROOT: Final = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from creditstream import client
-from streams.topics import CELL_RUNS, LIMIT_STATES
+from streams.kafka.topics import CELL_RUNS, LIMIT_STATES
 from tests.client_kafka import complaints, fresh_settings, limit_state, publish, record_of, recorded
 
 ROOT: Final = Path(__file__).parent.parent

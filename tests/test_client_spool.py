@@ -25,7 +25,7 @@ from creditstream.client.segment import READ_BYTES, Segment
 from creditstream.client.spool import Entry, Spool, SpoolFull, prepare_root
 from schemas.codec import encode_run
 from schemas.problem import Problem
-from streams.topics import CELL_RUNS
+from streams.kafka.topics import CELL_RUNS
 from tests.client_kafka import a_run
 from tests.records import STEADY
 

@@ -182,6 +182,6 @@ def test_the_client_needs_only_the_base_install() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, env=os.environ)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (
         0,
-        "['streams', 'streams.connection', 'streams.settings', 'streams.topics']",
+        "['streams', 'streams.kafka', 'streams.kafka.connection', 'streams.kafka.topics', 'streams.settings']",
         "",
     )

@@ -9,7 +9,7 @@ from creditstream.client import Because, CellRunProducer, InvalidRun, RunRefused
 from creditstream.client.testing import MemoryGate, MemoryProducer
 from schemas.cell_run import CellRun
 from schemas.ledger import Pool
-from streams.topics import CELL_RUNS
+from streams.kafka.topics import CELL_RUNS
 from tests.client_kafka import a_run, fresh_settings
 
 pytest_plugins = ["creditstream.client.fixtures"]

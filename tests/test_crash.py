@@ -22,7 +22,7 @@ from creditstream.reconcile import Reconciliation
 from schemas.answers import By
 from schemas.problem import Problem
 from streams.app import EXIT_RESTART
-from streams.transport import FETCH_WAIT_MS_MAX
+from streams.kafka.transport import FETCH_WAIT_MS_MAX
 from tests.client_kafka import wait_until
 from tests.ledger_rows import INVARIANTS
 from tests.traffic import WildTraffic

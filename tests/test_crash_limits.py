@@ -24,7 +24,7 @@ from schemas.account import PlanChanged, RunReversed
 from schemas.ledger import Pool
 from schemas.limits import Cause, LimitState, state_key
 from streams.app import EXIT_RESTART
-from streams.records import partition_of
+from streams.rules.records import partition_of
 from tests.clickhouse_server import ClickHouseServer
 from tests.limit_messages import (
     ROWS,

@@ -25,8 +25,8 @@ from schemas.ledger import Identity, Kind, Reason
 from sinks.accounts import find_runs
 from sinks.clickhouse import connect
 from sinks.filter_keys import key_of
-from streams.duplicates import RUN_SUBSTANCE, BloomFilter, Candidate, KeyFilter, Original, Verdict, decide
-from streams.records import id_keys, partition_of
+from streams.rules.duplicates import RUN_SUBSTANCE, BloomFilter, Candidate, KeyFilter, Original, Verdict, decide
+from streams.rules.records import id_keys, partition_of
 from tests.ledger_rows import AUGUST_MS
 from tests.records import STEADY, Record, Road, Row, event, in_words, write_rows
 

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 from schemas.cell_run import CellRun
 from schemas.codec import decode_run, encode_run
 from schemas.generate import GENERATED, MESSAGES, asyncapi, json_schemas, to_yaml
-from streams.topics import CELL_RUNS, TOPICS, WEBHOOK_DELIVERIES
+from streams.kafka.topics import CELL_RUNS, TOPICS, WEBHOOK_DELIVERIES
 from tests.test_cell_run import EVENT, IDENTIFIERS, REQUIRED, RUNS
 
 FORMATS: Final = FormatChecker(["uuid"])

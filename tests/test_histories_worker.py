@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import PLANS_DIR, Step, Story
 from tests.limit_messages import newest_states, published_alerts
 from tests.worker_process import ROOT, Event, WorkerProcess, ask_ledger, creditstream

@@ -7,8 +7,8 @@ import pytest
 from streams import inbox
 from streams.batches import chunk_bytes
 from streams.inbox import Inbox, Parcel
-from streams.records import bytes_of
-from streams.transport import Chunk
+from streams.kafka.transport import Chunk
+from streams.rules.records import bytes_of
 from tests.records import Record
 
 

@@ -21,20 +21,20 @@ from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome, to_milliseconds
 from schemas.codec import decode_run, name_field
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
 from sinks.clickhouse import connect
-from streams import intake, rating
-from streams.balances import Balances, Opening
-from streams.intake import (
+from streams.kafka.topics import CELL_RUNS
+from streams.rules import intake, rating
+from streams.rules.balances import Balances, Opening
+from streams.rules.intake import (
     AGE_MS_MAX,
     FEW,
     FUTURE_MS_MAX,
     Runs,
     read_chunk,
 )
-from streams.limits import Facts, Grant
-from streams.periods import DAY_MS, PlanChange
-from streams.records import Refusal, headers_text, partition_of
-from streams.rows import Take, counts, drawn, join_takes, ledger_rows, source_of
-from streams.topics import CELL_RUNS
+from streams.rules.limits import Facts, Grant
+from streams.rules.periods import DAY_MS, PlanChange
+from streams.rules.records import Refusal, headers_text, partition_of
+from streams.rules.rows import Take, counts, drawn, join_takes, ledger_rows, source_of
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.ledger_rows import AUGUST_MS
 from tests.records import STEADY, Record, Road, event, fields_of, in_words, run_id, timestamp_text

@@ -39,8 +39,8 @@ from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from creditstream.webhooks.signing import new_secret
 from schemas.cell_run import CellRun, Outcome
+from streams.kafka.topics import Broker
 from streams.settings import read_settings, variable
-from streams.topics import Broker
 from tests.client_kafka import wait_until
 from tests.webhook_receiver import WebhookReceiver
 from tests.worker_process import ROOT, WAIT_S_MAX, Finished, WorkerProcess, creditstream, environment

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.ledger import Pool
 from schemas.limits import AlertKind, State
-from streams.limits import (
+from streams.rules.limits import (
     FOREVER_MS,
     REMAINING_BELOW,
     Facts,
@@ -26,7 +26,7 @@ from streams.limits import (
     terms_of,
     turned,
 )  # fmt: skip
-from streams.periods import DAY_MS, Period, PlanChange
+from streams.rules.periods import DAY_MS, Period, PlanChange
 from tests.records import STEADY
 
 DAY: Final = 20_468

@@ -13,9 +13,9 @@ from clickhouse_connect.driver.client import Client
 from creditstream import accounts
 from schemas.cell_run import from_milliseconds, to_milliseconds
 from schemas.ledger import Pool
-from streams.balances import METERED
-from streams.limits import Facts, Grant, Standing, Thresholds, terms_of
-from streams.periods import DAY_MS, PlanChange, allowance_of, day_of, history, in_effect, period_of, to_date
+from streams.rules.balances import METERED
+from streams.rules.limits import Facts, Grant, Standing, Thresholds, terms_of
+from streams.rules.periods import DAY_MS, PlanChange, allowance_of, day_of, history, in_effect, period_of, to_date
 from tests.account_rows import NEVER, SECOND, AccountRows, at
 
 ON_CHDB: Final = pytest.mark.parametrize("database_url", ["chdb"], indirect=True)
@@ -83,7 +83,7 @@ def a_past(dice: random.Random) -> Past:
 
 
 def tiles(past: Past, as_of_ms: int) -> list[Tile]:
-    """The periods by `streams.periods`, from the first day that something happened on."""
+    """The periods by `streams.rules.periods`, from the first day that something happened on."""
     plans = history(past.plans)
     days = [day_of(change.effective_ms) for change in in_effect(plans, as_of_ms)]
     days += [day_of(ran_ms) for ran_ms, _, _ in past.debits if day_of(ran_ms) <= day_of(as_of_ms + EARLY_MS)]
@@ -100,7 +100,7 @@ def tiles(past: Past, as_of_ms: int) -> list[Tile]:
 
 
 def standings(past: Past, as_of_ms: int) -> dict[Pool, Standing]:
-    """Both pools by `streams.limits`."""
+    """Both pools by `streams.rules.limits`."""
     facts = Facts(history(past.plans), tuple(past.grants), past.thresholds)
     found = {}
     for pool in METERED:

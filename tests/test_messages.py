@@ -9,12 +9,12 @@ from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool
 from schemas.limits import AlertKind, AsOf
 from sinks.accounts import AccountFact
-from streams.balances import NOTHING, Account
-from streams.facts import openings
-from streams.limits import alert_id, alert_id_of_time
-from streams.messages import Source, alert_of, runs_out_on, seeded_alert, state_of
-from streams.periods import day_of, to_date
 from streams.recovery import told_at
+from streams.rules.balances import NOTHING, Account
+from streams.rules.facts import openings
+from streams.rules.limits import alert_id, alert_id_of_time
+from streams.rules.messages import Source, alert_of, runs_out_on, seeded_alert, state_of
+from streams.rules.periods import day_of, to_date
 from tests.account_records import at
 from tests.records import run_id
 from tests.unit_bench import CHAINS

@@ -18,10 +18,10 @@ from schemas.problem import Problem
 from sinks.ledger import Chain, Mark
 from streams import stale_states
 from streams.assignment import Assigned, examine
+from streams.kafka.topics import LogRange, Topic
 from streams.meter import Meter
 from streams.settings import read_settings
 from streams.stale_states import Heard, answer, foreign_to
-from streams.topics import LogRange, Topic
 from streams.unit import Unit
 from tests.account_records import Story, Topics, at
 from tests.records import Record, Road, event, write_rows

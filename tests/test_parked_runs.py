@@ -11,7 +11,7 @@ from schemas.account import PlanChanged
 from schemas.catalogue import Catalogue
 from schemas.cell_run import to_milliseconds
 from schemas.ledger import REDRIVE_HEADER
-from streams.rating import RatingTable
+from streams.rules.rating import RatingTable
 from tests.account_records import SECOND, account_record, at, event_id
 from tests.records import Record, enrichment, event, write_catalogue
 from tests.unit_bench import Bench

@@ -35,10 +35,10 @@ from sinks.ledger import (
     append_steps,
 )
 from streams.batches import OpenBatch
-from streams.intake import read_chunk
-from streams.rating import RatingTable
-from streams.records import id_keys
-from streams.rows import rate_take
+from streams.rules.intake import read_chunk
+from streams.rules.rating import RatingTable
+from streams.rules.records import id_keys
+from streams.rules.rows import rate_take
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import AUGUST_MS, assert_books_close, batch, content, content_of, run_id, wait_until_grown, write
 

@@ -11,10 +11,10 @@ from uuid import uuid4
 import pytest
 
 from schemas.problem import Unreachable
-from streams import publisher
-from streams.publisher import Publisher
+from streams.kafka import publisher
+from streams.kafka.publisher import Publisher
+from streams.kafka.topics import LIMIT_STATES, Broker
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES, Broker
 
 WAIT_S_MAX = 30.0
 BURST = 2_000

@@ -22,7 +22,7 @@ from schemas.problem import UnknownId, Unreachable
 from sinks import accounts, dead_letters, queries
 from sinks.ledger import Batch, Ledger
 from streams.meter import Meter
-from streams.periods import day_of
+from streams.rules.periods import day_of
 from streams.settings import read_settings
 from streams.unit import TAKE_ROWS_MAX
 from tests.account_rows import AccountRows

@@ -20,8 +20,8 @@ from schemas.cell_run import CellRun, Outcome, to_milliseconds
 from schemas.codec import encode_account_event, encode_run
 from schemas.ledger import Reason
 from schemas.problem import Problem
-from streams.records import partition_of
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.rules.records import partition_of
 from tests.account_records import PLANS_DIR
 from tests.dead_letter_examples import RECORDED_AT, DeadLetterExample, dead_letter_examples
 from tests.worker_process import WorkerProcess, cell_run, event_of

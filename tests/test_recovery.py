@@ -16,9 +16,9 @@ from sinks import accounts
 from sinks.accounts import AccountFact, Tail
 from sinks.ledger import Chain, ForeignMark
 from streams import assignment, recovery
-from streams.facts import openings
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
 from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_of, starting_point, told_at, without
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS
+from streams.rules.facts import openings
 from tests.account_records import Story, Topics, at
 from tests.limit_voices import seen_of, told_of
 from tests.unit_bench import CHAINS, SOON_S, Bench

@@ -19,7 +19,7 @@ from schemas.credits import parse_credits
 from schemas.ledger import DEBIT_REASONS, POOLS, Pool, Reason
 from schemas.prices import price_of, prices
 from schemas.problem import UnknownId
-from streams.rating import Debit, rate
+from streams.rules.rating import Debit, rate
 from tests.ledger_rows import AUGUST_MS
 from tests.records import EXAMPLES, Record, Road, Row, enrichment, event, write_catalogue
 

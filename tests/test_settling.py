@@ -12,10 +12,10 @@ from schemas.ledger import Pool
 from schemas.limits import LimitAlert, state_key
 from schemas.problem import Unreachable
 from sinks.accounts import TopQuestion
-from streams.balances import NOTHING, Balances
-from streams.facts import fold_event
 from streams.inbox import Parcel
-from streams.messages import Source
+from streams.rules.balances import NOTHING, Balances
+from streams.rules.facts import fold_event
+from streams.rules.messages import Source
 from streams.settling import STATES_EVERY_S, Settling, Written
 from streams.top_columns import AGE_S_MAX, Columns, TopColumns
 from streams.voice import Outlets, Voice

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from streams.kafka.topics import LIMIT_STATES, LogRange
 from streams.settings import Settings
 from streams.stale_states import Follower, Heard
-from streams.topics import LIMIT_STATES, LogRange
 from tests.client_kafka import fresh_settings, publish, wait_until
 
 STATE = b'{"workspace_id": "ws_1", "pool": "premium", "owner": "other", "as_of": %s}'

@@ -18,19 +18,18 @@ MAY_IMPORT = {
     "streams": {"schemas", "sinks", "streams"},
     "creditstream": {"schemas", "sinks", "streams", "creditstream"},
 }
+RULES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "streams" / "rules").glob("*.py")))
 PURE = (
+    *RULES,
     "schemas/credits.py", "schemas/cell_run.py", "schemas/ledger.py", "schemas/prices.py", "schemas/answers.py",
     "schemas/account.py", "schemas/limits.py",
-    "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/rows.py", "streams/periods.py",
-    "streams/limits.py", "streams/balances.py", "streams/account_events.py", "streams/facts.py",
-    "streams/messages.py", "streams/records.py",
     "sinks/columns.py", "sinks/explain.py",
     "creditstream/webhooks/deliveries.py", "creditstream/webhooks/schedule.py", "creditstream/webhooks/messages.py",
 )  # fmt: skip
-WITHOUT_SINKS = (
-    "streams/records.py", "streams/intake.py", "streams/rating.py", "streams/duplicates.py", "streams/periods.py",
-    "streams/limits.py", "streams/balances.py",
-)  # fmt: skip
+WITHOUT_SINKS = tuple(
+    f"streams/rules/{name}.py"
+    for name in ("records", "intake", "rating", "duplicates", "periods", "limits", "balances")
+)
 IMPURE_MODULES = {"asyncio", "faust", "threading", "time", "random", "secrets", "os", "socket", "subprocess", "logging"}
 IMPURE_NAMES = {"now", "utcnow", "today", "uuid4", "uuid1", "uuid7", "urandom", "open", "print", "input"}
 ASYNC_FILES = {
@@ -92,6 +91,13 @@ def test_a_pure_module_has_no_clock_no_chance_and_no_io(name: str) -> None:
     called = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
     assert called.isdisjoint(IMPURE_NAMES)
     assert not [node for node in ast.walk(tree(path)) if isinstance(node, ast.AsyncFunctionDef | ast.Await)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rules_do_not_know_what_runs_them(name: str) -> None:
+    """Of `streams`, a module of `streams/rules` imports only others of it."""
+    ours = {module for module in imports(ROOT / name) if module.startswith("streams")}
+    assert not [module for module in ours if module.split(".")[:2] != ["streams", "rules"]]
 
 
 @pytest.mark.parametrize("name", WITHOUT_SINKS)
@@ -158,7 +164,7 @@ WORKER_ONLY = (
         (
             WORKER_ONLY,
             "creditstream.cli, creditstream.producing, creditstream.client, creditstream.client.testing, "
-            "schemas.codec, streams.topics, streams.settings",
+            "schemas.codec, streams.kafka.topics, streams.settings",
         ),
     ],
     ids=["worker", "base"],

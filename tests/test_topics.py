@@ -10,10 +10,10 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 
 from creditstream.producing import open_producer
 from schemas.problem import Unreachable
-from streams import topics
-from streams.connection import librdkafka
+from streams.kafka import topics
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import CELL_RUNS, Broker, LogRange, arrived
 from streams.settings import read_settings
-from streams.topics import CELL_RUNS, Broker, LogRange, arrived
 from tests.client_kafka import fresh_settings
 
 

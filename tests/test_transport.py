@@ -21,10 +21,11 @@ from faust.types import TP
 from mode import Worker
 
 from creditstream.logs import logging_config
-from streams import app, transport
-from streams.lenient_headers import read_any_header
+from streams import app
+from streams.kafka import transport
+from streams.kafka.lenient_headers import read_any_header
+from streams.kafka.topics import Topic
 from streams.settings import read_settings
-from streams.topics import Topic
 
 TOPIC = TP("cell-runs", 0)
 OVERRIDDEN = (

@@ -19,8 +19,8 @@ from creditstream.producing import open_producer
 from creditstream.webhooks.resending import deliveries
 from creditstream.webhooks.signing import new_secret
 from schemas.webhook import DeliveryState
+from streams.kafka.topics import LIMIT_ALERTS, Broker
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, Broker
 from tests.test_webhooks_notifier import some_alert
 from tests.webhook_receiver import STALL, WebhookReceiver
 from tests.worker_process import ROOT, Finished, environment

@@ -30,8 +30,8 @@ from schemas.cell_run import from_milliseconds
 from schemas.limits import LimitAlert
 from schemas.problem import Problem, UnknownId, Unreachable
 from schemas.webhook import Delivery, DeliveryState
+from streams.kafka.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 from tests.webhook_receiver import STALL, Behaviour, Received, Reply, WebhookReceiver
 
 WAIT_S_MAX: Final = 60.0

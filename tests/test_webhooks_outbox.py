@@ -13,8 +13,8 @@ from creditstream.webhooks import outbox as outbox_module
 from creditstream.webhooks.outbox import Outbox, read_to_end
 from schemas.problem import Unreachable
 from schemas.webhook import Delivery, DeliveryState
+from streams.kafka.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES
 from tests.client_kafka import fresh_settings
 
 WAIT_S_MAX: Final = 60.0

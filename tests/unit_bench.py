@@ -19,19 +19,19 @@ from schemas.problem import Problem
 from sinks import accounts
 from sinks.alerts import note_alerts
 from sinks.ledger import Chain, Ledger
-from streams import account_events
 from streams.assignment import Assigned, Loader
-from streams.balances import Opening
 from streams.batches import Batching
-from streams.duplicates import Original
 from streams.inbox import Behind, Parcel
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
 from streams.lookups import Lookups
-from streams.rating import RatingTable
 from streams.reading import Reading
-from streams.records import UpTo
+from streams.rules import account_events
+from streams.rules.balances import Opening
+from streams.rules.duplicates import Original
+from streams.rules.rating import RatingTable
+from streams.rules.records import UpTo
 from streams.settings import Settings
 from streams.top_columns import TopColumns
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, LogRange
 from streams.unit import Shared, Unit
 from streams.voice import Outlets
 from tests.account_records import PLANS

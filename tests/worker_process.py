@@ -31,8 +31,8 @@ from schemas.answers import Status
 from schemas.cell_run import CellRun, Outcome
 from schemas.codec import encode_account_event, encode_run
 from schemas.problem import Problem, Unreachable
+from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic
 from streams.settings import PREFIX, Settings, read_settings
-from streams.topics import ACCOUNT_EVENTS, CELL_RUNS, Broker, Topic
 
 ROOT: Final = Path(__file__).parents[1]
 WAIT_S_MAX: Final = 60.0

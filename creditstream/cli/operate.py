@@ -54,7 +54,7 @@ def reconcile(home: str, url: str, form: str) -> None:
 @click.option("--check", is_flag=True, help="Create nothing; fail if a topic is missing or misconfigured.")
 def topics(home: str, check: bool) -> None:
     """Create missing topics, and check existing ones."""
-    from streams.topics import TOPICS, Broker
+    from streams.kafka.topics import TOPICS, Broker
 
     broker = Broker(kafka_settings_of(home))
     for name in TOPICS:

@@ -63,7 +63,7 @@ def _send(runs: list[CellRun], settings: Settings, url: str, wait: bool) -> int:
     from creditstream.awaiting import await_rows
     from creditstream.producing import Outgoing, deliver
     from schemas.codec import encode_run
-    from streams.topics import CELL_RUNS, Broker
+    from streams.kafka.topics import CELL_RUNS, Broker
 
     topic = Broker(settings).require(CELL_RUNS)
     records = [Outgoing(topic.name, run.workspace_id, encode_run(run)) for run in runs]

@@ -46,7 +46,7 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
 
 def _embedded_settings(kafka: dict[str, str], home: str) -> Settings:
-    from streams.topics import Broker
+    from streams.kafka.topics import Broker
 
     settings = read_settings(os.environ, home=home, instance=EMBEDDED_INSTANCE, **kafka)
     Broker(settings).ensure_all()

@@ -7,7 +7,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from schemas.problem import Problem
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
 from streams.settings import Settings
 
 KafkaOptions = Mapping[str, str | int]

@@ -27,8 +27,8 @@ from creditstream.client.trouble import Trouble
 from creditstream.home import settings_of
 from schemas.catalogue import Catalogue
 from schemas.problem import Unreachable
+from streams.kafka.topics import LIMIT_STATES, arrived
 from streams.settings import Settings
-from streams.topics import LIMIT_STATES, arrived
 
 READY_S_MAX: Final = 30
 RETRY_S: Final = 0.5

@@ -21,8 +21,8 @@ from creditstream.home import Home, settings_of
 from creditstream.producing import PRODUCER_CONFIG
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun
 from schemas.problem import Problem, Unreachable
+from streams.kafka.topics import CELL_RUNS
 from streams.settings import Settings
-from streams.topics import CELL_RUNS
 
 MEMORY_S_MAX: Final = 5
 SPOOL_MB_MAX: Final = 256

@@ -28,9 +28,9 @@ from schemas.cell_run import to_milliseconds
 from schemas.ledger import Position
 from schemas.limits import LimitAlert
 from schemas.webhook import ENDPOINTS_MAX, Delivery, DeliveryState, delivery_key
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import LIMIT_ALERTS, arrived, position_of
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, arrived, position_of
 
 ALERTS_AT_ONCE: Final = 100
 POLL_S: Final = 0.1

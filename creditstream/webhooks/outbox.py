@@ -20,9 +20,9 @@ from creditstream.producing import PRODUCER_CONFIG
 from schemas.limits import LimitAlert
 from schemas.problem import Unreachable
 from schemas.webhook import Delivery
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
+from streams.kafka.topics import WEBHOOK_DELIVERIES, arrived, position_of
 from streams.settings import Settings
-from streams.topics import WEBHOOK_DELIVERIES, arrived, position_of
 
 SILENCE_S_MAX: Final = 30.0
 WRITE_S_MAX: Final = 30.0

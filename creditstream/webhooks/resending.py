@@ -13,8 +13,8 @@ from schemas.ledger import Pool
 from schemas.limits import AlertKind, Cause, LimitAlert, State, TopColumn
 from schemas.problem import Problem, UnknownId
 from schemas.webhook import Delivery, DeliveryState, delivery_key
+from streams.kafka.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 
 
 class Resent(NamedTuple):

@@ -12,8 +12,8 @@ from creditstream.logs import configure_logs
 from creditstream.webhooks.endpoints import Endpoint, load_endpoints
 from creditstream.webhooks.notifier import Notifier
 from schemas.problem import Problem
+from streams.kafka.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 from streams.settings import Settings
-from streams.topics import LIMIT_ALERTS, WEBHOOK_DELIVERIES, Broker
 
 STOP_S_MAX: Final = 9.0
 """After this long a stop that hangs, since Kafka is gone, is ended by force; what was not recorded is done again."""

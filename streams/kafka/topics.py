@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, 
 
 from schemas.ledger import Position
 from schemas.problem import Problem, Unreachable
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
 from streams.settings import Settings
 
 CELL_RUNS: Final = "cell-runs"

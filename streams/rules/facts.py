@@ -6,9 +6,9 @@ from typing import Final
 from schemas.ledger import Kind, Pool
 from schemas.limits import Cause
 from sinks.accounts import AccountFact
-from streams.balances import Account, Balances, Notice, Opening
-from streams.limits import Facts, Grant, Thresholds
-from streams.periods import PlanChange, history
+from streams.rules.balances import Account, Balances, Notice, Opening
+from streams.rules.limits import Facts, Grant, Thresholds
+from streams.rules.periods import PlanChange, history
 
 _CAUSES: Final = {Kind.PLAN: Cause.PLAN, Kind.GRANT: Cause.GRANT, Kind.REVERSAL: Cause.REVERSAL}
 

@@ -33,8 +33,8 @@ from schemas.cell_run import (
 )
 from schemas.codec import decode_run
 from schemas.ledger import Reason, number_of
-from streams.periods import DAY_MS
-from streams.records import Record, Refusal, decoded, id_keys, partition_of
+from streams.rules.periods import DAY_MS
+from streams.rules.records import Record, Refusal, decoded, id_keys, partition_of
 
 FUTURE_MS_MAX: Final = 5 * 60 * 1000
 AGE_MS_MAX: Final = 366 * DAY_MS

@@ -1,4 +1,4 @@
-"""From decoded records (`streams.intake`) to ledger rows: rate ▸ decide copies ▸ rows. Without I/O.
+"""From decoded records (`streams.rules.intake`) to ledger rows: rate ▸ decide copies ▸ rows. Without I/O.
 
 A *take* is everything that waited for a unit at one moment: some chunks of one partition, in Kafka's order. Each of its
 records becomes exactly one row.
@@ -15,13 +15,13 @@ import pyarrow as pa
 from schemas.ledger import KINDS, OUTCOMES, REASONS, Identity, Kind, Pool, Reason, number_of
 from sinks.columns import LEDGER_SCHEMA, constant, decimals, instants, sparse
 from sinks.ledger import Chain
-from streams.balances import Debits
-from streams.duplicates import Candidate, Original, Verdict
-from streams.intake import TEXTS, Runs
-from streams.messages import Source
-from streams.periods import DAY_MS
-from streams.rating import RatedRuns, RatingTable
-from streams.records import Record, Refusal, headers_text, redrive_of
+from streams.rules.balances import Debits
+from streams.rules.duplicates import Candidate, Original, Verdict
+from streams.rules.intake import TEXTS, Runs
+from streams.rules.messages import Source
+from streams.rules.periods import DAY_MS
+from streams.rules.rating import RatedRuns, RatingTable
+from streams.rules.records import Record, Refusal, headers_text, redrive_of
 
 _RUN: Final = number_of(Kind.RUN)
 _DEAD_LETTER: Final = number_of(Kind.DEAD_LETTER)

@@ -29,7 +29,7 @@ from faust.types import TP, ConsumerMessage, Message
 from faust.types.tuples import ack_lock
 from mode.utils.futures import notify
 
-from streams.records import bytes_of, is_datable, recorded_ms_of
+from streams.rules.records import bytes_of, is_datable, recorded_ms_of
 
 FETCH_WAIT_MS_MAX: Final = 25
 """How long the broker may hold a fetch open. One fetch per broker is under way at a time, so an idle partition's wait

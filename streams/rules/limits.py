@@ -13,7 +13,7 @@ from uuid import UUID, uuid5
 from schemas.credits import Millicredits
 from schemas.ledger import Pool
 from schemas.limits import DEFAULT_THRESHOLDS, AlertKind, State
-from streams.periods import (
+from streams.rules.periods import (
     DAY_MS,
     Period,
     PlanChange,

@@ -10,9 +10,9 @@ from schemas.credits import format_credits
 from schemas.ledger import Pool
 from schemas.limits import FORECAST_DAYS, FORECAST_DAYS_MIN, AlertKind, AsOf, Cause, LimitAlert, LimitState
 from sinks.ledger import Chain
-from streams.balances import Account, Notice
-from streams.limits import REMAINING_BELOW, Line, Standing, alert_id, alert_id_of_time
-from streams.periods import Day, day_of, to_date
+from streams.rules.balances import Account, Notice
+from streams.rules.limits import REMAINING_BELOW, Line, Standing, alert_id, alert_id_of_time
+from streams.rules.periods import Day, day_of, to_date
 
 
 class Source(NamedTuple):

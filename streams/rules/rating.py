@@ -14,7 +14,7 @@ from schemas.catalogue import Action, Catalogue
 from schemas.cell_run import Outcome
 from schemas.credits import Millicredits
 from schemas.ledger import OUTCOMES, Kind, Pool, Reason, number_of
-from streams.intake import FEW, Coded
+from streams.rules.intake import FEW, Coded
 
 COMBINATIONS_MAX: Final = 100_000
 """Remembered answers; unknown actions are an attacker's to invent, so the memory is bounded."""

@@ -16,7 +16,7 @@ import msgspec
 from confluent_kafka import KafkaError, Message, Producer
 
 from schemas.problem import Unreachable
-from streams.connection import librdkafka
+from streams.kafka.connection import librdkafka
 from streams.settings import Settings
 
 DELIVERY_S_MAX: Final = 60

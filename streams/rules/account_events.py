@@ -22,9 +22,9 @@ from schemas.plan import PlanLists
 from sinks.accounts import AccountFact, RunToReverse
 from sinks.columns import ACCOUNT_SCHEMA, decimals, instants
 from sinks.ledger import Chain
-from streams.duplicates import Original
-from streams.periods import day_of
-from streams.records import Record, Refusal, decoded, headers_text, id_keys, partition_of, redrive_of
+from streams.rules.duplicates import Original
+from streams.rules.periods import day_of
+from streams.rules.records import Record, Refusal, decoded, headers_text, id_keys, partition_of, redrive_of
 
 _NIL: Final = UUID(int=0)
 NO_LINE: Final = -PER_CREDIT

@@ -1,9 +1,9 @@
 """The balances of one unit: a fold of its records, in memory. Pure: no I/O, no clock; "now" is a record's own time.
 
 An account holds what the ledger says of one workspace: facts from account events, enrichment credits by UTC day,
-premium credits of all time. Terms (`streams.limits`) are computed when an account event or an instant changes them; in
-between a debit is an addition and a comparison with the next line. So nearly every take is folded by sums over its
-groups, and only a workspace that crosses a line, or passes an instant, is walked record by record.
+premium credits of all time. Terms (`streams.rules.limits`) are computed when an account event or an instant changes
+them; in between a debit is an addition and a comparison with the next line. So nearly every take is folded by sums
+over its groups, and only a workspace that crosses a line, or passes an instant, is walked record by record.
 """
 
 import heapq
@@ -18,9 +18,9 @@ import numpy.typing as npt
 from schemas.credits import Millicredits
 from schemas.ledger import POOLS, Pool, number_of
 from schemas.limits import AlertKind, Cause
-from streams.intake import FEW
-from streams.limits import FOREVER_MS, NOT_OK, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
-from streams.periods import Day, Period, day_of
+from streams.rules.intake import FEW
+from streams.rules.limits import FOREVER_MS, NOT_OK, Facts, Line, Standing, crossed, kind_of, shifted, terms_of, turned
+from streams.rules.periods import Day, Period, day_of
 
 DAYS_KEPT: Final = 40
 """Days before "now" whose debits an account holds: a billing period has at most 31."""

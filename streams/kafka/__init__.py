@@ -1,0 +1,1 @@
+"""How we speak with Kafka, and what we change in Faust and aiokafka."""
