@@ -772,6 +772,22 @@ def test_a_command_that_is_suggested_asks_the_same_worker(
     assert str(EMAIL.run_id) in more.stdout, more
 
 
+def test_a_command_that_is_suggested_takes_a_workspace_for_no_option(
+    worker: WorkerProcess, settings: dict[str, str | int]
+) -> None:
+    """A workspace may have any name."""
+    run = cell_run("-w")
+    worker.produce([event_of(run)])
+    worker.wait_until_metered()
+    home = ("--home", str(settings["home"]))
+    elsewhere = {name: value for name, value in settings.items() if name != "home"}
+    for words in (("usage", *home, "--", "-w"), ("explain", str(run.run_id), *home), ("statement", *home, "--", "-w")):
+        text = creditstream(*words, settings=elsewhere)
+        (next_step,) = re.findall("`(.*)`$", text.out, re.MULTILINE)
+        more = subprocess.run(shlex.split(next_step), capture_output=True, text=True, cwd=ROOT, env=environment())
+        assert more.returncode == 0, (next_step, more)
+
+
 def test_a_command_that_has_an_argument_of_that_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """`alerts test` takes the URL of a receiver, and no worker's."""
     monkeypatch.setitem(terminal._kept, "url", "--url http://worker.example")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from shlex import quote
 
 import rich_click as click
 
@@ -17,7 +16,7 @@ from creditstream.cli.options import (
     source_options,
 )
 from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
-from creditstream.cli.terminal import say
+from creditstream.cli.terminal import argument, say
 from creditstream.home import settings_of
 from schemas.answers import CELLS_MAX, Estimate, PoolBalance, SpendCheck, StatementLine, TopBy, TopRow
 from schemas.credits import parse_credits
@@ -86,7 +85,7 @@ def statement(workspace: str, period: datetime | None, as_of: datetime | None, h
         days = f"--from {lines[0].period_start} --to {lines[0].period_end}"
         say("", "opening + granted - debited + reversed - expired = closing: it adds up.")
         if not as_of:  # usage goes by what the ledger knows now: other figures
-            say(f"More: `creditstream usage {quote(workspace)} {days}`")
+            say(f"More: `creditstream usage {days} {argument(workspace)}`")
 
 
 def _heading(line: StatementLine) -> str:

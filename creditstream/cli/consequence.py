@@ -6,6 +6,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from creditstream.cli.tables import grouped, utc
+from creditstream.cli.terminal import argument
 from schemas.answers import LedgerRow, LimitsInForce, PoolBalance
 from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool
@@ -40,14 +41,14 @@ def of_plan(workspace: str, plan: Plan, since: datetime, restarts: bool, metered
             "A larger allowance counts from then on; a smaller one, too, on the first day of a billing period, "
             "and otherwise from the next period on."
         )
-    return [*told, *_known(metered), _more(f"plan show {quote(workspace)}", metered)]
+    return [*told, *_known(metered), _more(f"plan show {argument(workspace)}", metered)]
 
 
 def of_grant(workspace: str, credits: str, since: datetime, metered: Metered | None) -> list[str]:
     """Premium credits."""
     granted = credits_text(parse_credits(credits), Pool.PREMIUM)
     told = f"{workspace} is granted {granted} from {utc(since)} on. Premium credits never expire."
-    return [told, *_moved(metered), _more(f"grants {quote(workspace)}", metered)]
+    return [told, *_moved(metered), _more(f"grants {argument(workspace)}", metered)]
 
 
 def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[str]:
@@ -62,7 +63,7 @@ def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[s
 def of_limits(workspace: str, metered: Metered | None) -> list[str]:
     """Thresholds."""
     told = told_limits(metered.limits) if metered else f"{workspace} gets these thresholds once the event is metered."
-    return [told, *_known(metered), _more(f"limits show {quote(workspace)}", metered)]
+    return [told, *_known(metered), _more(f"limits show {argument(workspace)}", metered)]
 
 
 def told_limits(found: LimitsInForce) -> str:

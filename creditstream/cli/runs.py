@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from datetime import date, datetime
-from shlex import quote
 from textwrap import wrap
 from typing import Any, Final
 from uuid import UUID
@@ -12,7 +11,7 @@ import rich_click as click
 from creditstream.asking import ask
 from creditstream.cli.options import DAY, format_option, limit_option, record_format_option, source_options
 from creditstream.cli.tables import Bar, grouped, show_record, show_rows, utc
-from creditstream.cli.terminal import say
+from creditstream.cli.terminal import argument, say
 from creditstream.home import settings_of
 from schemas.answers import By, EventRow, Explanation, RunRow, UsageRow
 from schemas.credits import parse_credits
@@ -62,7 +61,7 @@ def usage(
     nothing = f"{workspace} has no runs{' in these days' if start or end or period else ''}."
     show_rows(rows, form, columns, nothing, bars=_shares(rows))
     if rows and form == "text":
-        say("", f"More: `creditstream runs {quote(workspace)}`")
+        say("", f"More: `creditstream runs {argument(workspace)}`")
 
 
 def _shares(rows: Sequence[UsageRow]) -> list[Bar]:
@@ -176,7 +175,7 @@ def explained(run: Explanation) -> list[str]:
     lines += _moved(run)
     lines.append("  evidence")
     lines += [f"    {_evidence(delivery, run.pool)}" for delivery in run.deliveries]
-    more = f"dead-letters show {quote(run.position)}" if is_parked else f"usage {quote(run.workspace_id)} --by column"
+    more = f"dead-letters show {argument(run.position)}" if is_parked else f"usage --by column {argument(run.workspace_id)}"
     return [*lines, "", f"More: `creditstream {more}`"]
 
 

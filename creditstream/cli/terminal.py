@@ -46,6 +46,11 @@ def suggested(words: str) -> str:
     return " ".join([named, *options, *rest])
 
 
+def argument(text: str) -> str:
+    """A text as the last word of a suggested command, which would take ``-x`` for an option."""
+    return f"-- {shlex.quote(text)}" if text.startswith("-") else shlex.quote(text)
+
+
 def as_called(text: str) -> str:
     """A text whose commands in backticks, `creditstream ...`, can be typed as they stand."""
     return re.sub(f"`{NAME} ([^`]*)", lambda found: f"`{suggested(found[1])}", text)
