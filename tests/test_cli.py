@@ -615,11 +615,13 @@ def test_help_that_nobody_reads_ends_quietly() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("words", [("rules", "list"), ("rules", "list", "--format", "json"), ("rules", "check")])
+@pytest.mark.parametrize(
+    "words", [("rules", "list"), ("rules", "list", "--format", "json"), ("rules", "check"), ("usage", "--help")]
+)
 def test_a_reader_that_has_gone_ends_it_quietly(words: tuple[str, ...]) -> None:
     """A closed pipe, or a standard output that was closed from the start, is no failure; a full disk is one line."""
     catalogue = str(ROOT / "schemas" / "catalogues" / "2026-07.toml")
-    command = shlex.join([sys.executable, "-m", "creditstream", *words, *([catalogue] if words[-1] == "check" else [])])
+    command = shlex.join([sys.executable, "-m", "creditstream", *words, *[catalogue] * (words[-1] == "check")])
 
     def shell(redirected: str) -> Finished:
         script = f"{command} {redirected}; exit ${{PIPESTATUS[0]}}"
@@ -657,14 +659,22 @@ def test_what_is_said_beside_an_answer_decides_nothing(settings: dict[str, str |
     assert (done.returncode, str(run.run_id) in done.stdout) == (0, True)
 
 
+@pytest.mark.parametrize("redirected", ["2>&-", "2> /dev/full"])
 @pytest.mark.parametrize(
     ("words", "code"), [("rules show nobody", 4), ("no-such-command", 2), ("notifier --endpoints nowhere", 1)]
 )
-def test_without_a_standard_error_it_says_nothing_elsewhere(words: str, code: int) -> None:
+def test_without_a_standard_error_it_says_nothing_elsewhere(words: str, code: int, redirected: str) -> None:
     """As a daemon may be started: standard output is for answers, which a program reads, and a log is not needed."""
-    script = f"{sys.executable} -m creditstream {words} 2>&-"
+    script = f"{sys.executable} -m creditstream {words} {redirected}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment())
     assert (done.returncode, done.stdout) == (code, "")
+
+
+def test_a_standard_input_that_was_closed_is_empty() -> None:
+    """And is said to be."""
+    script = f"{sys.executable} -m creditstream send - <&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert "nothing was sent: the input is empty" in line_of(Finished(done.returncode, done.stdout, done.stderr), 1)
 
 
 def test_a_listener_that_nobody_reads_receives_nothing() -> None:

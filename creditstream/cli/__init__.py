@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed or set aside, 2 wrong usage, 3 the answer is no or 
 5 Kafka, ClickHouse or the worker does not answer, 75 start me again, 130 interrupted.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from schemas.problem import Problem
 
 def main() -> None:
     """Run the command line; every failure is one line and an exit code, ``CREDITSTREAM_DEBUG=1`` adds the trace."""
-    # Where it was closed from the start, what belongs there must not be written among the answers instead.
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115  # until the end
+    # Where they were closed from the start: nothing is read, and what belongs to standard error is not written among
+    # the answers instead.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115  # until the end
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     try:
         # Loaded here: Ctrl-C while modules load is one line, too.
         from creditstream.cli.commands import run
@@ -28,6 +31,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed. Install creditstream[embedded], or [worker] for a server.", 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the help, for instance
+            _fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}. Make room for it.", 1)
         if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11, where it came while a class was made
             _fail("interrupted", 130)
         _fail(f"unexpected {type(error).__name__}: {error}. Set CREDITSTREAM_DEBUG=1 to see where.", 1)

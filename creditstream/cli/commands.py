@@ -1,5 +1,6 @@
 """Every command, and how the command line is run."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -49,19 +50,26 @@ def run() -> int:
     called, groups = program(), click.rich_click.COMMAND_GROUPS
     groups[called] = groups[NAME]
     if odd := [word for word in sys.argv[1:] if not _is_utf8(word) and not Path(word).exists()]:
-        click.UsageError(f"{odd[0]!a} is not UTF-8.").show()  # no event can carry it; a file may have any name
-        return click.UsageError.exit_code
+        return _refused(
+            click.UsageError(f"{odd[0]!a} is not UTF-8.")
+        )  # no event can carry it; a file may have any name
     try:
         return cli.main(standalone_mode=False, prog_name=called) or 0
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _refused(error)
     except click.Abort as end:
         raise KeyboardInterrupt from end
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # nobody reads the help any more
             return 0
         raise
+
+
+def _refused(error: click.ClickException) -> int:
+    """The exit code, which is told also where nobody can be told why."""
+    with contextlib.suppress(OSError):
+        error.show()
+    return error.exit_code
 
 
 def _is_utf8(word: str) -> bool:

@@ -175,7 +175,11 @@ def explained(run: Explanation) -> list[str]:
     lines += _moved(run)
     lines.append("  evidence")
     lines += [f"    {_evidence(delivery, run.pool)}" for delivery in run.deliveries]
-    more = f"dead-letters show {argument(run.position)}" if is_parked else f"usage --by column {argument(run.workspace_id)}"
+    more = (
+        f"dead-letters show {argument(run.position)}"
+        if is_parked
+        else f"usage --by column {argument(run.workspace_id)}"
+    )
     return [*lines, "", f"More: `creditstream {more}`"]
 
 
