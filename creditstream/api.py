@@ -7,9 +7,9 @@ import contextlib
 import errno
 import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, get_args
 from uuid import UUID
 
 import mode
@@ -58,7 +58,7 @@ from schemas.answers import (
     UsageRow,
 )
 from schemas.codec import choices, with_choices
-from schemas.ledger import PARTITION_MAX, Position, Reason
+from schemas.ledger import DEAD_LETTER_REASONS, DEBIT_REASONS, PARTITION_MAX, Position, Reason
 from schemas.limits import AlertKind
 from schemas.prices import price_of, prices
 from schemas.problem import Problem
@@ -105,6 +105,7 @@ def create_api(meter: Meter) -> Litestar:
     @answer("/v1/runs/example")
     async def example(reason: FromQuery[Reason] = Reason.CHARGED) -> UUID | None:
         """The id of a recent run with this reason."""
+        _require_reason(DEBIT_REASONS, reason)
         return await meter.ask(queries.example_run, reason)
 
     @answer("/v1/runs")
@@ -120,6 +121,7 @@ def create_api(meter: Meter) -> Litestar:
     ) -> list[RunRow]:
         """The newest runs of a workspace, free ones too."""
         _require_days(start, end)
+        _require_reason(DEBIT_REASONS, reason)
         cell = {"table_id": table_id, "column_id": column_id, "row_id": row_id}
         return await meter.ask(
             queries.runs, workspace_id, **cell, reason=reason or "", start=start, end=end, limit=limit
@@ -219,11 +221,13 @@ def _letter_routes(meter: Meter) -> list[HTTPRouteHandler]:
         only_open: FromQuery[bool] = False,
     ) -> list[DeadLetter]:
         """The newest dead letters; `only_open`: those that were not sent again."""
+        _require_reason(DEAD_LETTER_REASONS, reason)
         return await meter.ask(letters.dead_letters, reason or "", limit, only_open)
 
     @answer("/v1/parked-events")
     async def parked_events(reasons: FromQuery[list[Reason]], limit: Limit = 1000) -> list[ParkedEvent]:
         """Open dead letters of these reasons with their bytes (base64), the oldest first."""
+        _require_reason(DEAD_LETTER_REASONS, *reasons)
         return await meter.ask(letters.parked_events, reasons, limit)
 
     @answer("/v1/parked-events/{topic:str}/{partition:int}/{offset:int}")
@@ -349,6 +353,12 @@ def _require_days(start: date | None, end: date | None, period: date | None = No
         )
 
 
+def _require_reason(found: Sequence[Reason], *asked: Reason | None) -> None:
+    """Problem for a reason that none of the rows can have: an empty answer would pass for a workspace without any."""
+    if wrong := [reason for reason in asked if reason and reason not in found]:
+        raise Problem(f"nothing here has the reason {wrong[0]}", f"it takes {', '.join(found)}", "Ask for one of them.")
+
+
 def _require_column(table_id: str, column_id: str) -> None:
     """Problem for a table alone: the worst case would pass for what the table's history lets expect."""
     if table_id and not column_id:
@@ -361,6 +371,11 @@ class _Parameter(NamedTuple):
     name: str
     kind: Any
     is_list: bool
+
+    @property
+    def is_instant(self) -> bool:
+        """Then msgspec would take a number for Unix seconds, and who asks may mean milliseconds, or a day."""
+        return datetime in get_args(self.kind)
 
 
 def _parameters(request: Request[Any, Any, Any]) -> dict[str, _Parameter]:
@@ -383,6 +398,8 @@ def _refuse_parameters(request: Request[Any, Any, Any]) -> None:
     given, asked = request.query_params, _parameters(request).values()
     if unknown := sorted(given.keys() - {each.name for each in asked}):
         raise HTTPException(f"no parameter is called {', '.join(map(repr, unknown))}", status_code=400)
+    if numbers := sorted(each.name for each in asked if each.is_instant and given.get(each.name, "").isdecimal()):
+        raise HTTPException(f"{', '.join(numbers)}: a number is no RFC3339 encoded datetime", status_code=400)
     lists = {each.name for each in asked if each.is_list}
     if repeated := sorted(name for name in given.keys() - lists if len(given.getall(name)) > 1):
         raise HTTPException(f"only one {', '.join(map(repr, repeated))} is answered", status_code=400)

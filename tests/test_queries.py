@@ -16,7 +16,7 @@ from litestar.testing import TestClient
 from creditstream.api import create_api
 from schemas.answers import By
 from schemas.cell_run import to_milliseconds
-from schemas.ledger import Position
+from schemas.ledger import DEAD_LETTER_REASONS, DEBIT_REASONS, Position
 from schemas.limits import AlertKind
 from schemas.problem import UnknownId, Unreachable
 from sinks import accounts, dead_letters, queries
@@ -221,11 +221,16 @@ def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str
         ("/v1/usage", 400, "Missing required query parameter 'workspace_id' for path /v1/usage"),
         ("/v1/runs?workspace_id=ws_1&limit=0", 400, "limit: Expected `int` >= 1"),
         ("/v1/balance?workspace_id=ws_1&as_of=2026-11-01", 400, "as_of: Invalid RFC3339 encoded datetime"),
+        ("/v1/balance?workspace_id=ws_1&as_of=1790000000", 400, "as_of: a number is no RFC3339 encoded datetime"),
         ("/v1/usage?workspace_id=ws_1&from=soon", 400, "from: Invalid RFC3339 encoded date"),
         ("/v1/statement?workspace_id=ws_1&period=soon", 400, "period: Invalid RFC3339 encoded date"),
         ("/v1/usage?workspace_id=ws_1&form=2026-11-01", 400, "no parameter is called 'form'"),
         ("/v1/usage?workspace_id=ws_1&start=2026-11-01", 400, "no parameter is called 'start'"),
         ("/v1/usage?workspace_id=ws_1&by=week", 400, "by: Invalid enum value 'week'; it takes " + ", ".join(By)),
+        ("/v1/runs?workspace_id=ws_1&reason=malformed", 400, "it takes " + ", ".join(DEBIT_REASONS)),
+        ("/v1/runs/example?reason=duplicate", 400, "it takes " + ", ".join(DEBIT_REASONS)),
+        ("/v1/dead-letters?reason=charged", 400, "it takes " + ", ".join(DEAD_LETTER_REASONS)),
+        ("/v1/parked-events?reasons=too_large&reasons=error", 400, "it takes " + ", ".join(DEAD_LETTER_REASONS)),
         ("/v1/alerts?kind=over", 400, "kind: Invalid enum value 'over'; it takes " + ", ".join(AlertKind)),
         (
             "/v1/check?workspace_id=ws_1&action=a&on_unknown=ask",
