@@ -566,6 +566,7 @@ def test_wrong_usage_is_exit_code_2() -> None:
         ("demo", "--for", "²"),
         ("usage", WORKSPACE, "--url", "notaurl"),
         ("usage", WORKSPACE, "--url", "http://[::1"),
+        ("usage", WORKSPACE, "--url", "http://ada:secret@127.0.0.1:8620"),
         ("balance", WORKSPACE, "--as-of", "0001-01-01T00:00+23:59"),
         ("balance", WORKSPACE, "--home", __file__),
         ("estimate", WORKSPACE, "find_work_email", "--table", "tbl_1"),

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args, get_type_hints
 
 import pytest
 
@@ -51,3 +51,18 @@ def test_what_the_client_raises_can_be_caught_by_what_it_exports() -> None:
     assert raised == {"Unreachable", "RunRefused", "Problem", "InvalidRun"}
     assert raised <= set(client.__all__)
     assert all(issubclass(getattr(client, name), client.Problem) for name in raised)
+
+
+@pytest.mark.parametrize("made", [client.Gate, client.CellRunProducer])
+def test_what_the_client_takes_is_exported(made: type) -> None:
+    """Who passes settings or a catalogue need not know our other packages either."""
+    hints = get_type_hints(made.__init__)
+    ours = {
+        each.__name__
+        for hint in hints.values()
+        for each in (hint, *get_args(hint))
+        if getattr(each, "__module__", "").split(".")[0] in ("creditstream", "schemas", "streams")
+    }
+    assert "Settings" in ours
+    assert ours <= set(client.__all__)
+    assert client.read_settings(kafka_bootstrap="host:9").kafka_bootstrap == "host:9"

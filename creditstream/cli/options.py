@@ -63,6 +63,8 @@ class Url(click.ParamType):
         try:
             parts = urlsplit(value)
             is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            if is_url and "@" in parts.netloc:
+                self.fail("a user and a password stand in it; the read API takes none.", param, ctx)
         except ValueError:
             is_url = False
         if value and not is_url:

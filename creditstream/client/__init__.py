@@ -7,10 +7,12 @@ from creditstream.client.decision import Because, Decision
 from creditstream.client.gate import Gate
 from creditstream.client.producer import CellRunProducer
 from creditstream.client.recording import Counts, InvalidRun, RunRefused
+from schemas.catalogue import Catalogue
 from schemas.cell_run import CellRun, Outcome
 from schemas.problem import Problem, Unreachable
+from streams.settings import Settings, read_settings
 
 __all__ = [
-    "Because", "CellRun", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "Outcome", "Problem",
-    "RunRefused", "Unreachable",
+    "Because", "Catalogue", "CellRun", "CellRunProducer", "Counts", "Decision", "Gate", "InvalidRun", "Outcome",
+    "Problem", "RunRefused", "Settings", "Unreachable", "read_settings",
 ]  # fmt: skip
