@@ -47,11 +47,12 @@ def _unpinned(client: Client, catalogue: Catalogue) -> list[Version]:
 
 def _refuse_late(client: Client, version: Version, later: Sequence[int]) -> None:
     """``later``: numbers of the versions after it. One of them prices earlier runs of an action that was new in it: by
-    a version in between that lists the action, such a run would cost something else.
+    a version in between that lists the action, such a run would cost something else. The actions are part of the
+    statement: thousands of them in a parameter would be too many for a server.
     """
     ((late,),) = client.query(
-        "SELECT count() FROM ledger WHERE kind = 'run' AND (ran_at >= fromUnixTimestamp64Milli({starts:Int64}, 'UTC') "
-        "OR has({later:Array(UInt16)}, catalogue) AND has({actions:Array(String)}, toString(action)))",
+        "SELECT count() FROM ledger WHERE kind = 'run' AND (ran_at >= fromUnixTimestamp64Milli(%(starts)s, 'UTC') "
+        "OR has(%(later)s, catalogue) AND has(%(actions)s, toString(action)))",
         parameters={
             "starts": to_milliseconds(version.effective_from), "later": list(later), "actions": list(version.actions),
         },

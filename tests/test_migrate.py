@@ -232,6 +232,7 @@ def test_a_version_before_the_one_that_priced_earlier_runs_is_refused(client: Cl
     )  # fmt: skip
     known, between = (msgspec.structs.replace(version(n, after[2 - n]), actions={price.id: price}) for n in (1, 2))
     assert between.effective_from < known.effective_from
+    between = msgspec.structs.replace(between, actions={r"it's \ odd": price, **between.actions})
     pin_catalogue(client, Catalogue([known]))
     write(Ledger(client), CHAIN, 9)
     with pytest.raises(Problem, match=r"too late: v2.toml: .* already priced: 10"):
