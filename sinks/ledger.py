@@ -33,7 +33,9 @@ from sinks.clickhouse import DatabaseError, first_line
 from sinks.columns import instants
 
 MARK_AGE_S_MAX: Final = 60.0
-"""An older mark is read again before an insert; the table refuses one of 120 s."""
+"""An older mark is read again before an insert."""
+INSERT_AGE_S_MAX: Final = 120.0
+"""The table refuses an insert that rests on an older mark."""
 ACKNOWLEDGED_MAX: Final = 5
 RETRY_WAIT_S: Final = (0.1, 0.3, 1.0, 3.0)
 """Waits between attempts; the last one repeats. Waiting is the back-pressure."""
@@ -176,6 +178,16 @@ def _expect_mark(answer: Mark | bool) -> Mark:
     return answer
 
 
+def mark_of(client: Client, chain: Chain) -> Mark:
+    """The mark of one chain, served by the ``marks`` projection. Raises what the database raises."""
+    asked = time.monotonic()
+    found = client.query(_MARK, parameters={"topic_id": chain.topic_id, "partition": chain.partition})
+    last, first, rows, gaps, written_under, read_at, uptime_s = found.result_rows[0]
+    usable_s = min(MARK_AGE_S_MAX, max(0, uptime_s - 1) / 2)
+    age_from = asked - (MARK_AGE_S_MAX - usable_s) if uptime_s >= YOUNG_SERVER_S else TOO_OLD
+    return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, age_from)
+
+
 class Ledger:
     """The ledger's writing side over one connection. Blocking: the worker calls it in a thread.
 
@@ -190,13 +202,8 @@ class Ledger:
         self._on_trouble = on_trouble
 
     def mark(self, chain: Chain) -> Mark:
-        """The mark of one chain, served by the ``marks`` projection. Raises what the database raises."""
-        asked = time.monotonic()
-        found = self._client.query(_MARK, parameters={"topic_id": chain.topic_id, "partition": chain.partition})
-        last, first, rows, gaps, written_under, read_at, uptime_s = found.result_rows[0]
-        usable_s = min(MARK_AGE_S_MAX, max(0, uptime_s - 1) / 2)
-        age_from = asked - (MARK_AGE_S_MAX - usable_s) if uptime_s >= YOUNG_SERVER_S else TOO_OLD
-        return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, age_from)
+        """See `mark_of`."""
+        return mark_of(self._client, chain)
 
     def insert(self, step: Insert) -> None:
         """One attempt. Raises what the database raises; afterwards only the mark knows what happened."""

@@ -14,7 +14,7 @@ import structlog
 from schemas.problem import Unreachable
 from sinks import accounts, filter_keys
 from sinks.accounts import AccountFact
-from sinks.ledger import Chain, ForeignMark, Incident, Mark
+from sinks.ledger import Chain, Incident, Mark
 from streams import recovery
 from streams.kafka.topics import LogRange
 from streams.patience import patiently
@@ -177,7 +177,7 @@ class Loader:
             for part in recovery.in_parts(names):  # a statement that names them all may be longer than the ledger takes
                 events += await self._look_up(accounts.facts_of, part)
                 draws += await self._look_up(accounts.draws_of, part, recovery.first_day(balances.now_ms))
-            await self._require_unmoved(unit)
+            await unit.require_unmoved()
             balances.load(openings(names, *recovery.without(tail, events, draws)))
             told = recovery.refold(balances, tail, chains)
             unit.voice.tell(balances, unit.folded, told)
@@ -191,17 +191,8 @@ class Loader:
             names = await self._look_up(*self._workspaces_of(unit, preloaded, active_since))
         for part in recovery.in_parts(names):
             await unit.load(part)
-        await self._require_unmoved(unit)
         balances.knows_all = are_all
         return seen_ms
-
-    async def _require_unmoved(self, unit: Unit) -> None:
-        """ForeignMark when the insert of a dead worker has landed since the marks were read: what was loaded holds rows
-        that Kafka brings once more, and would be counted twice until the next insert finds them.
-        """
-        for chain, mark in ((unit.chain, unit.mark), (unit.event_chain, unit.event_mark)):
-            if (last := (await self.read_mark(chain)).last) != mark.last:
-                raise ForeignMark(f"{chain}: the mark is at {last}, expected {mark.last}")
 
     def _workspaces_of(self, unit: Unit, limit: int, since: date) -> tuple[Any, ...]:
         """The question for a unit's workspaces with rows since a day."""

@@ -23,7 +23,7 @@ from schemas.problem import Problem, Unreachable
 from sinks import accounts
 from sinks.alerts import note_alerts
 from sinks.catalogue_versions import pin_catalogue
-from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger, token_window
+from sinks.ledger import TOKEN_WINDOW_S, Chain, Ledger, mark_of, token_window
 from sinks.migrate import migrate, require_migrated
 from streams.assignment import Assigned, Kept, Loader
 from streams.batches import Batching
@@ -118,6 +118,7 @@ class Meter:
             batching=self._batching,
             lookups=Lookups(functools.partial(self.threads.ask_patiently, "reader")),
             in_writer=functools.partial(self.threads.run, "writer"),
+            read_mark=lambda chain: self.threads.ask_patiently("writer", mark_of, chain),
             written=self.written,
             reading=self.reading,
             on_incident=self._on_incident,

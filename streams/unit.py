@@ -26,6 +26,7 @@ the next is prepared; every queue between them is bounded.
 
 import asyncio
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -36,7 +37,7 @@ import structlog
 from schemas.ledger import ACCOUNT_KINDS, Identity, Kind
 from schemas.plan import PlanLists
 from schemas.problem import Problem
-from sinks.ledger import TOO_OLD, Batch, Chain, Incident, Ledger, Mark, batch_month
+from sinks.ledger import INSERT_AGE_S_MAX, TOO_OLD, Batch, Chain, ForeignMark, Incident, Ledger, Mark, batch_month
 from streams.batches import AccountBatch, Batching, OpenBatch, chunk_bytes
 from streams.inbox import BACKLOG_CHUNK, Inbox, Parcel
 from streams.lookups import Lookups
@@ -81,6 +82,8 @@ class Shared(msgspec.Struct, frozen=True):
     lookups: Lookups
     in_writer: Callable[..., Awaitable[Any]]
     """Run a blocking call in the writer's thread."""
+    read_mark: Callable[[Chain], Awaitable[Mark]]
+    """Between two inserts of this worker, however long the database takes."""
     written: Counter[str]
     """Rows by kind and reason since the start."""
     reading: Reading
@@ -123,8 +126,9 @@ class Unit:
         self.voice: Final = voice
         self.incident: Problem | None = None
         self._shared = shared
-        self._position = self._folded = self.mark.last
+        self._position = self._folded = self._first_mark = self.mark.last
         self._event_position = self._first_event_mark = self.event_mark.last
+        self._alone_from_s = time.monotonic() + INSERT_AGE_S_MAX
         self._read_ms = self._events_read_ms = 0
         """The broker's time of the last record of each chain."""
         self._open = OpenBatch(self.mark.last)
@@ -305,7 +309,26 @@ class Unit:
         at_ms = min(at_ms, self.looks_back_ms)
         while missing := self.balances.missing(names, at_ms):
             openings = await self._shared.lookups.openings(missing, min(at_ms, self.balances.now_ms))
+            await self.require_unmoved()
             self.balances.load(openings, at_ms)
+
+    async def require_unmoved(self) -> None:
+        """ForeignMark when the insert of a dead worker has landed since this unit began: what the ledger has just said
+        of an account may hold rows that Kafka brings once more, and that would be counted twice. Behind an insert of
+        ours none lands, nor does one on a mark that was read too long ago.
+        """
+        if time.monotonic() > self._alone_from_s:
+            return
+        if self.mark.last == self._first_mark:
+            await self._require_last(self.chain, lambda: self.mark)
+        if self.event_mark.last == self._first_event_mark:
+            await self._require_last(self.event_chain, lambda: self.event_mark)
+
+    async def _require_last(self, chain: Chain, mark: Callable[[], Mark]) -> None:
+        before = mark().last
+        found = (await self._shared.read_mark(chain)).last
+        if found not in (before, mark().last):  # an insert of ours may have moved it meanwhile
+            raise ForeignMark(f"{chain}: the mark is at {found}, expected {before}")
 
     def _tell(self, notices: Sequence[Notice], source: Callable[[Notice], Source]) -> None:
         self.voice.tell(self.balances, self.folded, [(n, source(n) if n.row >= 0 else None) for n in notices])

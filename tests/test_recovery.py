@@ -19,6 +19,7 @@ from streams import assignment, recovery
 from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
 from streams.recovery import TAIL_ROWS_MAX, Start, first_ms, in_parts, instants_of, starting_point, told_at, without
 from streams.rules.facts import openings
+from streams.rules.limits import FOREVER_MS
 from tests.account_records import Story, Topics, at
 from tests.limit_voices import seen_of, told_of
 from tests.unit_bench import CHAINS, SOON_S, Bench
@@ -446,6 +447,37 @@ async def test_f12_an_insert_that_lands_while_balances_are_loaded_is_counted_onc
         await Bench.open(client, committed=(3, 1))
     bench = await live(client, (3, 1))
     assert [(alert.kind, alert.used) for alert in bench.alerts] == [(AlertKind.CROSSED, "5")]
+
+
+@ON_CHDB
+@pytest.mark.parametrize("of_account", [False, True], ids=["runs", "grant"])
+async def test_f12_an_insert_that_lands_before_an_account_is_asked_for_is_counted_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch, of_account: bool
+) -> None:
+    """Of a dead worker, when its successor is at work already and loads accounts as their records come: it ends before
+    it tells anything by what is in the ledger and comes from Kafka, too.
+    """
+    story = Story()
+    story.plan("10", at("Jan 15"))
+    story.runs(3, at("Jan 16"))
+    topics = Topics()
+    await live(client, (0, 0), *topics.append(story.steps))
+    story.steps.clear()
+    if of_account:
+        story.grant("5", at("Jan 17"), at("Jan 17"))
+    else:
+        story.runs(3, at("Jan 17"))
+    ((_, late),) = topics.append(story.steps)
+    monkeypatch.setattr(recovery, "PRELOADED_MAX", 0)
+    stale = await Bench.open(client, committed=(3, 1))
+    assert stale.unit.balances.missing(["ws_1"], FOREVER_MS)
+    await live(client, (3, 1), (of_account, late))
+
+    stale.deliver(late, of_account=of_account)
+    with pytest.raises(ExceptionGroup) as ended:
+        await stale.until(lambda: stale.acknowledged == 1)
+    assert ended.group_contains(ForeignMark)
+    assert (stale.alerts, stale.states) == ([], {})
 
 
 @ON_CHDB

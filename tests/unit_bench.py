@@ -175,6 +175,7 @@ class Bench:
             "partitions": 1,
             "lookups": WatchedLookups(self),
             "in_writer": self._write,
+            "read_mark": lambda chain: self._in_thread(self.shared.ledger.mark, chain),
             "written": Counter(),
             "reading": msgspec.structs.replace(
                 NO_KAFKA, ends_ms=lambda *_: self.ends_ms, unread=lambda _, read: self.unread(read)
