@@ -372,8 +372,10 @@ def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id
 
 
 def _move(client: Client, debit: account_queries.RunDebit) -> BalanceMove:
-    """The balance before and after a debit, by what was known when it came, in the period that it ran in."""
-    at = Moment(debit.recorded_ms, debit.recorded_ms)
+    """The balance before and after a debit, by what was known when it came, in the period that it ran in. An account
+    event of the same millisecond came after it, as for `drawn_before`.
+    """
+    at = Moment(debit.recorded_ms, debit.recorded_ms - 1)
     said = facts(client, debit.workspace_id, at)
     plan_ms = at.ms
     if debit.pool == Pool.PREMIUM:

@@ -15,6 +15,7 @@ from schemas.credits import parse_credits
 from schemas.ledger import Pool
 from schemas.problem import Problem, UnknownId
 from sinks import account_queries
+from streams.rules.balances import METERED
 from tests.account_rows import SECOND, AccountRows, at
 from tests.records import EXAMPLES, STEADY
 
@@ -344,6 +345,24 @@ def test_explain_shows_the_balance_in_kafkas_order(client: Client) -> None:
     assert [accounts.explanation(client, EXAMPLES, run).sentence.endswith(ended) for run in (after, late)] == [
         False, True
     ]  # fmt: skip
+
+
+def test_explain_shows_the_plan_before_an_upgrade_of_the_same_millisecond_r06(client: Client) -> None:
+    """On a tie the run was folded first, so neither a plan nor a grant of its own millisecond is in its balance."""
+    rows = AccountRows()
+    came = at("2026-01-20 10:00:00")
+    rows.plan(at("2026-01-15"))
+    rows.grant(at("2026-01-16"), 10)
+    rows.plan(at("2026-01-20"), "50k", 50_000, recorded_at=came)
+    rows.grant(at("2026-01-20"), 5, recorded_at=came)
+    drawn = [rows.run(came, 4, recorded_at=came, pool=pool) for pool in METERED]
+    rows.write(client)
+
+    moves = [accounts.explanation(client, EXAMPLES, run).balance for run in drawn]
+    assert [move and (move.before, move.allowance, move.plan) for move in moves] == [
+        ("20000", "20000", "20k"),
+        ("10", "10", "20k"),
+    ]
 
 
 def test_explain_names_the_plan_of_the_period_in_which_it_ran(client: Client) -> None:
