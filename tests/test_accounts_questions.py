@@ -1,6 +1,7 @@
 """What people ask of an account: balance, periods, statement, thresholds, and why a run moved it."""
 
 from datetime import UTC, date, datetime, timedelta
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -208,6 +209,38 @@ def test_a_statement_foots_and_says_so_r10(client: Client) -> None:
     assert moves(running["enrichment"]) == ("0", "20000", "0", "0", "0", "20000")
     assert moves(running["premium"]) == ("-5", "0", "0", "0", "0", "-5")
     assert moves(early["enrichment"]) == ("0", "20000", "7", "0", "0", "19993")
+
+
+class Inserting:
+    """A client beside which rows are inserted: some after each of its first sums."""
+
+    def __init__(self, client: Client, inserts: list[AccountRows]) -> None:
+        self._client, self._inserts = client, inserts
+
+    def query(self, sql: str, **given: Any) -> Any:
+        found = self._client.query(sql, **given)
+        if "sum(credits)" in sql and self._inserts:
+            self._inserts.pop().write(self._client)
+        return found
+
+
+@pytest.mark.parametrize("pool", METERED)
+@pytest.mark.parametrize("inserts", [1, 2, 3])
+def test_a_statement_foots_beside_inserts(client: Client, pool: Pool, inserts: int) -> None:
+    """Whichever of its sums a run comes between, opening to closing are of one moment, and add up."""
+    rows = AccountRows()
+    rows.plan(at("2026-01-15"))
+    rows.write(client)
+    coming = []
+    for number in range(inserts):
+        rows = AccountRows()
+        rows.run(at("2026-01-20"), 7, pool=pool, run_id=UUID(int=number), kafka_offset=number)
+        coming.append(rows)
+
+    found = accounts.statement(cast(Client, Inserting(client, coming)), "ws_1", None, at("2026-01-21"))
+    assert not coming
+    assert [line.foots for line in found] == [True, True]
+    assert {line.pool: line.debited for line in found}[pool] == str(7 * inserts)
 
 
 @settings(STEADY, max_examples=25, suppress_health_check=list(HealthCheck))
