@@ -12,6 +12,7 @@ from confluent_kafka import KafkaError
 
 from creditstream.client import Because, CellRunProducer, Gate
 from creditstream.client.connection import KafkaOptions
+from creditstream.client.gate import ANSWER_S_MAX, ASK_EVERY_S
 from creditstream.embedded import EmbeddedKafka
 from creditstream.home import Home
 from streams.kafka.topics import CELL_RUNS, LIMIT_STATES, Broker
@@ -110,6 +111,24 @@ def test_an_outage_is_noticed_by_the_gate_and_survived_by_the_producer(
         assert producer.flush(60) == 0
         assert producer.counts().spool_bytes == 0
     assert first_copies(settings) == {f"ws_{start}": list(range(start, accepted, 3)) for start in range(3)}
+
+
+def test_a_question_that_a_frozen_kafka_leaves_open_makes_nothing_fresh(mortal: EmbeddedKafka) -> None:
+    """Where no answer comes librdkafka gives offsets that are none, and no error: the gate does not take them for the
+    topic's end, however long it may be without an answer before it is stale.
+    """
+    settings = fresh_settings(mortal.bootstrap, LIMIT_STATES)
+    java = java_of(mortal)
+    with Gate(settings, on_unknown="deny", on_stale="deny", stale_after_s=600) as gate:
+        gate.wait_ready()
+        java.suspend()
+        frozen_ns = time.monotonic_ns()
+        try:
+            time.sleep(ASK_EVERY_S + ANSWER_S_MAX + 1)
+        finally:
+            java.resume()
+        assert gate.fresh_ns < frozen_ns
+        wait_until(lambda: gate.fresh_ns > frozen_ns, "fresh again")
 
 
 def test_a_slow_kafka_is_waited_for(mortal: EmbeddedKafka, tmp_path: Path) -> None:

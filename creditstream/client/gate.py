@@ -203,8 +203,12 @@ class _Ends:
         and the Kafka handle, and a forked child that collects such garbage, and destroys a handle by that, does not
         survive it.
         """
-        failures = (future.exception(0) for future in self._futures.values())
-        return next((failure.args[0] for failure in failures if failure), None)
+        for future in self._futures.values():
+            if failure := future.exception(0):
+                return failure.args[0]  # type: ignore[no-any-return]
+            if future.result(0).offset < 0:  # librdkafka's word for a question that was not answered in time
+                return KafkaError(KafkaError._TIMED_OUT, f"no answer for {ANSWER_S_MAX:.0f} s")
+        return None
 
     def reached(self, positions: dict[int, int]) -> bool:
         """Whether the positions have come to these ends. To be asked only without a `failure`."""
