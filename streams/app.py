@@ -83,9 +83,9 @@ class MeterApp(faust.App):
         instance = self.meter.settings.instance
         problem = Problem(
             f"this worker is no longer the group's member {instance!r}",
-            "another process has joined under the same CREDITSTREAM_INSTANCE, or this one stood still for "
+            "another process has joined under the same CREDITSTREAM_INSTANCE, or this one or Kafka stood still for "
             f"{SESSION_TIMEOUT_S:.0f} s",
-            "Give each worker a CREDITSTREAM_INSTANCE of its own, or none.",
+            "Start it again; each worker needs a CREDITSTREAM_INSTANCE of its own, or none.",
         )
         self.loop.call_soon_threadsafe(self._end_without_membership, problem)
 

@@ -230,7 +230,9 @@ def has_logged(worker: WorkerProcess, event: str) -> bool:
 def test_f20_of_two_processes_with_one_instance_id_the_first_ends_and_names_it(
     tmp_path: Path, kafka: str, prefix: str, fields: dict[str, str | int], client: Client
 ) -> None:
-    """The second takes over, kill -9 and all; the first ends with 75 instead of stealing its partitions back."""
+    """The second takes over, kill -9 and all; the first ends with 75 instead of stealing its partitions back. What it
+    says is right, too, where it was Kafka that stood still: then it only has to be started again.
+    """
     traffic = PlannedTraffic(20)
     with (
         WorkerProcess(tmp_path / "first", kafka, prefix, instance="twin", **fields) as first,
@@ -245,6 +247,8 @@ def test_f20_of_two_processes_with_one_instance_id_the_first_ends_and_names_it(
         (fatal,) = first.log_events("fatal")
         assert "'twin'" in fatal["error"]
         assert "CREDITSTREAM_INSTANCE" in fatal["error"]
+        assert "or Kafka stood still" in fatal["error"]
+        assert "Start it again" in fatal["error"]
 
         for _ in range(2):
             second.bill(traffic.account_events(20))
