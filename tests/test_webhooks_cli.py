@@ -1,6 +1,7 @@
 """The notifier as a process, and the commands around it."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from creditstream.producing import open_producer
 from creditstream.webhooks.resending import deliveries
 from creditstream.webhooks.signing import new_secret
+from schemas.limits import LimitAlert
 from schemas.webhook import DeliveryState
 from streams.kafka.topics import LIMIT_ALERTS, Broker
 from streams.settings import Settings
@@ -119,6 +121,11 @@ def produce(settings: Settings, value: bytes) -> None:
     assert producer.flush(WAIT_S_MAX) == 0
 
 
+def fixes(notifier: Running, alert: LimitAlert) -> list[str]:
+    """What the log says to do about an alert that was given up."""
+    return [line["fix"] for line in notifier.events("alert_given_up") if line["alert_id"] == str(alert.alert_id)]
+
+
 def test_the_process_from_start_to_end(settings: Settings, receiver: WebhookReceiver, tmp_path: Path) -> None:
     """Delivers; SIGHUP takes a good file and refuses a bad one; SIGTERM ends it though a receiver stalls."""
     file = endpoints(tmp_path, first=receiver.url)
@@ -173,6 +180,27 @@ def test_a_refused_file_does_not_bring_back_an_endpoint_that_is_gone(
         notifier.wait_for(lambda: len(notifier.events("alert_given_up")) == 2)
 
     assert len(receiver.received) == 1
+
+
+def test_what_was_given_up_is_resent_as_the_log_says(
+    settings: Settings, receiver: WebhookReceiver, tmp_path: Path
+) -> None:
+    """The command in the log can be typed as it stands, and sends the alert to nobody who has it already."""
+    alert = some_alert()
+    receiver.behave = lambda _: 410
+    with WebhookReceiver() as other:
+        file = endpoints(tmp_path, closed=receiver.url, good=other.url)
+        with running(tmp_path, "notifier", "--endpoints", str(file), kafka=settings.kafka_bootstrap) as notifier:
+            produce(settings, msgspec.json.encode(alert))
+            notifier.wait_for(lambda: str(alert.alert_id) in other.ids and fixes(notifier, alert))
+            [fix] = fixes(notifier, alert)
+        receiver.behave = lambda _: 204
+        called, *words = shlex.split(fix)
+        sent = run(tmp_path, *words, kafka=settings.kafka_bootstrap)
+
+        assert (called, sent.code, sent.err) == ("creditstream", 0, "")
+        assert sent.out.startswith("closed: 204 No Content in ")
+        assert other.ids.count(str(alert.alert_id)) == 1
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
 from functools import partial
 from queue import Empty, SimpleQueue
+from shlex import quote
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -82,6 +83,7 @@ class Notifier:
         were given up, those of them that gave way to newer ones.
         """
         self._world: Final = world or World()
+        self._file: Final = quote(settings.webhook_endpoints)
         self._endpoints = endpoints
         self._gone: set[str] = set()
         self._deliveries: Final = Deliveries()
@@ -275,7 +277,8 @@ class Notifier:
             log.info("alert_delivered", **told)
         elif delivery.state is DeliveryState.FAILED:
             self.counts["given_up"] += 1
-            log.error("alert_given_up", **told, fix=f"creditstream alerts resend {delivery.alert_id}")
+            whom = f"--endpoint {delivery.endpoint} --endpoints {self._file}"  # nobody else, who may have it
+            log.error("alert_given_up", **told, fix=f"creditstream alerts resend {delivery.alert_id} {whom}")
         else:
             self.counts["failed_attempts"] += 1
             log.warning("attempt_failed", **told, again_in_s=(delivery.next_at_ms - self._world.now_ms()) // 1000)

@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 from confluent_kafka import KafkaException
+from msgspec.structs import replace
 
 from creditstream.logs import configure_logs
 from creditstream.webhooks.endpoints import Endpoint, load_endpoints
@@ -51,7 +52,7 @@ def run_notifier(settings: Settings, path: Path) -> int:
     broker = Broker(settings)
     for name in (LIMIT_ALERTS, WEBHOOK_DELIVERIES):
         broker.require(name)
-    notifier = Notifier(settings, endpoints)
+    notifier = Notifier(replace(settings, webhook_endpoints=str(path.absolute())), endpoints)
     log.info("notifier_started", kafka=settings.kafka_bootstrap, endpoints=sorted(endpoints), pid=os.getpid())
     try:
         while not signals.stop:
