@@ -360,7 +360,9 @@ def test_send_reports_bad_lines_and_sends_the_others(settings: dict[str, str | i
     assert "Traceback" not in done.err
     assert "line 3: field `outcome`" in done.err
     assert "line 4: " in done.err
-    assert "2 lines were not sent" in done.err
+    assert "2 lines were not sent: see above. Correct them and send them again." in done.err
+    one = creditstream("send", "-", settings=settings, stdin="no JSON\n")
+    assert "1 line was not sent: see above. Correct it and send it again." in one.err
     assert done.out.startswith(f"{good.run_id}  1 credit  charged")
 
 

@@ -33,8 +33,11 @@ def send(file: IO[bytes], wait: bool, home: str, url: str) -> None:
     runs, bad = _read(file)
     aside = _send(runs, kafka_settings_of(home), url, wait) if runs else 0
     if bad:
+        them = "them" if bad > 1 else "it"
         raise Problem(
-            f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent", "see above", "Correct them and send them again."
+            f"{bad:,} line{'s were' if bad > 1 else ' was'} not sent",
+            "see above",
+            f"Correct {them} and send {them} again.",
         )
     if aside:
         why = f"{aside:,} of {len(runs):,}, see above"
