@@ -801,6 +801,15 @@ def test_a_command_that_is_suggested_takes_a_workspace_for_no_option(
         assert more.returncode == 0, (next_step, more)
 
 
+@pytest.mark.parametrize("name", ["ws 1", "a\nb", "\x1b[31m it's \\", "\x85\u200b\U000e0001 é", "-\t"])
+def test_a_name_is_suggested_as_a_shell_reads_it(name: str) -> None:
+    """What cannot be seen in it, too: as an escape that bash and zsh undo, since a line for people has nothing else."""
+    shown = terminal.printable(terminal.argument(name))
+    script = f"printf '%s\\0' {shown}"
+    read = subprocess.run(["bash", "-c", script], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True).stdout
+    assert read.decode().split("\0")[-2] == name
+
+
 def test_a_command_that_has_an_argument_of_that_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """`alerts test` takes the URL of a receiver, and no worker's."""
     monkeypatch.setitem(terminal._kept, "url", "--url http://worker.example")

@@ -1,12 +1,11 @@
 """What an account event means for its workspace, in sentences for whoever sent it. Pure."""
 
 from datetime import datetime
-from shlex import quote
 from typing import NamedTuple
 from uuid import UUID
 
 from creditstream.cli.tables import grouped, utc
-from creditstream.cli.terminal import argument
+from creditstream.cli.terminal import argument, quoted
 from schemas.answers import LedgerRow, LimitsInForce, PoolBalance
 from schemas.credits import parse_credits
 from schemas.ledger import Kind, Pool
@@ -57,7 +56,7 @@ def of_reversal(workspace: str, run_id: UUID, metered: Metered | None) -> list[s
     if metered and metered.row.kind == Kind.REVERSAL:
         drawn = credits_text(-metered.row.credits, metered.row.pool)
         told = f"Run {run_id} of {workspace} is reversed: {drawn} given back, on the day of the run."
-    return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quote(workspace)}", metered)]
+    return [told, *_moved(metered), _more(f"explain {run_id} --workspace {quoted(workspace)}", metered)]
 
 
 def of_limits(workspace: str, metered: Metered | None) -> list[str]:

@@ -48,7 +48,15 @@ def suggested(words: str) -> str:
 
 def argument(text: str) -> str:
     """A text as the last word of a suggested command, which would take ``-x`` for an option."""
-    return f"-- {shlex.quote(text)}" if text.startswith("-") else shlex.quote(text)
+    return f"-- {quoted(text)}" if text.startswith("-") else quoted(text)
+
+
+def quoted(text: str) -> str:
+    """A text as one word of a suggested command. What `printable` would change is written as bash and zsh read it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in plain) + "'"
 
 
 def as_called(text: str) -> str:
