@@ -140,7 +140,7 @@ def test_a_statement_is_printed_and_foots(settings: dict[str, str | int]) -> Non
     assert done.code == 0
     assert done.out.startswith(f"{WORKSPACE}, plan 20k, ")
     assert "it adds up" in done.out
-    assert f"creditstream usage {WORKSPACE} --from " in done.out
+    assert re.search(f"creditstream usage --from .* {WORKSPACE}`$", done.out, re.MULTILINE)
     then = creditstream("statement", WORKSPACE, "--as-of", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}", settings=settings)
     assert ("it adds up" in then.out, "creditstream usage" in then.out) == (True, False)
     lines = read_json(creditstream("statement", WORKSPACE, "--format", "json", settings=settings))
