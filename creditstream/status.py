@@ -1,11 +1,15 @@
 """What a worker does now: its marks, what waits, and what keeps it from metering."""
 
 import time
+from typing import Final
 
 from creditstream import __version__
 from schemas.answers import Status, UnitStatus
 from streams.meter import Meter
 from streams.unit import Unit
+
+KAFKA_SILENT_S_MAX: Final = 10.0
+"""Kafka answers a heartbeat each second; after so long it has given the partitions to another worker, if it lives."""
 
 
 def status_of(meter: Meter) -> Status:
@@ -46,4 +50,6 @@ def not_ready_because(meter: Meter) -> list[str]:
         return ["no assignment yet"]
     incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
     incidents += filter(None, [meter.parted])
+    if (silent_s := meter.reading.silent_s()) > KAFKA_SILENT_S_MAX:
+        incidents.append(f"Kafka has not answered for {silent_s:.0f} s")
     return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.threads.troubles.values())]

@@ -100,6 +100,7 @@ class MeterApp(faust.App):
             ends_ms=lambda *of: self._of_both(self.chunks.end_ms, *of),
             unread=lambda *of: self._of_both(self.chunks.unread, *of),
             lags=lambda *of: self._of_both(self.chunks.lag, *of),
+            silent_s=lambda: cast(Transport, self.transport).silent_s,
             commit=self._commit_start,
             hold=self._hold,
             on_fatal=self.on_fatal,

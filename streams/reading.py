@@ -23,6 +23,8 @@ class Reading(msgspec.Struct, frozen=True):
     """How many offsets Kafka can hand out behind what was read."""
     lags: Callable[[int, UpTo], Behind]
     """How many offsets Kafka had behind what was read; None: it has not said."""
+    silent_s: Callable[[], float]
+    """Seconds since Kafka answered the group's member last; 0 before it was first asked."""
     commit: Callable[[Offsets], Awaitable[Any]]
     """Commit where a group begins: what is behind it has been told."""
     hold: Callable[[int], None]

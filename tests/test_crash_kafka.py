@@ -53,6 +53,21 @@ def test_kafka_may_go_and_come_back(tmp_path: Path, ledger_url: str) -> None:
     assert (books.closes, books.rows, books.behind) == (True, 80, 0)
 
 
+def test_a_worker_whose_kafka_is_away_says_so(tmp_path: Path) -> None:
+    """Nothing else would tell: its partitions are still its own, and no lag grows."""
+    broker_home = Home.at(tmp_path / "kafka")
+    with (
+        broker_home.hold(),
+        EmbeddedKafka(broker_home, print) as kafka,
+        WorkerProcess(tmp_path / "home", kafka.bootstrap, "away-") as worker,
+    ):
+        worker.create_topic()
+        worker.start().wait_until(lambda status: status.ready, "ready", START_S_MAX)
+        kafka.stop()
+        worker.wait_until(lambda status: "Kafka has not answered for" in "".join(status.not_ready_because), "told")
+        assert worker.stop() in (0, EXIT_RESTART)
+
+
 def metered(worker: WorkerProcess) -> bool:
     """Whether every mark is at the log's end now."""
     status, ends = worker.status, worker.log_ends()

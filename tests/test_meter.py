@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 from clickhouse_connect.driver.client import Client
+from msgspec.structs import replace
 
 from creditstream.status import not_ready_because
 from schemas.cell_run import from_milliseconds
@@ -85,6 +86,17 @@ def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     assert not_ready_because(meter) == ["ledger: no space left"]
     meter.threads.on_trouble("notes", "")
     assert not_ready_because(meter) == []
+
+
+@pytest.mark.parametrize(("silent_s", "because"), [(9, []), (11, ["Kafka has not answered for 11 s"])])
+def test_a_meter_that_does_not_hear_from_kafka_is_not_ready(
+    tmp_path: Path, silent_s: float, because: list[str]
+) -> None:
+    """It meters nothing, and by Kafka's last answer nothing is behind."""
+    reading = replace(NO_KAFKA, silent_s=lambda: silent_s)
+    meter = Meter(read_settings({}, home=str(tmp_path), partitions=1), reading)
+    meter.assigned = True
+    assert not_ready_because(meter) == because
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ NO_KAFKA: Final = Reading(
     ends_ms=lambda *_: NOT_AT_END,
     unread=lambda *_: (0, 0),
     lags=lambda *_: (None, None),
+    silent_s=lambda: 0,
     commit=_to_nobody,
     hold=lambda _: None,
     on_fatal=_to_nobody,

@@ -14,9 +14,11 @@ The overridden methods are private names of pinned versions; ``tests/test_transp
 """
 
 import asyncio
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
 from contextlib import suppress
+from functools import partial
 from itertools import chain, takewhile
 from typing import Any, Final, cast
 
@@ -244,8 +246,19 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         """
         await super().on_start()
         coordinator = cast(Any, self._consumer)._coordinator
+        coordinator._do_heartbeat = partial(self._beat, coordinator._do_heartbeat)
+        self._hear()
         if self.app.conf.consumer_group_instance_id:
             coordinator.reset_generation = self._on_lost_membership
+
+    async def _beat(self, beat: Callable[[], Awaitable[bool]]) -> bool:
+        is_answered = await beat()
+        if is_answered:
+            self._hear()
+        return is_answered
+
+    def _hear(self) -> None:
+        cast(Transport, self.transport).heard_s = time.monotonic()
 
     def _on_lost_membership(self) -> None:
         if not self.should_stop:
@@ -300,8 +313,15 @@ class Transport(driver.Transport):
         """Called when chunks in flight are waited for: write them at once."""
         self.on_lost_membership: Callable[[], None] = lambda: None
         """Called in the consumer's thread, perhaps often: this static member is in the group no more."""
+        self.heard_s = 0.0
+        """Monotonic time of the last heartbeat that was answered, at first of the start; 0 before it."""
         self.resume_at: Mapping[TP, int] = {}
         """Where each assigned partition is read from: the ledger's mark + 1."""
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since Kafka answered a heartbeat last, or since the start; 0 before it."""
+        return time.monotonic() - self.heard_s if self.heard_s else 0.0
 
 
 def deliver_plain_records() -> None:
