@@ -51,5 +51,5 @@ def not_ready_because(meter: Meter) -> list[str]:
     incidents = [f"{unit.chain}: {unit.incident}" for unit in meter.units.values() if unit.incident]
     incidents += filter(None, [meter.parted])
     if (silent_s := meter.reading.silent_s()) > KAFKA_SILENT_S_MAX:
-        incidents.append(f"Kafka has not answered for {silent_s:.0f} s")
+        incidents.append(f"Kafka has answered no heartbeat for {silent_s:.0f} s")
     return incidents + [f"ledger: {what}" for what in dict.fromkeys(meter.threads.troubles.values())]

@@ -64,7 +64,9 @@ def test_a_worker_whose_kafka_is_away_says_so(tmp_path: Path) -> None:
         worker.create_topic()
         worker.start().wait_until(lambda status: status.ready, "ready", START_S_MAX)
         kafka.stop()
-        worker.wait_until(lambda status: "Kafka has not answered for" in "".join(status.not_ready_because), "told")
+        worker.wait_until(
+            lambda status: "Kafka has answered no heartbeat for" in "".join(status.not_ready_because), "told"
+        )
         assert worker.stop() in (0, EXIT_RESTART)
 
 

@@ -88,7 +88,7 @@ def test_trouble_lasts_until_who_had_it_is_through(tmp_path: Path) -> None:
     assert not_ready_because(meter) == []
 
 
-@pytest.mark.parametrize(("silent_s", "because"), [(9, []), (11, ["Kafka has not answered for 11 s"])])
+@pytest.mark.parametrize(("silent_s", "because"), [(9, []), (11, ["Kafka has answered no heartbeat for 11 s"])])
 def test_a_meter_that_does_not_hear_from_kafka_is_not_ready(
     tmp_path: Path, silent_s: float, because: list[str]
 ) -> None:
