@@ -156,7 +156,7 @@ def rate_events(chunk: Sequence[Received], chain: Chain, known: Known, plans: Pl
             rows.append(_copy(record, event, first))
             continue
         row = _fresh(record, event, known, reversed_at, plans)
-        if row.kind not in (Kind.DEAD_LETTER, Kind.DUPLICATE):
+        if row.kind in ACCOUNT_KINDS:
             position = chain.position(record.offset)
             standing[identity] = Original(position, substance(event))
             if isinstance(event, RunReversed):
@@ -203,20 +203,23 @@ def _below(event: LimitsChanged) -> Millicredits | None:
 def _fresh(
     record: Record, event: AccountEvent, known: Known, reversed_at: Mapping[Identity, str], plans: PlanLists
 ) -> RatedEvent:
-    plain: dict[str, Any] = {"record": record, "workspace_id": event.workspace_id, "event_id": event.event_id}
-    plain["actor"] = event.actor or ""
+    plain: dict[str, Any] = {
+        "record": record, "workspace_id": event.workspace_id, "event_id": event.event_id, "actor": event.actor or "",
+    }  # fmt: skip
     match event:
         case PlanChanged():
             return _plan(event, plain, plans)
         case PremiumGranted():
             at = to_milliseconds(event.effective_at)
-            granted: dict[str, Any] = {"effective_ms": at, "ran_ms": at, "allowance": parse_credits(event.credits)}
-            return RatedEvent(kind=Kind.GRANT, reason=Reason.PREMIUM_GRANTED, pool=Pool.PREMIUM, **plain, **granted)
-        case LimitsChanged():
-            limits: dict[str, Any] = {"thresholds": _percents(event), "remaining_below": _below(event)}
             return RatedEvent(
-                kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, **plain, **limits
-            )
+                kind=Kind.GRANT, reason=Reason.PREMIUM_GRANTED, pool=Pool.PREMIUM, effective_ms=at, ran_ms=at,
+                allowance=parse_credits(event.credits), **plain,
+            )  # fmt: skip
+        case LimitsChanged():
+            return RatedEvent(
+                kind=Kind.LIMITS, reason=Reason.LIMITS_CHANGED, ran_ms=record.timestamp, thresholds=_percents(event),
+                remaining_below=_below(event), **plain,
+            )  # fmt: skip
         case RunReversed():
             return _reversal(event, plain, known.runs.get(_run_of(event)), reversed_at)
 
@@ -276,7 +279,7 @@ def ledger_rows(chain: Chain, after: int, rows: Sequence[RatedEvent], batch_mont
     runs = [row.run for row in rows]
     offsets = np.array([row.record.offset for row in rows], np.int64)
     gaps = np.diff(offsets, prepend=after if after >= 0 else offsets[0] - 1)
-    dead = [row.kind == Kind.DEAD_LETTER for row in rows]
+    letters = [row.record if row.kind == Kind.DEAD_LETTER else None for row in rows]
     columns: dict[str, Any] = {
         "topic": [chain.topic] * len(rows),
         "topic_id": [chain.topic_id] * len(rows),
@@ -301,11 +304,9 @@ def ledger_rows(chain: Chain, after: int, rows: Sequence[RatedEvent], batch_mont
         "reason": [number_of(row.reason) for row in rows],
         "catalogue": [run.catalogue if run else 0 for run in runs],
         "detail": [row.detail for row in rows],
-        "raw": [row.record.value or b"" if is_dead else b"" for row, is_dead in zip(rows, dead, strict=True)],
-        "raw_key": [row.record.key or b"" if is_dead else b"" for row, is_dead in zip(rows, dead, strict=True)],
-        "raw_headers": [
-            headers_text(row.record.headers) if is_dead else "" for row, is_dead in zip(rows, dead, strict=True)
-        ],
+        "raw": [b"" if letter is None else letter.value or b"" for letter in letters],
+        "raw_key": [b"" if letter is None else letter.key or b"" for letter in letters],
+        "raw_headers": ["" if letter is None else headers_text(letter.headers) for letter in letters],
         "redrive_of": [redrive_of(row.record.headers) for row in rows],
         "batch_month": [batch_month] * len(rows),
         **_account_columns(rows),
