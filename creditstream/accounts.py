@@ -139,7 +139,7 @@ def periods(client: Client, workspace_id: str, as_of: datetime | None = None) ->
     """Every billing period from the workspace's first day on, the running one last. UnknownId as `balance`."""
     at = moment(as_of)
     plans = in_effect(facts(client, workspace_id, at).plans, at.ms)
-    sums = account_queries.day_sums(client, workspace_id, as_of_ms=at.known_ms)
+    sums = account_queries.day_sums(client, workspace_id, account_queries.EVERY_DAY, at.known_ms)
     drawn = _by_day(sums)
     days = [*(one.day for one in sums), *(day_of(change.effective_ms) for change in plans)]
     if not days:

@@ -164,7 +164,7 @@ def warning_of(worst: Millicredits, expected: Millicredits, remaining: Millicred
     return f"It may not fit: up to {credits_text(worst)}, {left}."
 
 
-def top(client: Client, by: TopBy = TopBy.USED, limit: int = 20, as_of: datetime | None = None) -> list[TopRow]:
+def top(client: Client, by: TopBy, limit: int, as_of: datetime | None = None) -> list[TopRow]:
     """Pools that are closest to their limit, or whose credits will be gone soonest, before their period ends.
 
     ``as_of`` goes by what the ledger knows now, with every debit of its UTC day.

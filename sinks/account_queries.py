@@ -55,9 +55,7 @@ def plan_starts(client: Client, workspace_id: str) -> list[tuple[int, tuple[int,
     return [(effective, (recorded, offset), restarts) for effective, recorded, offset, restarts in found.result_rows]
 
 
-def day_sums(
-    client: Client, workspace_id: str, days: tuple[int, int] = EVERY_DAY, as_of_ms: int | None = None
-) -> list[DaySum]:
+def day_sums(client: Client, workspace_id: str, days: tuple[int, int], as_of_ms: int | None) -> list[DaySum]:
     """Sums of one workspace by pool, day and kind, in the order of days: of the days [first, end), and of every day of
     premium, which has no period. Runs that draw from no pool are among them.
     """

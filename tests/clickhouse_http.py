@@ -261,7 +261,7 @@ class Engine:
             with self._lock:
                 self._sessions.discard(session)
 
-    def execute(self, statement: Statement, *, read_only: bool = False) -> Answer:
+    def execute(self, statement: Statement, *, read_only: bool) -> Answer:
         """EngineError with ClickHouse's code when it fails; read_only: what a GET may do."""
         settings = statement.settings | ({"readonly": "2"} if read_only else {})
         connection = connect(self._path)

@@ -232,7 +232,7 @@ def test_top_of_the_past_goes_by_what_is_known_now_and_says_so(client: Client, t
     rows.plan(at("2026-01-01"))
     rows.run(at("2026-01-10"), 3, recorded_at=at("2026-01-20"))
     rows.write(client)
-    (found,) = spending.top(client, as_of=at("2026-01-15"))
+    (found,) = spending.top(client, TopBy.USED, 20, at("2026-01-15"))
     assert (found.used, accounts.balance(client, "ws_1", at("2026-01-15"))[0].used) == ("3", "0")
 
     (option,) = [each for each in cli.commands["top"].params if each.name == "as_of"]

@@ -76,7 +76,7 @@ class World:
                 await wait.wait()
         return dict.fromkeys(questions, ())
 
-    def fold(self, *, tell: bool = True) -> None:
+    def fold(self) -> None:
         """The story's next step."""
         record = rated(self.story.steps)[-1]
         runs, events = self.folded
@@ -88,8 +88,7 @@ class World:
             self.folded = (runs + 1, events)
             notices = self.balances.fold(debits_of([record]))
             sources = [Source(CHAINS[0], record.offset) for _ in notices]
-        if tell:
-            self.voice.tell(self.balances, self.folded, list(zip(notices, sources, strict=True)))
+        self.voice.tell(self.balances, self.folded, list(zip(notices, sources, strict=True)))
 
     def run(self, number: int, day: str = "Jan 16") -> None:
         """So many cell runs."""

@@ -129,7 +129,7 @@ class GateRules:
         on_unknown: Policy,
         on_stale: Policy,
         stale_after_s: int = CONTACT_LOST_S,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int],
     ) -> None:
         if unknown := {on_unknown, on_stale} - {"allow", "deny"}:
             raise ValueError(f'{unknown}: a policy is "allow" or "deny"')
