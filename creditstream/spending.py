@@ -137,7 +137,7 @@ def estimate(
         expected=format_credits(expected),
         remaining=None if remaining is None else format_credits(remaining),
         fits=worst == 0 or (remaining is not None and worst <= remaining),
-        warning=warning_of(worst, expected, remaining),
+        warning=_warning(worst, expected, remaining),
         history=history,
         as_of=from_milliseconds(at.ms),
     )
@@ -150,7 +150,7 @@ def expect(worst: Millicredits, history: list[ShareOfRuns]) -> Millicredits:
     return -(-worst * charged // runs) if runs else worst
 
 
-def warning_of(worst: Millicredits, expected: Millicredits, remaining: Millicredits | None) -> str:
+def _warning(worst: Millicredits, expected: Millicredits, remaining: Millicredits | None) -> str:
     """What a person should know before the start; empty when even the worst case fits."""
     if not worst:
         return ""

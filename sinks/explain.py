@@ -82,7 +82,7 @@ def again(deliveries: list[EventRow]) -> str:
     return told
 
 
-def set_aside_before(rows: list[dict[str, Any]], debit: dict[str, Any]) -> str:
+def _set_aside_before(rows: list[dict[str, Any]], debit: dict[str, Any]) -> str:
     """What the sentence adds for a run that came as a dead letter first: ``rows`` are its workspace's, as they came."""
     earlier = [row for row in rows[: rows.index(debit)] if not _is_account_event(row)]
     reasons = dict.fromkeys(str(row["reason"]) for row in earlier if row["kind"] == Kind.DEAD_LETTER)
@@ -91,7 +91,7 @@ def set_aside_before(rows: list[dict[str, Any]], debit: dict[str, Any]) -> str:
     return f" It had been set aside as {' and '.join(reasons)}, and was sent again."
 
 
-def taken_back(rows: list[dict[str, Any]]) -> str:
+def _taken_back(rows: list[dict[str, Any]]) -> str:
     """What the sentence adds for a run that was reversed. ``rows``: those of its workspace."""
     for row in rows:
         if row["kind"] == Kind.REVERSAL:
@@ -126,7 +126,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
     told = sentence(reason, millicredits, chosen["pool"], chosen["action"], action, chosen["detail"])
     rule, rule_text = RULES[reason]
     return Explanation(
-        sentence=told + set_aside_before(mine, chosen) + again(others) + taken_back(mine),
+        sentence=told + _set_aside_before(mine, chosen) + again(others) + _taken_back(mine),
         **{name: chosen[name] for name in _COPIED},
         run_id=str(chosen["run_id"]),
         action_name=action.name if action else "",
@@ -136,7 +136,7 @@ def explain(rows: list[dict[str, Any]], runs_of_this_cell: int, catalogue: Catal
         price=format_credits(action.price) if action else "",
         not_free_because=_not_free_because(reason),
         runs_of_this_cell=runs_of_this_cell,
-        position=position_of(chosen),
+        position=_position(chosen),
         deliveries=[_event_row(row) for row in mine],
     )
 
@@ -164,14 +164,14 @@ def _not_free_because(reason: Reason) -> list[str]:
     return []
 
 
-def position_of(row: dict[str, Any]) -> str:
+def _position(row: dict[str, Any]) -> str:
     """Where a row of the ledger lay in Kafka."""
     return str(Position(row["topic"], row["kafka_partition"], row["kafka_offset"]))
 
 
 def _event_row(row: dict[str, Any]) -> EventRow:
     return EventRow(
-        position=position_of(row),
+        position=_position(row),
         recorded_at=row["recorded_at"],
         kind=row["kind"],
         reason=row["reason"],

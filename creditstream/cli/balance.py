@@ -188,12 +188,12 @@ def estimate(
     column = {"table_id": table_id, "column_id": column_id}
     with ask(settings_of(home), url) as answers:
         found = answers.estimate(workspace, action, cells=cells, own_api_key=own_api_key, as_of=as_of, **column)
-    show_record(found, form, *estimated(found))
+    show_record(found, form, *_estimated(found))
     if found.warning:
         say(found.warning, err=True)
 
 
-def estimated(found: Estimate) -> list[str]:
+def _estimated(found: Estimate) -> list[str]:
     """The estimate as lines of text."""
     price, worst, expected = (
         credits_text(parse_credits(credits), found.pool) for credits in (found.price, found.worst_case, found.expected)

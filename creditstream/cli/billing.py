@@ -30,7 +30,7 @@ PLAN_COLUMNS = ("effective_at", "plan", "allowance", "in_force", "restart_period
 GRANT_COLUMNS = ("effective_at", "credits", "in_force", "recorded_at")
 
 
-def event_options(command: F) -> F:
+def _event_options(command: F) -> F:
     """The options of every event, and of whom to ask what became of it."""
     for option in (
         click.option("--wait", is_flag=True, help="Wait for the ledger row, and show the result."),
@@ -56,7 +56,7 @@ def plan() -> None:
 @click.argument("plan")
 @click.option("--effective-at", type=Instant(), help="When it takes effect, past or future. Default: now.")
 @click.option("--restart-period", is_flag=True, help="Start a new billing period on that UTC day.")
-@event_options
+@_event_options
 def set_plan(
     workspace: str, plan: str, effective_at: datetime | None, restart_period: bool, home: str, **sent: Any
 ) -> None:
@@ -93,7 +93,7 @@ def show_plan(workspace: str, as_of: datetime | None, home: str, url: str, form:
 @click.argument("workspace")
 @click.argument("credits", type=Credits())
 @click.option("--effective-at", type=Instant(), help="When it takes effect. Default: now.")
-@event_options
+@_event_options
 def grant(workspace: str, credits: str, effective_at: datetime | None, home: str, **sent: Any) -> None:
     """Add premium credits. They never expire.
 
@@ -123,7 +123,7 @@ def grants(workspace: str, as_of: datetime | None, home: str, url: str, form: st
 @click.command()
 @click.argument("run_id", type=click.UUID)
 @click.option("--workspace", required=True, metavar="ID", help="Workspace of the run.")
-@event_options
+@_event_options
 def reverse(run_id: UUID, workspace: str, home: str, **sent: Any) -> None:
     """Reverse a run: give back what it drew, once, on the day of the run.
 
@@ -149,7 +149,7 @@ def limits() -> None:
 )
 @click.option("--remaining-below", type=Credits(), help="Also alert when no more than this remains.")
 @click.option("--plan-default", is_flag=True, help="Return to the plan's thresholds.")
-@event_options
+@_event_options
 def set_limits(
     workspace: str, thresholds: tuple[int, ...], remaining_below: str | None, plan_default: bool, home: str, **sent: Any
 ) -> None:

@@ -30,7 +30,7 @@ def _webhook(alert: LimitAlert) -> bytes:
 
 def _slack(alert: LimitAlert) -> bytes:
     sentence = sentence_of(alert)
-    details = ", ".join(details_of(alert))
+    details = ", ".join(_details_of(alert))
     blocks: list[dict[str, Any]] = [
         {"type": "section", "text": {"type": "mrkdwn", "text": escape(sentence)}},
         {"type": "context", "elements": [{"type": "mrkdwn", "text": escape(details)}]},
@@ -60,7 +60,7 @@ def sentence_of(alert: LimitAlert) -> str:
     return f"{'TEST: ' if alert.test else ''}{alert.workspace_id} {said}{over}."
 
 
-def details_of(alert: LimitAlert) -> list[str]:
+def _details_of(alert: LimitAlert) -> list[str]:
     """What else people ask: the period, the cause, the columns that drew most."""
     details = [f"period {alert.period_start} to {alert.period_end}"] if alert.period_start else []
     if alert.plan:

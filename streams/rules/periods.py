@@ -59,7 +59,7 @@ def to_day(when: date) -> Day:
 
 
 @lru_cache(maxsize=65_536)
-def add_months(day: Day, months: int) -> Day:
+def _add_months(day: Day, months: int) -> Day:
     """The same day of the month so many months later, clamped to that month's last day: 31 Jan, 28 Feb, 31 Mar."""
     start = to_date(day)
     year, month = divmod(start.year * 12 + start.month - 1 + months, 12)
@@ -102,10 +102,10 @@ def period_of(day: Day, plans: Sequence[PlanChange], as_of_ms: int) -> Period:
         anchor = starts[place - 1]
         first, today = to_date(anchor), to_date(day)
         months = (today.year - first.year) * 12 + today.month - first.month
-        months -= add_months(anchor, months) > day
+        months -= _add_months(anchor, months) > day
     else:
         anchor, months = to_day(to_date(day).replace(day=1)), 0
-    return Period(add_months(anchor, months), min([add_months(anchor, months + 1), *cut]))
+    return Period(_add_months(anchor, months), min([_add_months(anchor, months + 1), *cut]))
 
 
 def allowance_of(period: Period, plans: Sequence[PlanChange], as_of_ms: int) -> Millicredits | None:

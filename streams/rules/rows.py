@@ -55,7 +55,7 @@ def rate_take(
     chain: Chain, after: int, chunks: Sequence[Sequence[Record]], parts: Sequence[Runs], table: RatingTable
 ) -> Take:
     """Rate decoded chunks (``parts``, by `read_chunk`): everything that one event alone, and the catalogue, decide."""
-    runs = join_runs(parts)
+    runs = _join_runs(parts)
     debits = table.rate(runs.coded("action"), runs.outcome, runs.own_api_key, runs.ran_ms)
     take = Take(chain, after, [record for chunk in chunks for record in chunk], runs, debits, {})
     for row in map(int, np.flatnonzero(debits.reason == number_of(Reason.UNKNOWN_ACTION))):
@@ -65,7 +65,7 @@ def rate_take(
     return take
 
 
-def join_runs(parts: Sequence[Runs]) -> Runs:
+def _join_runs(parts: Sequence[Runs]) -> Runs:
     """Consecutive chunks as one."""
     if len(parts) == 1:
         return parts[0]
@@ -97,7 +97,7 @@ def join_takes(takes: Sequence[Take]) -> Take:
         np.concatenate([getattr(take.debits, name) for take in takes]) for name in RatedRuns.__struct_fields__
     ))  # fmt: skip
     records = [record for take in takes for record in take.records]
-    return Take(takes[0].chain, takes[0].after, records, join_runs([take.runs for take in takes]), debits, details)
+    return Take(takes[0].chain, takes[0].after, records, _join_runs([take.runs for take in takes]), debits, details)
 
 
 def candidates(take: Take, suspected: npt.NDArray[np.bool_]) -> list[Candidate]:
