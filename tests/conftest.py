@@ -16,6 +16,7 @@ from sinks.migrate import create_database, migrate
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import wait_until_grown
 from tests.records import STEADY
+from tests.webhook_receiver import WebhookReceiver
 
 NUMBERS: Final = itertools.count(1)
 
@@ -29,6 +30,13 @@ def chdb_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("chdb")
     with connect(f"chdb://{directory}?database=default"):
         yield directory
+
+
+@pytest.fixture(scope="module")
+def engine(chdb_dir: Path) -> Iterator[Client]:
+    """The engine alone, without a ledger."""
+    with connect(f"chdb://{chdb_dir}?database=default") as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +84,10 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = Home.at(tmp_path_factory.mktemp("home"))
     with home.hold(), EmbeddedKafka(home, print) as broker:
         yield broker.bootstrap
+
+
+@pytest.fixture
+def receiver() -> Iterator[WebhookReceiver]:
+    """A receiver of webhooks, which behaves as the test says."""
+    with WebhookReceiver() as receiver:
+        yield receiver

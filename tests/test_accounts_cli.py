@@ -2,18 +2,25 @@
 
 import csv
 import io
-import json
 import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import pytest
 
 from schemas.answers import PeriodRow, PoolBalance
-from tests.worker_process import WAIT_S_MAX, Finished, WorkerProcess, cell_run, creditstream, event_of
+from tests.worker_process import (
+    WAIT_S_MAX,
+    WorkerProcess,
+    cell_run,
+    creditstream,
+    environment_of,
+    event_of,
+    read_json,
+)
 
 WORKSPACE: Final = "ws_0001"
 NOW: Final = datetime.now(UTC)
@@ -51,15 +58,6 @@ def settings(worker: WorkerProcess) -> dict[str, str | int]:
         assert position.startswith("accounts-account-events[")
         assert what.strip() == said
     return settings
-
-
-def environment_of(worker: WorkerProcess) -> dict[str, str | int]:
-    return worker.settings | {"home": str(worker.home.path)}
-
-
-def read_json(done: Finished) -> Any:
-    assert done.code == 0, done
-    return json.loads(done.out)
 
 
 QUESTIONS: Final = [

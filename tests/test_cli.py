@@ -45,7 +45,9 @@ from tests.worker_process import (
     cell_run,
     creditstream,
     environment,
+    environment_of,
     event_of,
+    read_json,
 )
 
 WORKSPACE: Final = "ws_0001"
@@ -78,11 +80,6 @@ def worker(tmp_path_factory: pytest.TempPathFactory, kafka: str) -> Iterator[Wor
         yield process
 
 
-def environment_of(worker: WorkerProcess) -> dict[str, str | int]:
-    """The settings under which a command finds the worker's home."""
-    return worker.settings | {"home": str(worker.home.path)}
-
-
 @pytest.fixture
 def settings(worker: WorkerProcess) -> dict[str, str | int]:
     """The settings of a command that asks the worker, which is started again when a test has ended it."""
@@ -90,12 +87,6 @@ def settings(worker: WorkerProcess) -> dict[str, str | int]:
         worker.start()
     worker.wait_until_ready()
     return environment_of(worker)
-
-
-def read_json(done: Finished) -> Any:
-    """The answer, when nothing went wrong: JSON on standard output and nothing else there."""
-    assert done.code == 0, done
-    return json.loads(done.out)
 
 
 def line_of(done: Finished, code: int) -> str:

@@ -27,23 +27,17 @@ TABLE = """CREATE TABLE rows (run_id UUID, ran_at DateTime64(3, 'UTC'), credits 
     ENGINE = MergeTree ORDER BY n SETTINGS non_replicated_deduplication_window = 100"""
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClickHouseServer]:
-    with ClickHouseServer(tmp_path_factory.mktemp("clickhouse")) as server:
-        yield server
-
-
 @pytest.fixture
-def server(running: ClickHouseServer) -> ClickHouseServer:
-    """The module's server with an empty database."""
-    running.forget_log()
-    with connect(running, "default") as client:
+def server(http_server: ClickHouseServer) -> ClickHouseServer:
+    """The session's server with an empty database."""
+    http_server.forget_log()
+    with connect(http_server, "default") as client:
         client.command("DROP DATABASE IF EXISTS meter SYNC")
         client.command("CREATE DATABASE meter")
-    with connect(running) as client:
+    with connect(http_server) as client:
         client.command(TABLE)
-    running.forget_log()
-    return running
+    http_server.forget_log()
+    return http_server
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import random
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID, uuid1, uuid4
 
@@ -23,7 +22,6 @@ from schemas.catalogue import EXAMPLE_CATALOGUES
 from schemas.cell_run import from_milliseconds
 from schemas.ledger import Identity, Kind, Reason
 from sinks.accounts import find_runs
-from sinks.clickhouse import connect
 from sinks.filter_keys import key_of
 from streams.rules.duplicates import RUN_SUBSTANCE, BloomFilter, Candidate, KeyFilter, Original, Verdict, decide
 from streams.rules.records import id_keys, partition_of
@@ -296,13 +294,6 @@ EXTREME: Final = [
     UUID(int=2**64 - 1),
     UUID("00112233-4455-6677-8899-aabbccddeeff"),
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(chdb_dir: Path) -> Iterator[Client]:
-    """The engine alone, without a ledger."""
-    with connect(f"chdb://{chdb_dir}?database=default") as client:
-        yield client
 
 
 def test_the_keys_are_those_of_the_ledger(engine: Client) -> None:

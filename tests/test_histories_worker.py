@@ -12,7 +12,7 @@ import pytest
 from streams.kafka.topics import ACCOUNT_EVENTS, CELL_RUNS
 from tests.account_records import PLANS_DIR, Step, Story
 from tests.limit_messages import newest_states, published_alerts
-from tests.worker_process import ROOT, Event, WorkerProcess, ask_ledger, creditstream
+from tests.worker_process import ROOT, Event, WorkerProcess, ask_ledger, creditstream, environment_of
 
 NOW: Final = datetime.now(UTC).replace(microsecond=0)
 YESTERDAY: Final = NOW - timedelta(days=1)
@@ -161,7 +161,7 @@ def test_reconcile_finds_a_reversal_that_gives_back_too_much(told: WorkerProcess
     )
     subprocess.run([sys.executable, "-c", script, f"chdb://{told.home.ledger}", change], cwd=ROOT, check=True)
 
-    done = creditstream("reconcile", settings=told.settings | {"home": str(told.home.path)})
+    done = creditstream("reconcile", settings=environment_of(told))
 
     assert done.code == 3
     assert f"{told.configured.topic(ACCOUNT_EVENTS)}[" in done.err

@@ -2,9 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
@@ -20,7 +18,6 @@ from hypothesis import strategies as st
 from schemas.cell_run import MAX_EVENT_BYTES, CellRun, Outcome, to_milliseconds
 from schemas.codec import decode_run, name_field
 from schemas.ledger import DEAD_LETTER_REASONS, KINDS, REASONS, Reason
-from sinks.clickhouse import connect
 from streams.kafka.topics import CELL_RUNS
 from streams.rules import intake, rating
 from streams.rules.balances import Balances, Opening
@@ -540,13 +537,6 @@ def test_every_dead_letter_reason_has_an_example() -> None:
 
 
 # Where a workspace lies.
-
-
-@pytest.fixture(scope="module")
-def engine(chdb_dir: Path) -> Iterator[Client]:
-    """The engine alone, without a ledger."""
-    with connect(f"chdb://{chdb_dir}?database=default") as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,6 @@ def settings(kafka: str) -> Settings:
     return settings
 
 
-@pytest.fixture
-def receiver() -> Iterator[WebhookReceiver]:
-    with WebhookReceiver() as receiver:
-        yield receiver
-
-
 def environ(home: Path, kafka: str = "127.0.0.1:1") -> dict[str, str]:
     mine = {"HOOK_SECRET": SECRET, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     found = environment(

@@ -110,12 +110,6 @@ def stage(kafka: str, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return Stage(kafka)
 
 
-@pytest.fixture
-def receiver() -> Iterator[WebhookReceiver]:
-    with WebhookReceiver() as receiver:
-        yield receiver
-
-
 def some_alert(**fields: Any) -> LimitAlert:
     return msgspec.structs.replace(example_alert(datetime.now(UTC)), **{"alert_id": uuid4(), "test": False} | fields)
 

@@ -6,7 +6,6 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -41,12 +40,6 @@ def now_s() -> int:
     module may have been loaded before that.
     """
     return int(time.time())
-
-
-@pytest.fixture
-def receiver() -> Iterator[WebhookReceiver]:
-    with WebhookReceiver() as receiver:
-        yield receiver
 
 
 def attempt(receiver: WebhookReceiver, behaviour: Behaviour = 204) -> Answer:

@@ -25,7 +25,7 @@ from sinks.clickhouse import connect
 from sinks.migrate import create_database, migrate
 from tests.clickhouse_server import ClickHouseServer
 from tests.ledger_rows import wait_until_grown
-from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, creditstream, event_of
+from tests.worker_process import WAIT_S_MAX, Event, WorkerProcess, cell_run, creditstream, environment_of, event_of
 
 NUMBERS: Final = itertools.count(1)
 DRAIN_S_MAX: Final = 10.0
@@ -133,7 +133,7 @@ def test_a_ledger_that_is_away_is_no_riddle(worker: WorkerProcess, http_server: 
     """Who asks the worker meanwhile is told what does not answer, with exit code 5."""
     http_server.kill()
     try:
-        done = creditstream("top", settings=worker.settings | {"home": str(worker.home.path)})
+        done = creditstream("top", settings=environment_of(worker))
     finally:
         http_server.start()
     assert (done.code, done.err.count("\n")) == (5, 1), done

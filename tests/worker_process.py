@@ -345,6 +345,17 @@ class Finished(NamedTuple):
     err: str
 
 
+def environment_of(worker: WorkerProcess) -> dict[str, str | int]:
+    """The settings under which a command finds the worker's home."""
+    return worker.settings | {"home": str(worker.home.path)}
+
+
+def read_json(done: Finished) -> Any:
+    """The answer, when nothing went wrong: JSON on standard output and nothing else there."""
+    assert done.code == 0, done
+    return json.loads(done.out)
+
+
 def creditstream(
     *words: str, settings: Mapping[str, str | int] | None = None, stdin: str = "", seconds: float = WAIT_S_MAX
 ) -> Finished:
