@@ -21,8 +21,8 @@ POLL_S: Final = 0.02
 
 @contextmanager
 def child_worker(home: Home, **settings: str) -> Iterator[WorkerAnswers]:
-    """`creditstream worker` on this home, with these settings and none of the environment's (its ledger may be one
-    that counts), until the block ends; ready when it begins.
+    """`creditstream worker` on this home, with these settings and none of the environment's (which may name a real
+    ledger), until the block ends; ready when it begins.
 
     Problem when it ends before, or is not ready within `READY_S_MAX`; its log lies in the home.
     """

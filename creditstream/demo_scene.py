@@ -1,4 +1,4 @@
-"""Who acts in the demo: simulated workers, one worker that asks its gate, billing, and one that waits for alerts."""
+"""Who acts in the demo: simulated workers, one that asks its gate, billing, and a listener for alerts and states."""
 
 import threading
 import time
@@ -56,7 +56,7 @@ class Enrichments(threading.Thread):
 
 
 class TrialWorker(threading.Thread):
-    """A worker as its README says: asks the gate before each run, records the run after it."""
+    """An enrichment worker as in the README: asks the gate before each run, records the run after it."""
 
     def __init__(self, settings: Settings, workspace: str, seconds: int) -> None:
         super().__init__(daemon=True)

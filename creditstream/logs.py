@@ -1,4 +1,4 @@
-"""The worker's log: one line an event of interest, JSON unless somebody watches a terminal.
+"""The log of a worker or notifier: one line for each event of interest, JSON unless somebody watches a terminal.
 
 Faust, aiokafka and uvicorn say much that interests nobody; of them only warnings pass, in the same form.
 """

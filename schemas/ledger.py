@@ -14,7 +14,6 @@ from schemas.cell_run import Outcome
 PARTITION_MAX: Final = 65_535
 """What the ledger's column holds."""
 
-
 REDRIVE_HEADER: Final = "creditstream-redrive-of"
 """The Kafka header of a record that is sent again: its dead letter, as `schemas.answers.ParkedEvent.letter`."""
 

@@ -43,9 +43,9 @@ YOUNG_SERVER_S: Final = 2
 """Until its server is this old, the table refuses every insert."""
 YOUNG_WAIT_S: Final = 0.1
 TOO_OLD: Final = -math.inf
-"""Age of a mark that was read while the server was too young."""
+"""``age_from`` of a mark that must be read again before an insert, as of one from a server that is too young."""
 TOKEN_WINDOW_S: Final = 240
-
+"""The table must remember the tokens of all inserts within this time; a worker checks at its start that it does."""
 
 POSITION: Final = "concat(topic, '[', toString(kafka_partition), ']@', toString(kafka_offset))"
 """SQL: a row's `schemas.ledger.Position` as text."""

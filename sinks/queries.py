@@ -56,6 +56,11 @@ def usage(client: Client, workspace_id: str, by: By, start: date | None, end: da
     ]
 
 
+def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
+    group, (credits, runs, _) = item
+    return group if by == By.DAY else (-credits, -runs, group)
+
+
 def example_run(client: Client, reason: Reason) -> UUID | None:
     """One of the newest runs with this reason, the dearest first: something to explain."""
     found = client.query(
@@ -64,11 +69,6 @@ def example_run(client: Client, reason: Reason) -> UUID | None:
         parameters={"reason": str(reason)},
     )
     return found.result_rows[0][0] if found.result_rows else None
-
-
-def _rank(by: By, item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
-    group, (credits, runs, _) = item
-    return group if by == By.DAY else (-credits, -runs, group)
 
 
 def runs(

@@ -206,7 +206,6 @@ class Loader:
         from_ms = seen_ms - recovery.LOOK_BACK_MS
         since = recovery.first_day(from_ms)
         names = await self._look_up_aside(accounts.restless, partition, partitions, since, from_ms)
-
         for part in recovery.in_parts(names):
             unit.chores.append(_telling(part, *await self._told_by_time(part, from_ms, started_ms)))
         if unit.settling.is_seeding:

@@ -25,7 +25,7 @@ from streams.unit import Unit
 POLL_S: Final = 0.2
 MESSAGES_AT_ONCE: Final = 500
 RECORDS_BEFORE: Final = 2_000
-"""Of each partition, what is looked at of the time before its assignment."""
+"""How many records from before its assignment are looked at in each partition."""
 
 log: Final = structlog.get_logger()
 

@@ -384,7 +384,7 @@ class Unit:
         await self._sealed.join()
 
     async def _write(self) -> None:
-        """Steps 6 to 9, batch after batch, no faster than their tokens are remembered."""
+        """Steps 6 and 7, batch after batch, no faster than their tokens are remembered; then `settling` takes over."""
         clock = asyncio.get_running_loop().time
         while True:
             batch = await self._sealed.get()

@@ -31,7 +31,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class Publisher:
-    """Blocking only in `publish`, while `QUEUE_MESSAGES_MAX` messages wait for a slow broker."""
+    """Blocks only whoever hands a message over, while `QUEUE_MESSAGES_MAX` of them wait for a slow broker."""
 
     def __init__(self, settings: Settings) -> None:
         self._prefix = settings.topic_prefix

@@ -1,7 +1,7 @@
 """Kafka topics: created explicitly, checked before every start. Blocking; the worker calls it in a thread.
 
-A topic is the road's surface: a wrong partition count splits a workspace over two writers, and any timestamp but the
-broker's makes "late" and "future" depend on a producer's clock. So the worker refuses what does not fit.
+A wrong partition count splits a workspace over two writers, and any timestamp but the broker's makes "late" and
+"future" depend on a producer's clock. So the worker refuses a topic that does not fit.
 """
 
 import logging

@@ -68,7 +68,7 @@ TEXTS: Final = ("workspace_id", "table_id", "column_id", "row_id", "action", *_O
 
 
 class Runs(msgspec.Struct, frozen=True):
-    """One chunk as columns, one row for every record, refused ones blank. ``n`` rows in Kafka's order."""
+    """One chunk as columns, in Kafka's order: one row for every record, refused ones blank."""
 
     offsets: Integers
     recorded_ms: Integers
