@@ -373,7 +373,7 @@ def explanation(client: Client, catalogue: Catalogue, run_id: UUID, workspace_id
     alert = published_alerts(client, workspace_id=found.workspace_id, run_id=run_id, limit=1)
     move = _move(client, debit)
     if move.period_end and move.period_end <= found.recorded_at.date():
-        told = f"{found.sentence} It arrived after its billing period had ended, and counts in that one."
+        told = f"{found.sentence} It arrived after its billing period had ended, and counts in that period."
         found = msgspec.structs.replace(found, sentence=told)
     return msgspec.structs.replace(found, balance=move, alert=alert[0] if alert else None)
 

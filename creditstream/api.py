@@ -362,7 +362,7 @@ def _require_reason(found: Sequence[Reason], *asked: Reason | None) -> None:
 def _require_column(table_id: str, column_id: str) -> None:
     """Problem for a table alone: the worst case would pass for what the table's history lets expect."""
     if table_id and not column_id:
-        raise Problem("the history is a column's", "`table_id` only narrows it", "Give `column_id` too.")
+        raise Problem("the history belongs to a column", "`table_id` only narrows it", "Give `column_id` too.")
 
 
 class _Parameter(NamedTuple):
@@ -402,7 +402,7 @@ def _refuse_parameters(request: Request[Any, Any, Any]) -> None:
         raise HTTPException(f"{', '.join(numbers)}: a number is no RFC3339 encoded datetime", status_code=400)
     lists = {each.name for each in asked if each.is_list}
     if repeated := sorted(name for name in given.keys() - lists if len(given.getall(name)) > 1):
-        raise HTTPException(f"only one {', '.join(map(repr, repeated))} is answered", status_code=400)
+        raise HTTPException(f"{', '.join(map(repr, repeated))} may be given only once", status_code=400)
 
 
 def _answer_problem(_: Request[Any, Any, Any], problem: Problem) -> Response[Failure]:

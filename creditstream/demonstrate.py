@@ -38,7 +38,9 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
         raise Problem(
             "a worker is running in this home", f"process {worker.pid} holds {place.path}", "Stop it, or use --home."
         )
-    console.print(f"Apache Kafka, a Faust worker and ClickHouse's engine start in {place.path} ...", soft_wrap=True)
+    console.print(
+        f"Apache Kafka, a Faust worker and ClickHouse's engine are starting in {place.path} ...", soft_wrap=True
+    )
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
         settings = read_settings({}, home=str(place.path), **kafka.settings)
         Broker(settings).ensure_all()

@@ -120,7 +120,7 @@ _NUMBERS: Final[dict[type[StrEnum], dict[StrEnum, int]]] = {
 
 RULES: Final[dict[Reason, tuple[str, str]]] = {
     Reason.OWN_API_KEY: ("R05", "A run that uses the workspace's own API key is free, whatever the action costs."),
-    Reason.FREE_ACTION: ("R04", "Formatters, destinations and actions priced 0 are free, as often as they run."),
+    Reason.FREE_ACTION: ("R04", "Formatters, destinations and actions priced 0 are free, however often they run."),
     Reason.ERROR: ("R08", "A run that ended in an error is free."),
     Reason.NO_DATA: ("R09", "A run that found nothing is free, unless nothing found is itself the answer."),
     Reason.CHARGED_NO_DATA: ("R09", "For this action nothing found is itself the answer, so it costs the full price."),

@@ -374,7 +374,7 @@ def test_explain_shows_the_balance_in_kafkas_order(client: Client) -> None:
     ]
     assert balance(after) == ("19993", "19991", "20k")
     assert balance(late) == ("49991", "49988", "50k")
-    ended = "It arrived after its billing period had ended, and counts in that one."
+    ended = "It arrived after its billing period had ended, and counts in that period."
     assert [accounts.explanation(client, EXAMPLES, run).sentence.endswith(ended) for run in (after, late)] == [
         False, True
     ]  # fmt: skip

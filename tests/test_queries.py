@@ -240,8 +240,8 @@ def test_the_api_refuses_days_that_are_none(tmp_path: Path, asked: dict[str, str
         ("/v1/runs/nothing", 400, "run_id: Invalid UUID"),
         ("/v1/account-events/nothing?workspace_id=ws_1", 400, "event_id: Invalid UUID"),
         ("/v1/nothing", 404, "Not Found"),
-        ("/v1/usage?workspace_id=ws_1&workspace_id=ws_2", 400, "only one 'workspace_id' is answered"),
-        ("/v1/dead-letters?reason=malformed&reason=too_large", 400, "only one 'reason' is answered"),
+        ("/v1/usage?workspace_id=ws_1&workspace_id=ws_2", 400, "'workspace_id' may be given only once"),
+        ("/v1/dead-letters?reason=malformed&reason=too_large", 400, "'reason' may be given only once"),
         ("/v1/estimate?workspace_id=ws_1&action=find_work_email&cells=9&table_id=t", 400, "`table_id` only narrows it"),
     ],
 )

@@ -55,7 +55,7 @@ def show(action: str, own_api_key: bool, form: str) -> None:
 
 def _cost(price: Price, own_api_key: bool) -> str:
     if price.pool == "none":
-        return "free, as often as it runs (R04)"
+        return "free, however often it runs (R04)"
     if own_api_key:
         return "free with the workspace's own API key (R05)"
     unit = "credit" if price.credits == "1" else "credits"
