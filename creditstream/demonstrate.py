@@ -12,10 +12,9 @@ from rich.live import Live
 from creditstream.asking import WorkerAnswers
 from creditstream.child import child_worker
 from creditstream.cli.terminal import say, suggested, write
-from creditstream.cli.worker import EMBEDDED_INSTANCE
 from creditstream.demo_scene import UPGRADE, Billing, Enrichments, Listener, TrialWorker
 from creditstream.demo_view import Look, alert_line, live_view
-from creditstream.embedded import EmbeddedKafka
+from creditstream.embedded import INSTANCE, EmbeddedKafka
 from creditstream.home import Home
 from creditstream.reconcile import Reconciliation, reconcile
 from schemas.credits import format_credits, group_credits, parse_credits
@@ -44,7 +43,7 @@ def demonstrate(home: str | None, seconds: int, rate: int) -> None:
     with EmbeddedKafka(place, Console(stderr=True).print) as kafka:
         settings = read_settings({}, home=str(place.path), **kafka.settings)
         Broker(settings).ensure_all()
-        with child_worker(place, instance=EMBEDDED_INSTANCE, **kafka.settings) as answers:
+        with child_worker(place, instance=INSTANCE, **kafka.settings) as answers:
             console.print(f"ready: read API and OpenAPI at {place.worker().api_url}/schema\n")  # type: ignore[union-attr]
             with _Scene(settings, seconds, rate) as scene:
                 _play(console, answers, scene)

@@ -29,6 +29,8 @@ from creditstream.home import Home, lock_holder, take_lock
 from creditstream.kafka_jars import Say, load_jars
 from schemas.problem import Problem
 
+INSTANCE = "embedded"
+"""Of its one worker: a static member, so that after a kill the next one takes over at once."""
 JAVA_MIN = 17
 START_S_MAX = 60.0
 STOP_S_MAX = kafka_guard.STOP_S_MAX + 2.0

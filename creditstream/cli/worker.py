@@ -14,9 +14,6 @@ from creditstream.home import Home
 from schemas.problem import Problem
 from streams.settings import Settings, read_settings
 
-EMBEDDED_INSTANCE = "embedded"
-"""The one worker of an embedded Kafka: a static member, so that after a kill the next one takes over at once."""
-
 
 @click.command()
 @click.option("--embedded", is_flag=True, help="Also start Apache Kafka, in the home.")
@@ -46,9 +43,10 @@ def worker(embedded: bool, end_with_input: bool, home: str | None) -> None:
 
 
 def _embedded_settings(kafka: dict[str, str], home: str) -> Settings:
+    from creditstream.embedded import INSTANCE
     from streams.kafka.topics import Broker
 
-    settings = read_settings(os.environ, home=home, instance=EMBEDDED_INSTANCE, **kafka)
+    settings = read_settings(os.environ, home=home, instance=INSTANCE, **kafka)
     Broker(settings).ensure_all()
     return settings
 
