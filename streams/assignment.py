@@ -82,23 +82,23 @@ class Loader:
     async def load(self, assigned: Assigned, kept: Kept | None) -> Unit:
         """The unit of these partitions. ``kept``: what an earlier assignment left, used if no mark has moved since."""
         chains, marks = assigned.chains, assigned.marks
-        incidents = [
-            found
+        examined = (
+            examine(mark, chain, log_range, self._settings.retention_gap)
             for mark, chain, log_range in zip(marks, chains, assigned.logs, strict=True)
-            if (found := examine(mark, chain, log_range, self._settings.retention_gap))
-        ]
+        )
+        incident = next(filter(None, examined), None)
         self._lives += 1
         voice = Voice(chains, f"{os.getpid()}.{time.time_ns()}.{self._lives}", self._outlets)
         at = marks[0].last, marks[1].last
         if kept and kept.at == at:
             unit = Unit(marks, chains, kept.filters, kept.balances, voice, self._shared)
-            unit.incident = next(iter(incidents), None)
+            unit.incident = incident
             return unit
         filters = Filters(await self._load_runs(chains[0]), KeyFilter(self._filter_bytes(of_runs=False)))
         balances = Balances(self._settings.balances_max // self._settings.partitions, 0)
         unit = Unit(marks, chains, filters, balances, voice, self._shared)
-        if incidents:
-            unit.incident = incidents[0]
+        if incident:
+            unit.incident = incident
             return unit
         log_starts = assigned.logs[0].start, assigned.logs[1].start
         start = recovery.starting_point(at, assigned.committed, log_starts)
