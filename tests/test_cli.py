@@ -340,10 +340,10 @@ def test_send_waits_for_many_at_once(settings: dict[str, str | int]) -> None:
 
 
 def test_send_reports_bad_lines_and_sends_the_others(settings: dict[str, str | int]) -> None:
-    """Each bad line with its number and field, the good ones sent, exit code 1."""
+    """Each bad line with its number and field, the good ones sent, exit code 1. A byte order mark is no part of any."""
     good = cell_run()
     bad = encode_run(cell_run()).decode().replace('"data"', '"dat"')
-    lines = f"{encode_run(good).decode()}\n\n{bad}\nno JSON\n"
+    lines = f"\ufeff{encode_run(good).decode()}\n\n{bad}\nno JSON\n"
 
     done = creditstream("send", "--wait", "-", settings=settings, stdin=lines)
 

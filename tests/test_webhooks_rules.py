@@ -21,6 +21,7 @@ from creditstream.webhooks.messages import body_of, escape, sentence_of
 from creditstream.webhooks.resending import example_alert
 from creditstream.webhooks.schedule import DELAYS_S, Answer, after
 from creditstream.webhooks.signing import BadSignature, new_secret, parse_secret, signed_headers, verify
+from schemas.ledger import Pool
 from schemas.limits import AlertKind, LimitAlert, TopColumn
 from schemas.problem import Problem
 from schemas.webhook import BODY_BYTES_MAX, Delivery, DeliveryState, Format
@@ -192,6 +193,7 @@ def test_slack_escapes_its_three_characters() -> None:
             "ws_example has no enrichment credits left: 20,001 of 20,000 used, 1 over.",
         ),
         ({"test": False, "kind": AlertKind.RECOVERED}, "ws_example has enrichment credits again: "),
+        ({"test": False, "kind": AlertKind.RECOVERED, "pool": Pool.PREMIUM}, "ws_example has premium credits: "),
         ({"test": False, "kind": AlertKind.PERIOD_STARTED}, "ws_example started a new period of enrichment credits: "),
     ],
 )

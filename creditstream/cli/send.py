@@ -1,5 +1,6 @@
 """Send cell runs by hand: for trying things, for tests of a producer, for repairs."""
 
+import codecs
 from pathlib import Path
 from typing import IO
 
@@ -50,7 +51,8 @@ def _read(file: IO[bytes]) -> tuple[list[CellRun], int]:
     from schemas.codec import decode_run, name_field
 
     runs, bad = [], 0
-    for number, line in enumerate(file, 1):
+    for number, read in enumerate(file, 1):
+        line = read if number > 1 else read.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:

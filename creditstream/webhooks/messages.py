@@ -5,6 +5,7 @@ from typing import Any, Final
 import msgspec
 
 from schemas.credits import group_credits, parse_credits
+from schemas.ledger import Pool
 from schemas.limits import AlertKind, LimitAlert
 from schemas.webhook import BODY_BYTES_MAX, TYPE_PREFIX, Format, Webhook
 
@@ -50,10 +51,11 @@ def sentence_of(alert: LimitAlert) -> str:
     used = f"{_amount(alert.used)} of {_amount(alert.allowance)} used"
     left = f"{used}, {_amount(alert.remaining)} left"
     passed = f"passed {_lines(alert)} of its {credits}" if _lines(alert) else f"has a new warning for its {credits}"
+    again = " again" if alert.pool == Pool.ENRICHMENT else ""  # a first grant is told, too
     said = {
         AlertKind.EXHAUSTED: f"has no {credits} left: {used}",
         AlertKind.CROSSED: f"{passed}: {left}",
-        AlertKind.RECOVERED: f"has {credits} again: {left}",
+        AlertKind.RECOVERED: f"has {credits}{again}: {left}",
         AlertKind.PERIOD_STARTED: f"started a new period of {credits}: {left}",
     }[alert.kind]
     over = f", {_amount(alert.overage)} over" if alert.overage != "0" else ""

@@ -218,7 +218,8 @@ class Broker:
             raise Unreachable(
                 f"Kafka at {self.bootstrap} does not answer",
                 reason,
-                "Start it, set CREDITSTREAM_KAFKA_BOOTSTRAP, or run `creditstream worker --embedded`.",
+                "Start it, set CREDITSTREAM_KAFKA_BOOTSTRAP, set CREDITSTREAM_HOME to the home of a running worker, or run "
+                "`creditstream worker --embedded`.",
             ) from error
 
     def _heard(self, error: KafkaError) -> None:
