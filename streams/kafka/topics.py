@@ -218,7 +218,7 @@ class Broker:
             raise Unreachable(
                 f"Kafka at {self.bootstrap} does not answer",
                 reason,
-                "Start it, set CREDITSTREAM_KAFKA_BOOTSTRAP, set CREDITSTREAM_HOME to the home of a running worker, or run "
+                "Start it, set CREDITSTREAM_KAFKA_BOOTSTRAP, or CREDITSTREAM_HOME to where a worker runs, or run "
                 "`creditstream worker --embedded`.",
             ) from error
 
