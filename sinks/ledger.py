@@ -10,7 +10,10 @@ offset that has a row. Kafka's committed offset never decides.
    Each row carries ``mark_read_at``; a constraint of the table refuses one older than 120 s.
 4. Whatever the insert answered, the mark is read again. At the batch's end and ours: done. Unmoved: the batch is not
    there, and is sent again under the same token. Anything else: another writer was here (`ForeignMark`).
-5. Five acknowledged inserts with the mark unmoved: the tokens outlived the rows, an operator raises the epoch.
+5. Five acknowledged inserts with the mark unmoved: the token outlived its rows. If the server has started since the
+   chain's last row, it died amid an insert, between writing down the token and naming the part (`MergeTreeSink` does
+   both, in this order): the place goes on under its next token, ``.../mark + 1/1``, put-if-absent as well, and nobody
+   takes that before he has found the first one spent. Else, as after a restore, an operator raises the epoch.
 
 ``append_steps`` is the protocol without I/O: it yields what to do next and receives the answer, so the worker drives it
 against a database and the simulator against crashes, second owners and lost answers.
@@ -37,6 +40,8 @@ MARK_AGE_S_MAX: Final = 60.0
 INSERT_AGE_S_MAX: Final = 120.0
 """The table refuses an insert that rests on an older mark."""
 ACKNOWLEDGED_MAX: Final = 5
+SPENT_MAX: Final = 3
+"""A server may die so often amid inserts for one place before an operator is asked for."""
 RETRY_WAIT_S: Final = (0.1, 0.3, 1.0, 3.0)
 """Waits between attempts; the last one repeats. Waiting is the back-pressure."""
 YOUNG_SERVER_S: Final = 2
@@ -78,6 +83,8 @@ class Mark(msgspec.Struct, frozen=True):
     written_under: int
     """``mark_read_at`` of the last row: which attempt wrote it."""
     read_at: int
+    is_of_earlier_life: bool = False
+    """Whether the server has started since the last row was written, or there is none."""
     age_from: float = 0.0
     """This process's monotonic clock, seconds: from here on its age counts, earlier where less of it is left."""
 
@@ -139,6 +146,8 @@ class Insert(msgspec.Struct, frozen=True):
     batch: Batch
     token: str
     mark_read_at: int
+    spent: int = 0
+    """How many tokens of this place have outlived their rows."""
 
 
 Step = ReadMark | Insert
@@ -148,23 +157,27 @@ Steps = Generator[Step, Mark | bool, Mark]
 def append_steps(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float] = time.monotonic) -> Steps:
     """Protocol steps 3 to 5 for one batch. Returns the mark at the batch's end.
 
-    ForeignMark when another writer was here; Incident when five acknowledged inserts did not move the mark.
+    ForeignMark when another writer was here; Incident when acknowledged inserts did not move the mark.
     """
-    token = f"{epoch}/{batch.chain.topic_id}/{batch.chain.partition}/{batch.after + 1}"
+    place = f"{epoch}/{batch.chain.topic_id}/{batch.chain.partition}/{batch.after + 1}"
     attempts: set[int] = set()
-    acknowledged = 0
+    acknowledged = spent = 0
     while True:
         while now() - mark.age_from > MARK_AGE_S_MAX:
             mark = _expect_mark((yield ReadMark()))
         if mark.last == batch.after:
             attempts.add(mark.read_at)
-            acknowledged += bool((yield Insert(batch, token, mark.read_at)))
+            acknowledged += bool((yield Insert(batch, f"{place}/{spent}" if spent else place, mark.read_at, spent)))
             mark = _expect_mark((yield ReadMark()))
         if mark.last == batch.last and mark.written_under in attempts:
             return mark
         if mark.last != batch.after:
             raise ForeignMark(f"{batch.chain}: the mark is at {mark.last}, expected {batch.after} or our {batch.last}")
-        if acknowledged >= ACKNOWLEDGED_MAX:
+        if acknowledged < ACKNOWLEDGED_MAX:
+            continue
+        if mark.is_of_earlier_life and spent < SPENT_MAX:
+            acknowledged, spent = 0, spent + 1
+        else:
             raise Incident(
                 f"{batch.chain}: the ledger drops what it acknowledges",
                 f"{acknowledged} inserts after offset {batch.after} were acknowledged, but the mark did not move: "
@@ -185,7 +198,9 @@ def mark_of(client: Client, chain: Chain) -> Mark:
     last, first, rows, gaps, written_under, read_at, uptime_s = found.result_rows[0]
     usable_s = min(MARK_AGE_S_MAX, max(0, uptime_s - 1) / 2)
     age_from = asked - (MARK_AGE_S_MAX - usable_s) if uptime_s >= YOUNG_SERVER_S else TOO_OLD
-    return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, age_from)
+    # A row never rests on a mark that was read before its server started.
+    is_of_earlier_life = written_under < read_at - uptime_s * 1000
+    return Mark(last if rows else -1, first, rows, gaps, written_under, read_at, is_of_earlier_life, age_from)
 
 
 class Ledger:
@@ -247,6 +262,9 @@ class Ledger:
     def _do(self, step: Step, chain: Chain) -> Mark | bool:
         if isinstance(step, ReadMark):
             return self.mark(chain)
+        if step.spent:
+            what = f"{chain} after offset {step.batch.after}: the server died amid an insert, and its token is spent"
+            self._on_trouble(chain, what)
         self.insert(step)
         return True
 

@@ -102,6 +102,15 @@ class ClickHouseServer:
             shutil.rmtree(log)
         return len(logs)
 
+    def lose_newest_part(self) -> None:
+        """Deletes the newest part, and keeps its token: as a death right before the part gets its name leaves them, or
+        a power cut. RuntimeError while it runs.
+        """
+        if self._process is not None:
+            raise RuntimeError("stop the server first")
+        parts = [path for path in self.data.glob("store/*/*/*_*_*_0") if path.name.split("_")[0].isdecimal()]
+        shutil.rmtree(max(parts, key=lambda path: path.stat().st_mtime))
+
     def fault(self, fault: str, amount: float = 0, *, on: str = "insert", containing: str = "") -> None:
         """Plans one fault, see `tests.clickhouse_http.Fault`; they are applied in the order of planning."""
         self._post("/_faults", [{"fault": fault, "amount": amount, "on": on, "containing": containing}])

@@ -2,8 +2,9 @@
 
 Owners of one chain are generators around the protocol. A scheduler drawn from the seed interleaves their steps: they
 start, crash at any step and lose all they knew, sleep past the token window, overlap; an insert is executed,
-executed without an answer, refused, sent twice, or executed much later, when its owner may have gone. What a row holds
-follows from the log, so at the end there is one right ledger, and one owner completes it in peace.
+executed without an answer, refused, sent twice, or executed much later, when its owner may have gone, or the server
+dies in its middle: the token stays, the rows do not. What a row holds follows from the log, so at the end there is one
+right ledger, and one owner completes it in peace.
 
 Time is virtual: a tick lasts `TICK_S`, and an insert's ``mark_read_at`` is moved back by the ticks since its mark was
 read, so that the table's own constraint judges it. `prepare` makes the table's token window as small as the design
@@ -110,6 +111,8 @@ class Simulation:
         self._late: list[Late] = []
         self._read_when: dict[int, float] = {}
         self._read_at_of_stamp: dict[int, int] = {}
+        self._server_began, self._last_then = 0.0, -1
+        """When the server started, and the mark as it was then."""
 
     def run(self) -> None:
         """AssertionError unless the ledger ends as that of a clean run."""
@@ -177,7 +180,8 @@ class Simulation:
         return False
 
     def _fate(self) -> str:
-        return self.rng.choices(["acknowledged", "answer_lost", "refused", "late", "doubled"], [50, 12, 12, 18, 8])[0]
+        fates = {"acknowledged": 50, "answer_lost": 12, "refused": 12, "late": 18, "doubled": 8, "death": 2}
+        return self.rng.choices(list(fates), list(fates.values()))[0]
 
     def _carry_out(self, step: Any, fate: Callable[[], str]) -> Any:
         match step:
@@ -201,9 +205,23 @@ class Simulation:
             case "answer_lost":
                 self._execute(step)
                 return False
+            case "death":
+                self._die_amid(step)
+                return False
             case "doubled":
                 self._execute(step)
         return self._execute(step)
+
+    def _die_amid(self, step: Insert) -> None:
+        """The server writes down the token, is killed before the part has its name, and starts."""
+        chain = self.log.chain
+        last = self._ledger.mark(chain).last
+        self._execute(step)
+        self._client.command(
+            f"ALTER TABLE ledger DELETE WHERE topic_id = '{chain.topic_id}' AND kafka_offset > {last} "
+            "SETTINGS mutations_sync = 2"
+        )
+        self._server_began, self._last_then = self.now, last
 
     def _land(self) -> bool:
         """One insert comes in from the wire, if there is any: a tick has one insert at the most."""
@@ -215,6 +233,8 @@ class Simulation:
         return False
 
     def _execute(self, step: Insert) -> bool:
+        if self._read_when[step.mark_read_at] < self._server_began:
+            return False
         age_ms = int((self.now - self._read_when[step.mark_read_at]) * 1000)
         stamp = step.mark_read_at - age_ms
         self._read_at_of_stamp[stamp] = step.mark_read_at
@@ -229,7 +249,10 @@ class Simulation:
         mark = self._ledger.mark(self.log.chain)
         self._read_when[mark.read_at] = self.now
         written_under = self._read_at_of_stamp.get(mark.written_under, mark.written_under)
-        return msgspec.structs.replace(mark, written_under=written_under, age_from=self.now)
+        is_of_earlier_life = mark.last == self._last_then
+        return msgspec.structs.replace(
+            mark, written_under=written_under, is_of_earlier_life=is_of_earlier_life, age_from=self.now
+        )
 
     def _known(self, runs: list[UUID]) -> set[UUID]:
         found = self._client.query(
@@ -248,3 +271,4 @@ def prepare(client: Client) -> None:
     )
     client.set_client_setting("max_threads", 1)
     client.command(f"ALTER TABLE ledger MODIFY SETTING non_replicated_deduplication_window = {TOKEN_WINDOW}")
+    client.command("ALTER TABLE ledger MODIFY SETTING remove_empty_parts = 0")  # a token would go with its part

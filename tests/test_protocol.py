@@ -23,6 +23,7 @@ from sinks.clickhouse import DatabaseError, connect
 from sinks.filter_keys import recent_run_keys
 from sinks.ledger import (
     ACKNOWLEDGED_MAX,
+    SPENT_MAX,
     Chain,
     ForeignMark,
     Incident,
@@ -368,6 +369,32 @@ def test_f10_tokens_lost_in_a_restart(client: Client, ledger: Ledger, http_serve
     assert not ledger.mark(CHAIN).is_whole, "without the constraint it would have landed"
 
 
+@over_http
+def test_f10_a_server_that_died_between_a_token_and_its_rows(
+    client: Client, ledger: Ledger, http_server: ClickHouseServer
+) -> None:
+    """It drops every insert for that place, and acknowledges it: the place goes on under its next token, without an
+    operator, and neither token lets anybody in once more.
+    """
+    client.command("SYSTEM STOP MERGES ledger")
+    _, insert = form(ledger, CHAIN, 14)
+    ledger.insert(insert)
+    http_server.kill()
+    http_server.lose_newest_part()
+    http_server.start()
+    wait_until_grown(client)
+    assert ledger.mark(CHAIN).last == 9
+
+    told: list[str] = []
+    owner = Ledger(client, on_trouble=lambda _, what: told.append(what))
+    assert owner.append(batch(CHAIN, 9, 16), ledger.mark(CHAIN), threading.Event()).last == 16
+    assert told[0] == "cell-runs[3] after offset 9: the server died amid an insert, and its token is spent"
+    assert told[-1] == ""
+    for token in (insert.token, f"{insert.token}/1"):
+        ledger.insert(msgspec.structs.replace(insert, token=token, mark_read_at=ledger.mark(CHAIN).read_at))
+    take_over(client, ledger)
+
+
 # F11: an owner that was away for longer than the tokens last.
 
 
@@ -498,6 +525,24 @@ def test_five_acknowledged_inserts_with_the_mark_unmoved(client: Client, ledger:
     assert incident.value.fix == "Stop all workers. Raise CREDITSTREAM_EPOCH above 0, then start them."
     assert ledger.mark(CHAIN).last == 9
     take_over(client, Ledger(client, epoch=1))
+
+
+def test_a_server_that_dies_again_and_again_is_an_incident(ledger: Ledger) -> None:
+    """A place has some tokens; then an operator is asked."""
+    _, insert = form(ledger, CHAIN, 19)
+    mark = msgspec.structs.replace(ledger.mark(CHAIN), is_of_earlier_life=True)
+    steps = append_steps(insert.batch, mark, 0)
+    tokens = [insert.token, *(f"{insert.token}/{spent}" for spent in range(1, SPENT_MAX + 1))]
+
+    sent = [next(steps)]
+    for _ in range(ACKNOWLEDGED_MAX * len(tokens) - 1):
+        assert isinstance(steps.send(True), ReadMark)
+        sent.append(steps.send(mark))
+    assert isinstance(steps.send(True), ReadMark)
+    with pytest.raises(Incident):
+        steps.send(mark)
+    found = [step.token for step in sent if isinstance(step, Insert)]
+    assert found == [token for token in tokens for _ in range(ACKNOWLEDGED_MAX)]
 
 
 def test_failed_inserts_are_no_incident(ledger: Ledger) -> None:

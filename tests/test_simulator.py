@@ -39,7 +39,9 @@ def table(ground: Client) -> Client:
 
 @pytest.mark.parametrize("first", SEEDS[::SEEDS_A_BLOCK])
 def test_every_seed_ends_in_the_ledger_of_a_clean_run(table: Client, first: int) -> None:
-    """Crashes, overlapping owners, lost, late and doubled inserts, sleeps past the token window: nothing shows."""
+    """Crashes of owners and of the server, overlapping owners, lost, late and doubled inserts, sleeps past the token
+    window: nothing shows.
+    """
     for seed in SEEDS[first : first + SEEDS_A_BLOCK]:
         simulation = Simulation(table, seed)
         try:
@@ -86,6 +88,22 @@ def no_read_back(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float])
             return msgspec.structs.replace(fresh, last=batch.last)
 
 
+def takes_a_token_of_its_own(batch: Batch, mark: Mark, epoch: int, now: Callable[[], float]) -> Steps:
+    """Sabotage: after the death of a server nobody waits until the token is known to be spent."""
+    steps = append_steps(batch, mark, epoch, now)
+    step = next(steps)
+    while True:
+        if isinstance(step, Insert) and mark.is_of_earlier_life:
+            step = msgspec.structs.replace(step, token=f"{step.token}/after {mark.read_at}")
+        answer = yield step
+        mark = answer if isinstance(answer, Mark) else mark
+        try:
+            step = steps.send(answer)
+        except StopIteration as done:
+            written: Mark = done.value
+            return written
+
+
 class ResumesFromTheCommit(Simulation):
     """Sabotage: a new owner begins where Kafka's committed offset says."""
 
@@ -101,6 +119,19 @@ def test_the_simulator_catches_a_token_with_the_end(table: Client) -> None:
 def test_the_simulator_catches_a_missing_read_back(table: Client) -> None:
     """A longer batch that was dropped for a shorter one leaves a hole."""
     assert seed_that_fails(lambda seed: Simulation(table, seed, no_read_back)) >= 0
+
+
+def test_the_simulator_catches_a_spent_token_that_nobody_gives_up(
+    table: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that died amid an insert ends the chain."""
+    monkeypatch.setattr("sinks.ledger.SPENT_MAX", 0)
+    assert seed_that_fails(lambda seed: Simulation(table, seed)) >= 0
+
+
+def test_the_simulator_catches_a_token_that_is_given_up_too_soon(table: Client) -> None:
+    """Under it, and under the next one, both land."""
+    assert seed_that_fails(lambda seed: Simulation(table, seed, takes_a_token_of_its_own)) >= 0
 
 
 def test_the_simulator_catches_a_resume_from_the_committed_offset(table: Client) -> None:
