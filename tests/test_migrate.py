@@ -26,6 +26,15 @@ MAKES_A_VIEW = re.compile(r"CREATE OR REPLACE VIEW")
 STATEMENTS = [statement for migration in read_migrations() for statement in migration.statements]
 
 
+APPLIED = {
+    "ledger": "831ef3a48099cea0a6e74e123b4916917314924600b1773b1c95f0d8b5471a09",
+    "catalogue_versions": "33f8a9fe8f745b3884118473ae0d693c679d93984e2e0edc21fb7347a7c6f89f",
+    "published_alerts": "dbee41436f96584d2ff8ff8443ed3316010aff4cfaf5b49240bbe76293cba73d",
+    "views": "0700d0f88999570535fb7abb5f96c2546114117ecce12562ccc4ebade66d1da4",
+}
+"""SHA-256 of each migration that ledgers out there have applied. Append; never change a line."""
+
+
 @pytest.fixture
 def empty(database_url: str) -> Iterator[Client]:
     """A connection to a database without a table."""
@@ -46,6 +55,11 @@ def directory(tmp_path: Path) -> Path:
 def tables(client: Client) -> set[str]:
     """Tables and views of the database."""
     return {name for (name,) in client.query("SHOW TABLES").result_rows}
+
+
+def test_an_applied_migration_never_changes() -> None:
+    """Not in a comment either: a ledger refuses a worker whose migration is not the one that it has applied."""
+    assert {migration.name: migration.checksum for migration in read_migrations()} == APPLIED
 
 
 def test_a_fresh_database_gets_every_migration(empty: Client) -> None:

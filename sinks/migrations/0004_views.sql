@@ -1,7 +1,7 @@
 -- What analysts read: views with a comment on every column, never the table behind them. Reversals count, so that usage
 -- adds up to the balance.
 --
--- Plans, periods, balances and alerts are as streams/rules/periods.py and streams/rules/limits.py say them in Python: tests hold
+-- Plans, periods, balances and alerts are as streams/periods.py and streams/limits.py say them in Python: tests hold
 -- both equal. What takes `as_of` goes by what the ledger knows now and has taken effect by then; debits count by their
 -- whole day. A run may lie 5 minutes ahead, and with it the last day. A parameter's text bears no time zone: now is
 -- given in that of the parameter, whatever the server's is.
