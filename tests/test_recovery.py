@@ -417,6 +417,16 @@ async def test_a_long_tail_hides_no_instant_of_who_is_not_in_it(
     assert {str(bench.states[key].state) for key in (b"enrichment/ws_1", b"premium/ws_1")} == {"ok"}
 
 
+async def a_first_life(client: Client) -> tuple[Story, Topics]:
+    """A plan of 10 credits and three of them drawn, all in the ledger; the story goes on in these topics."""
+    story, topics = Story(), Topics()
+    story.plan("10", at("Jan 15"))
+    story.runs(3, at("Jan 16"))
+    await live(client, (0, 0), *topics.append(story.steps))
+    story.steps.clear()
+    return story, topics
+
+
 @ON_CHDB
 @pytest.mark.parametrize("read", [accounts.tail_of, accounts.workspaces_of], ids=["before", "after"])
 async def test_f12_an_insert_that_lands_while_balances_are_loaded_is_counted_once(
@@ -425,12 +435,7 @@ async def test_f12_an_insert_that_lands_while_balances_are_loaded_is_counted_onc
     """Of a dead worker: with its rows in the balances, and in Kafka, where they are read again, twice as much would be
     told to be used. The next process finds them below its mark.
     """
-    story = Story()
-    story.plan("10", at("Jan 15"))
-    story.runs(3, at("Jan 16"))
-    topics = Topics()
-    await live(client, (0, 0), *topics.append(story.steps))
-    story.steps.clear()
+    story, topics = await a_first_life(client)
     story.runs(3, at("Jan 17"))
     late = topics.append(story.steps)
 
@@ -457,12 +462,7 @@ async def test_f12_an_insert_that_lands_before_an_account_is_asked_for_is_counte
     """Of a dead worker, when its successor is at work already and loads accounts as their records come: it ends before
     it tells anything by what is in the ledger and comes from Kafka, too.
     """
-    story = Story()
-    story.plan("10", at("Jan 15"))
-    story.runs(3, at("Jan 16"))
-    topics = Topics()
-    await live(client, (0, 0), *topics.append(story.steps))
-    story.steps.clear()
+    story, topics = await a_first_life(client)
     if of_account:
         story.grant("5", at("Jan 17"), at("Jan 17"))
     else:

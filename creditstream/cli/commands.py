@@ -50,9 +50,8 @@ def run() -> int:
     called, groups = program(), click.rich_click.COMMAND_GROUPS
     groups[called] = groups[NAME]
     if odd := [word for word in sys.argv[1:] if not _is_utf8(word) and not Path(word).exists()]:
-        return _refused(
-            click.UsageError(f"{odd[0]!a} is not UTF-8.")
-        )  # no event can carry it; a file may have any name
+        # No event can carry it; a file may have any name.
+        return _refused(click.UsageError(f"{odd[0]!a} is not UTF-8."))
     try:
         return cli.main(standalone_mode=False, prog_name=called) or 0
     except click.ClickException as error:
